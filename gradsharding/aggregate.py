@@ -1,0 +1,132 @@
+"""The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from gradsharding.errors import MissingObject
+from gradsharding.executor import Executor, InlineExecutor, Progress
+from gradsharding.plan import Job, Limits, NonFinitePolicy, Plan, TaskReport
+from gradsharding.round import ResultRecord, Round
+from gradsharding.store import ObjectStore, Stat, locate
+from gradsharding.topology import Topology, sharded
+from gradsharding.update import inspect, load
+
+HEADER_PART = 1
+"""The result's first part is its header; the slices follow."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished round: what was planned, what was seen, and where the result lies."""
+
+    round: Round
+    record: ResultRecord
+    plan: Plan
+    reports: tuple[TaskReport, ...]
+    """Of the tasks that this call ran; a resumed round has fewer than its plan."""
+    puts: int
+    """PUT-class requests made by this call itself, beside its tasks'."""
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Read the result; BF16, which numpy lacks, comes as the equal float32."""
+        return load(self.record.source, self.round.store)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""
+        source, key = locate(self.record.source, self.round.store)
+        update = inspect(self.record.source, self.round.store)
+        sha = hashlib.sha256()
+        for chunk in source.get(key, update.base, update.stat.size, version=self.record.version):
+            sha.update(chunk)
+        return sha.hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        """Projected beside observed, as JSON values; bytes and seconds."""
+        plan, reports = self.plan, self.reports
+        return {
+            "topology": plan.topology,
+            "clients": plan.clients,
+            "bytes": plan.result_bytes,
+            "stages": [{"tasks": [r.model_dump() for r in reports]}],
+            "projected": _figures(plan.gets, plan.puts, plan.bytes_read, plan.bytes_written, plan.memory, None),
+            "observed": _figures(
+                sum(r.gets for r in reports),
+                sum(r.puts for r in reports) + self.puts,
+                sum(r.bytes_read for r in reports),
+                sum(r.bytes_written for r in reports) + plan.header_bytes,
+                max((r.peak_memory for r in reports), default=0),
+                sum(r.seconds for r in reports),
+            ),
+            "cost": None,
+            "digest": self.digest(),
+        }
+
+
+def aggregate(
+    round: Round,  # noqa: A002
+    *,
+    topology: Topology = sharded,
+    limits: Limits | None = None,
+    executor: Executor | None = None,
+    nonfinite: NonFinitePolicy = "raise",
+    progress: Callable[[Plan], Progress] | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Average a round's updates, weighted, and publish the result as one safetensors object.
+
+    Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
+    tasks whose parts are missing. ``overwrite`` lets the result replace an object that is there.
+
+    Raise TooFewClients, LayoutMismatch or PlanTooLarge before any data is read; NonFinite, MissingObject,
+    ChangedObject or OutOfMemory from a task, with nothing published.
+    """
+    limits = limits or Limits()
+    manifest = round.seal()
+    plan = topology(manifest, limits, grain=round.store.grain)
+    plan.check(limits)
+    if record := round.result():
+        return Result(round, record, plan, (), 0)
+    target, key = locate(round.output, round.store)
+    upload = round.begin(plan)
+    try:
+        done = target.parts(key, upload)
+    except MissingObject:  # completed by a call that died before it could say so, or lost
+        if not overwrite and (stat := _head(target, key)):
+            return Result(round, round.publish(manifest, stat.version), plan, (), 0)
+        round.forget_plan()
+        upload, done = round.begin(plan), {}
+    target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
+    job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)
+    reports: list[TaskReport] = []
+    tell = progress(plan) if progress else _ignore
+    for stage in plan.stages:
+        missing = [task for task in stage.tasks if task.part not in done]
+        reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
+    stat = target.complete(key, upload, overwrite=overwrite)
+    return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 3)
+
+
+def _ignore(report: TaskReport) -> None:
+    """Tell nobody."""
+
+
+def _head(store: ObjectStore, key: str) -> Stat | None:
+    try:
+        return store.head(key)
+    except MissingObject:
+        return None
+
+
+def _figures(gets: int, puts: int, bytes_read: int, bytes_written: int, peak_memory: int, seconds: float | None) -> dict[str, Any]:
+    return {
+        "gets": gets,
+        "puts": puts,
+        "bytes_read": bytes_read,
+        "bytes_written": bytes_written,
+        "peak_memory": peak_memory,
+        "seconds": seconds,
+    }

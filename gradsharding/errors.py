@@ -1,0 +1,116 @@
+"""Every error has one base, says what is wrong with the numbers, and says what to do.
+
+    GradShardingError
+    ├── UserError (ValueError)            the caller can mend it; the command line exits with 2
+    │   ├── InvalidUpdate                 not a well-formed safetensors object
+    │   ├── LayoutMismatch                two updates do not hold the same tensors
+    │   ├── InvalidWeight                 zero, negative, not finite, or too large
+    │   ├── InvalidId                     an id that may not become part of a key
+    │   ├── DuplicateClient               one client, two different updates
+    │   ├── NonFinite                     NaN or infinity in an update
+    │   ├── TooFewClients                 nothing, or not enough, to aggregate
+    │   └── PlanTooLarge                  the plan breaks a limit; nothing has been read
+    ├── MissingObject (FileNotFoundError) no object under this key
+    ├── ObjectExists (FileExistsError)    create-if-absent found one
+    ├── ChangedObject                     the object is not the version that was sealed
+    ├── IncompleteUpload                  parts are missing; the object was not published
+    └── TaskFailed                        a function broke, with its task's name
+        └── OutOfMemory (MemoryError)     it outgrew the allowed memory
+
+An error in a worker crosses the wire as data (``to_wire``) and is raised again at the call (``from_wire``).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+class GradShardingError(Exception):
+    """Base of all errors; ``details`` holds the facts behind the sentence, as JSON values."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from data: a pool of processes hands errors over this way."""
+        return from_wire, (to_wire(self),)
+
+
+class UserError(GradShardingError, ValueError):
+    """Something the caller gave is wrong, and the caller can mend it."""
+
+
+class InvalidUpdate(UserError):
+    """The object is not a well-formed safetensors file of supported dtypes."""
+
+
+class LayoutMismatch(UserError):
+    """Two updates differ in a tensor's name, dtype, shape or place."""
+
+
+class InvalidWeight(UserError):
+    """A weight is zero, negative, not finite, or beyond 2**53."""
+
+
+class InvalidId(UserError):
+    """An id has characters that may not become part of a key."""
+
+
+class DuplicateClient(UserError):
+    """A client has already contributed another update to this round."""
+
+
+class NonFinite(UserError):
+    """Updates hold NaN or infinity; ``details["found"]`` lists ``[client, byte]`` of the first one of each client."""
+
+
+class TooFewClients(UserError):
+    """A round has fewer usable updates than it needs."""
+
+
+class PlanTooLarge(UserError):
+    """A plan needs more than its limits allow."""
+
+
+class MissingObject(GradShardingError, FileNotFoundError):
+    """There is no object under this key."""
+
+
+class ObjectExists(GradShardingError, FileExistsError):
+    """An object is already there, and objects are created once."""
+
+
+class ChangedObject(GradShardingError):
+    """The object is no longer the version that was pinned."""
+
+
+class IncompleteUpload(GradShardingError):
+    """A multipart upload was completed with parts missing or overlapping."""
+
+
+class TaskFailed(GradShardingError):
+    """A function failed for a reason of its own."""
+
+
+class OutOfMemory(TaskFailed, MemoryError):
+    """A function needed more memory than the plan allowed."""
+
+
+def to_wire(error: BaseException) -> dict[str, Any]:
+    """Turn any exception into JSON values."""
+    if isinstance(error, GradShardingError):
+        return {"error": type(error).__name__, "message": error.message, "details": error.details}
+    return {"error": TaskFailed.__name__, "message": f"{type(error).__name__}: {error}", "details": {}}
+
+
+def from_wire(wire: dict[str, Any]) -> GradShardingError:
+    """Turn what ``to_wire`` made back into an exception."""
+    kinds = {kind.__name__: kind for kind in _tree(GradShardingError)}
+    return kinds.get(wire["error"], TaskFailed)(wire["message"], **wire["details"])
+
+
+def _tree(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _tree(child)

@@ -1,0 +1,211 @@
+"""An executor runs the tasks of a stage, somewhere, and gives their reports. Tasks are idempotent, so it may try again."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor as Pool
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, Protocol, Self
+
+from gradsharding import worker
+from gradsharding.cgroup import MemoryCgroup
+from gradsharding.errors import OutOfMemory, TaskFailed, UserError, from_wire
+from gradsharding.plan import Job, Limits, Task, TaskReport, mib
+from gradsharding.store import ObjectStore
+
+Progress = Callable[[TaskReport], None]
+"""Called after each task, from one thread at a time."""
+
+
+class Executor(Protocol):
+    """Where tasks run. ``gradsharding.testing.ExecutorContract`` states it as tests."""
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        """Run all tasks, in any order, and give their reports in the order of ``tasks``.
+
+        Raise what a task raised, or TaskFailed; tasks not yet begun are then given up. ``store`` is the job's.
+        """
+        ...
+
+
+class InlineExecutor:
+    """One task after another, in this process."""
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        reports = []
+        for task in tasks:
+            reports.append(worker.run(task, job, store))
+            progress(reports[-1])
+        return reports
+
+
+class FuturesExecutor:
+    """Tasks on any ``concurrent.futures.Executor``: threads, mpi4py's MPIPoolExecutor, dask's ``client.get_executor()``.
+
+    A pool of other processes needs a store that they can open too, such as a directory.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        """Use ``pool``, which stays its owner's to shut down."""
+        self.pool = pool
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        return _collect([self.pool.submit(worker.run, task, job, store) for task in tasks], progress)
+
+
+class ProcessExecutor:
+    """Tasks in ``count`` fresh worker processes, each held to the allowed memory.
+
+    A worker that outgrows it is stopped: by a cgroup where one can be made, otherwise by a limit on what it may
+    allocate beyond what it had at its start (``RLIMIT_DATA``). A worker that dies for another reason is replaced and its
+    task tried again, ``attempts`` times in all.
+    """
+
+    def __init__(self, count: int | None = None, *, attempts: int = 3, use_cgroup: bool = True) -> None:
+        """Use ``count`` processes, by default one for each CPU that this one may use."""
+        self.count = count or len(os.sched_getaffinity(0))
+        self.attempts = attempts
+        self.use_cgroup = use_cgroup
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        if job.store.startswith("memory:"):
+            raise UserError(f"{job.store} cannot be shared with worker processes; use a file:// store, or the inline executor")
+        count = min(self.count, len(tasks))
+        with contextlib.ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
+            idle = [stack.enter_context(_Worker(job, limits, use_cgroup=self.use_cgroup)) for _ in range(count)]
+
+            def once(task: Task) -> TaskReport:
+                process = idle.pop()  # there are as many workers as threads
+                try:
+                    return self._try(process, task)
+                finally:
+                    idle.append(process)
+
+            return _collect([pool.submit(once, task) for task in tasks], progress)
+
+    def _try(self, process: "_Worker", task: Task) -> TaskReport:
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return process.ask(task)
+            except _WorkerDied as died:
+                if attempt == self.attempts:
+                    raise TaskFailed(f"task {task.id} failed {attempt} times; {died}", task=task.id) from None
+        raise AssertionError("unreachable")
+
+
+class _WorkerDied(Exception):
+    """A worker process ended without an answer."""
+
+
+class _Worker:
+    """One process that serves tasks over its standard input and output; started when first asked."""
+
+    def __init__(self, job: Job, limits: Limits, *, use_cgroup: bool) -> None:
+        self._job = job
+        self._allowed = limits.memory
+        self._cgroup = MemoryCgroup.create(limits.memory) if use_cgroup else None
+        self._kills = 0
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        self._process: subprocess.Popen[str] | None = None
+        self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._errors.close()
+        if self._cgroup:
+            self._cgroup.close()
+
+    def ask(self, task: Task) -> TaskReport:
+        """Run a task over there; raise what it raised, OutOfMemory, or _WorkerDied."""
+        process = self._process or self._start()
+        assert process.stdin
+        assert process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(task.model_dump_json() + "\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            raise self._death(task)
+        wire: dict[str, Any] = json.loads(answer)
+        if "error" not in wire:
+            return TaskReport.model_validate_json(answer)
+        error = from_wire(wire)
+        raise self._too_small(task, error.message) if isinstance(error, OutOfMemory) else error
+
+    def _start(self) -> subprocess.Popen[str]:
+        limit = [] if self._cgroup else ["--memory", str(self._allowed)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gradsharding.worker", *limit],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # idle BLAS threads cost memory
+        )
+        if self._cgroup and not self._cgroup.add(self._process.pid):
+            self._stop()
+            self._cgroup.close()
+            self._cgroup = None
+            return self._start()
+        assert self._process.stdin
+        self._process.stdin.write(self._job.model_dump_json() + "\n")
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process:
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    if pipe:
+                        pipe.close()
+            self._process.wait()
+            self._process = None
+
+    def _death(self, task: Task) -> Exception:
+        assert self._process
+        status = self._process.wait()
+        self._stop()
+        if self._cgroup and self._cgroup.kills() > self._kills:
+            self._kills = self._cgroup.kills()
+            return self._too_small(task, "the kernel killed its worker")
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+        return _WorkerDied(f"its worker ended with status {status}" + "".join(f": {line}" for line in last))
+
+    def _too_small(self, task: Task, how: str) -> OutOfMemory:
+        return OutOfMemory(
+            f"task {task.id} outgrew the {mib(self._allowed)} allowed, though {mib(task.memory)} were projected: {how}; "
+            "use more shards, or allow more memory",
+            task=task.id,
+        )
+
+
+def open_executor(spec: str) -> Executor:
+    """Make an executor from ``inline``, ``processes``, ``processes:N`` or ``threads:N``."""
+    name, _, number = spec.partition(":")
+    if re.fullmatch(r"inline|(processes|threads)(:[1-9][0-9]{0,3})?", spec):
+        count = int(number) if number else None
+        if name == "processes":
+            return ProcessExecutor(count)
+        return FuturesExecutor(ThreadPoolExecutor(count)) if name == "threads" else InlineExecutor()
+    raise UserError(f"no executor is known for {spec!r}; use inline, processes:N or threads:N")
+
+
+def _collect(futures: Sequence["Future[TaskReport]"], progress: Progress) -> list[TaskReport]:
+    """Wait for all, telling each; at the first failure give up what has not begun, and raise it."""
+    try:
+        for future in as_completed(futures):
+            progress(future.result())
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    return [future.result() for future in futures]

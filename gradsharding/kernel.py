@@ -1,0 +1,189 @@
+"""The fold: sums += weight · elements, over bytes that may be cut anywhere. This module does no I/O.
+
+Floats are summed in float64, integers exactly; the division happens once, at the end, and rounds once
+(to nearest, ties to even). The result depends on the order of the clients and on nothing else: not on
+where the vector or the stream of its bytes is cut.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradsharding.errors import InvalidUpdate
+from gradsharding.layout import ITEM_SIZE, Run
+
+Buffer = bytes | bytearray | memoryview
+Array = npt.NDArray[Any]
+
+BLOCK = 16_384
+"""Elements per step: the block and its temporaries stay in the second-level cache."""
+
+SCRATCH = 4 << 20
+"""Bytes that bound a fold's temporaries: a handful of blocks."""
+
+SUM_SIZE = 8
+"""Bytes of one sum: float64, or int64 where no sum can overflow it."""
+
+WIDE_SIZE = 64
+"""Bytes that one exact wide integer sum takes beside its place: a pointer and a Python int of up to 120 bits."""
+
+NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+"""numpy's names of the dtypes; BF16, which numpy lacks, as its bits."""
+
+
+def is_float(dtype: str) -> bool:
+    """Tell whether a safetensors ``dtype`` is summed in float64."""
+    return dtype in ("F64", "F32", "F16", "BF16")
+
+
+def is_wide(dtype: str, total: int) -> bool:
+    """Tell whether sums of this integer ``dtype`` under ``total`` weight may overflow int64."""
+    return not is_float(dtype) and 8 * ITEM_SIZE[dtype] + total.bit_length() > 63
+
+
+def sum_bytes(runs: Iterable[Run], total: int) -> int:
+    """Bytes of the sums of ``runs`` under ``total`` weight, temporaries included."""
+    per_run = (r.length * (SUM_SIZE + is_wide(r.dtype, total) * WIDE_SIZE) for r in runs)
+    return SCRATCH + sum(per_run)
+
+
+class Fold:
+    """Weighted sums of one slice.
+
+    >>> fold = Fold([Run("F32", 2)], total=4)
+    >>> fold.add([np.float32([1, 2]).tobytes()], 1)
+    >>> fold.add([np.float32([5, 6]).tobytes()], 3)
+    >>> np.frombuffer(fold.mean(), np.float32).tolist()
+    [4.0, 5.0]
+    """
+
+    def __init__(self, runs: Sequence[Run], total: int) -> None:
+        """Start sums for ``runs``; ``total`` is the sum of all weights that will be added."""
+        self._runs = tuple(runs)
+        self._total = total
+        self._arena = np.zeros(SUM_SIZE * sum(run.length for run in runs), np.uint8)
+        self._sums = [*self._split()]
+        self._scratch = np.empty(BLOCK, np.float64)
+        self.finite = True
+        """After ``mean``: whether every float sum was finite."""
+
+    def add(self, chunks: Iterable[Buffer], weight: int) -> None:
+        """Add ``weight`` times one client's slice, whose bytes arrive as ``chunks``; raise InvalidUpdate if short."""
+        for index, first, piece in _elements(self._runs, chunks):
+            dtype, sums = self._runs[index].dtype, self._sums[index]
+            for i in range(0, piece.size, BLOCK):
+                block = piece[i : i + BLOCK]
+                self._add_block(sums[first + i : first + i + block.size], block, dtype, weight)
+
+    def mean(self) -> memoryview:
+        """Divide, round once and give the slice's bytes in its own dtypes. Ends the fold: the sums are overwritten.
+
+        The result is packed into the front of the sums' own memory, so no second slice is ever held.
+        """
+        end = 0
+        for run, sums in zip(self._runs, self._sums, strict=True):
+            size = ITEM_SIZE[run.dtype]
+            for i in range(0, run.length, BLOCK):
+                block = self._mean_block(sums[i : i + BLOCK], run.dtype)
+                self._arena[end : end + block.size * size] = block.view(np.uint8)
+                end += block.size * size
+        return self._arena[:end].data
+
+    def _split(self) -> Iterator[Array]:
+        begin = 0
+        for run in self._runs:
+            place = self._arena[begin : begin + SUM_SIZE * run.length]
+            begin += place.size
+            if is_wide(run.dtype, self._total):
+                yield np.zeros(run.length, object)
+            else:
+                yield place.view(np.float64 if is_float(run.dtype) else np.int64)
+
+    def _add_block(self, sums: Array, block: Array, dtype: str, weight: int) -> None:
+        if sums.dtype == object:
+            sums += block.astype(object) * weight  # exact: Python integers do not overflow
+            return
+        product = self._scratch[: block.size].view(sums.dtype)
+        np.copyto(product, widen(block) if dtype == "BF16" else block)
+        np.multiply(product, sums.dtype.type(weight), out=product)
+        np.add(sums, product, out=sums)
+
+    def _mean_block(self, sums: Array, dtype: str) -> Array:
+        if not is_float(dtype):
+            return _divide_integers(sums, self._total).astype(NUMPY[dtype])
+        self.finite = self.finite and bool(np.isfinite(sums).all())
+        mean = np.divide(sums, float(self._total), out=self._scratch[: sums.size])
+        return _round_to_bfloat16(mean) if dtype == "BF16" else mean.astype(NUMPY[dtype])
+
+
+def first_nonfinite(runs: Sequence[Run], chunks: Iterable[Buffer]) -> int | None:
+    """Find the first NaN or infinity in a slice's bytes: its offset in bytes, or None."""
+    begins = np.cumsum([0, *(run.nbytes for run in runs)])
+    for index, first, piece in _elements(runs, chunks):
+        dtype = runs[index].dtype
+        if is_float(dtype):
+            bad = np.flatnonzero(~np.isfinite(widen(piece) if dtype == "BF16" else piece))
+            if bad.size:
+                return int(begins[index]) + (first + int(bad[0])) * ITEM_SIZE[dtype]
+    return None
+
+
+def _elements(runs: Sequence[Run], chunks: Iterable[Buffer]) -> Iterator[tuple[int, int, Array]]:
+    """Give whole elements as (index of run, first element in it, array), whatever the cuts between chunks."""
+    index, first, rest = 0, 0, b""
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        while view:
+            if index == len(runs):
+                raise InvalidUpdate(f"a read gave at least {len(view)} bytes more than the slice has; it was not answered by range")
+            size = ITEM_SIZE[runs[index].dtype]
+            if rest or len(view) < size:  # an element lies across two chunks
+                rest, view = rest + bytes(view[: size - len(rest)]), view[size - len(rest) :]
+                if len(rest) < size:
+                    continue
+                piece, rest = memoryview(rest), b""
+            else:
+                take = size * min(len(view) // size, runs[index].length - first)
+                piece, view = view[:take], view[take:]
+            yield index, first, np.frombuffer(piece, NUMPY[runs[index].dtype])
+            first += len(piece) // size
+            if first == runs[index].length:
+                index, first = index + 1, 0
+    if index < len(runs):
+        raise InvalidUpdate(f"a read ended in the middle of a slice, at element {first} of run {index}; the object was cut short")
+
+
+def widen(block: Array) -> npt.NDArray[np.float32]:
+    """Turn bfloat16 bits into the equal float32 values."""
+    bits = block.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def _round_to_bfloat16(values: Array) -> Array:
+    """Round float64 to the nearest bfloat16, ties to even, in one rounding.
+
+    Going through float32 would round twice. Rounding to float32 *to odd* first keeps what the second
+    rounding must know (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    back = near.astype(np.float64)
+    fix = (back != values) & (bits & 1 == 0)
+    bits += np.where(fix, np.where(np.abs(values) > np.abs(back), 1, -1), 0).astype(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _divide_integers(sums: Array, total: int) -> Array:
+    """Divide exactly and round to nearest, ties to even; ``sums`` are int64 or Python integers."""
+    quotient = sums // total
+    twice = (sums - quotient * total) * 2
+    quotient += (twice > total) | ((twice == total) & (quotient % 2 == 1))
+    return quotient

@@ -1,0 +1,184 @@
+"""A plan knows its memory, requests and bytes before anything runs; every byte count is made here."""
+
+import hashlib
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
+
+from gradsharding.errors import PlanTooLarge
+from gradsharding.kernel import sum_bytes
+from gradsharding.layout import Run
+from gradsharding.value import Value
+
+RESERVED = 64 << 20
+"""Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
+
+READ_BUFFER = 4 << 20
+"""Bytes that bound what a store holds of one streaming read."""
+
+MAX_PARTS = 10_000
+"""Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
+
+Bytes = Annotated[int, BeforeValidator(lambda v: int(TypeAdapter(ByteSize).validate_python(v)))]
+"""A number of bytes; text such as "512MiB" or "2GB" is read too."""
+
+NonFinitePolicy = Literal["raise", "propagate"]
+"""What NaN or infinity in an update does: end the run and name it, or pass into the result."""
+
+
+class Limits(Value):
+    """What a function may use.
+
+    >>> Limits(memory="512MiB").memory
+    536870912
+    """
+
+    memory: Bytes = 512 << 20
+    """Allowed memory of one function, in bytes, the interpreter included."""
+
+
+class Term(Value):
+    """One weighted input: the data section of ``source`` begins at its byte ``base``."""
+
+    client: str
+    source: str
+    version: str
+    base: int
+    weight: int
+
+
+class Task(Value):
+    """Average bytes ``start`` to ``stop`` of the vector over all terms, and write them as one part of the result."""
+
+    id: str
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+    terms: tuple[Term, ...]
+    part: int
+    offset: int
+
+    @property
+    def weight(self) -> int:
+        """Sum of the terms' weights."""
+        return sum(term.weight for term in self.terms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slice."""
+        return self.stop - self.start
+
+    @property
+    def memory(self) -> int:
+        """Projected peak memory in bytes: an upper bound, independent of the number of terms."""
+        return RESERVED + READ_BUFFER + sum_bytes(self.runs, self.weight)
+
+
+class Job(Value):
+    """What the tasks of one run share: the round's store, the object they write, and how they treat NaN."""
+
+    store: str
+    output: str
+    upload: str
+    nonfinite: NonFinitePolicy = "raise"
+
+
+class TaskReport(Value):
+    """What one task did: requests, bytes, seconds, and the peak memory of its process in bytes."""
+
+    task: str
+    worker: str
+    gets: int
+    puts: int
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    seconds: float
+    read_seconds: float
+    write_seconds: float
+
+
+class Stage(Value):
+    """Tasks that may run together."""
+
+    tasks: tuple[Task, ...]
+
+
+class Plan(Value):
+    """Stages of tasks, and the header that makes their slices one safetensors object."""
+
+    topology: str
+    clients: int
+    header_bytes: int
+    result_bytes: int
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of all stages."""
+        return tuple(task for stage in self.stages for task in stage.tasks)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the whole plan: equal plans have equal digests."""
+        sha, known = hashlib.sha256(self.topology.encode()), dict[tuple[int, ...], bytes]()
+        for task in self.tasks:
+            sha.update(task.model_dump_json(exclude={"terms"}).encode())
+            shared = tuple(map(id, task.terms))  # tasks share their terms: each set of them is written out once
+            if shared not in known:
+                known[shared] = hashlib.sha256("".join(t.model_dump_json() for t in task.terms).encode()).digest()
+            sha.update(known[shared])
+        return sha.hexdigest()
+
+    @cached_property
+    def memory(self) -> int:
+        """Projected peak memory of the largest function, in bytes."""
+        return max(task.memory for task in self.tasks)
+
+    @property
+    def gets(self) -> int:
+        """GET requests of all tasks."""
+        return sum(len(task.terms) for task in self.tasks)
+
+    @property
+    def puts(self) -> int:
+        """PUT-class requests: a part for each task, one for the header, and the upload's begin and end."""
+        return len(self.tasks) + 3
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that all tasks read."""
+        return sum(len(task.terms) * task.nbytes for task in self.tasks)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the result, its header included."""
+        return self.header_bytes + self.result_bytes
+
+    def check(self, limits: Limits) -> None:
+        """Raise PlanTooLarge, with the numbers and the remedy, if a task cannot keep the limits."""
+        if len(self.tasks) + 1 > MAX_PARTS:
+            raise PlanTooLarge(
+                f"{len(self.tasks)} shards make {len(self.tasks) + 1} parts; an object has at most {MAX_PARTS}. "
+                f"Use at most {MAX_PARTS - 1} shards, or allow more memory"
+            )
+        worst = max(self.tasks, key=lambda task: task.memory)
+        if worst.memory > limits.memory:
+            raise PlanTooLarge(
+                f"task {worst.id} projects {mib(worst.memory)} of {mib(limits.memory)} allowed; {self._remedy(limits)}",
+                projected=worst.memory,
+                allowed=limits.memory,
+            )
+
+    def _remedy(self, limits: Limits) -> str:
+        fixed = RESERVED + READ_BUFFER + sum_bytes((), 1)
+        if limits.memory <= fixed:
+            return f"a function needs {mib(fixed)} before its first byte: allow more memory"
+        least = -(-sum(task.memory - fixed for task in self.tasks) // (limits.memory - fixed))
+        return f"use at least {least} shards, or allow {mib(self.memory)}"
+
+
+def mib(count: int) -> str:
+    """Write a number of bytes for people: rounded up to a tenth of a MiB."""
+    return f"{-(-count * 10 // (1 << 20)) / 10:.1f} MiB"

@@ -1,0 +1,259 @@
+"""A round is the objects under its prefix, each created once; which of them exist is its state. All keys are made here.
+
+rounds/ID/round.json              the round, and where its result goes
+rounds/ID/updates/CLIENT.safetensors
+rounds/ID/receipts/CLIENT.json    one client's contribution
+rounds/ID/manifest.json           sealed: the contributions, frozen
+rounds/ID/plan.json               the plan, and the upload its parts go to
+rounds/ID/result.safetensors      unless the round names another place
+rounds/ID/result.json             published: the last object, and the only one that says "done"
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import numpy.typing as npt
+
+from gradsharding.errors import ChangedObject, DuplicateClient, InvalidId, InvalidWeight, MissingObject, ObjectExists, TooFewClients
+from gradsharding.layout import Layout
+from gradsharding.plan import Plan, Term
+from gradsharding.store import ObjectStore, locate
+from gradsharding.update import Raw, encode, inspect
+from gradsharding.value import Value
+
+MAX_WEIGHT = 1 << 53
+"""The weights of a round sum to at most this: float64 holds every integer up to here."""
+
+_SCALE = 28
+"""Non-integral weights are scaled so that the smallest has this many bits: a relative error of at most 2**-29."""
+
+_V = TypeVar("_V", bound=Value)
+
+
+class RoundRecord(Value):
+    """Where a round's result goes: a key of its store, or a URL."""
+
+    id: str
+    output: str
+
+
+class Receipt(Value):
+    """One client's contribution: where its update lies, pinned by version, and how much it weighs."""
+
+    client: str
+    source: str
+    version: str
+    base: int
+    weight: int | float
+    layout: str
+    """Digest of the update's layout."""
+
+
+class Manifest(Value):
+    """The contributions of a round, frozen: clients sorted by id, weights as integers."""
+
+    round: str
+    layout: Layout
+    terms: tuple[Term, ...]
+
+
+class PlanRecord(Value):
+    """Which plan is under way, by digest, and the multipart upload that collects its parts."""
+
+    topology: str
+    tasks: int
+    digest: str
+    upload: str
+
+
+class ResultRecord(Value):
+    """A published result: one safetensors object."""
+
+    source: str
+    version: str
+    clients: tuple[str, ...]
+    weight: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Round:
+    """A handle on one round in a store; it holds no state of its own.
+
+    >>> from gradsharding import MemoryStore
+    >>> import numpy as np
+    >>> round = Round.create(MemoryStore(), "r1")
+    >>> round.submit("alice", {"w": np.float32([1, 2])}, weight=120).client
+    'alice'
+    >>> [(t.client, t.weight) for t in round.seal().terms]
+    [('alice', 120)]
+    """
+
+    store: ObjectStore
+    id: str
+
+    @classmethod
+    def create(cls, store: ObjectStore, id: str, *, output: str | None = None) -> Self:  # noqa: A002
+        """Create a round, or find it if it was created alike; ``output`` is a reference, by default a key of the round."""
+        round_ = cls(store, check_id(id))
+        record = RoundRecord(id=id, output=output or round_.key("result.safetensors"))
+        found = round_._create("round.json", record)
+        if found != record:
+            raise ObjectExists(f"round {id} exists and writes to {found.output}, not {record.output}; use another id")
+        return round_
+
+    def key(self, name: str) -> str:
+        """Key of one of the round's objects."""
+        return f"rounds/{self.id}/{name}"
+
+    def update_key(self, client: str) -> str:
+        """Key under which a client's update belongs."""
+        return self.key(f"updates/{check_id(client)}.safetensors")
+
+    def submit(self, client: str, arrays: Mapping[str, "npt.NDArray[Any] | Raw"], weight: float) -> Receipt:
+        """Write a client's arrays as one object, and its receipt."""
+        check_weight(weight, client)
+        key = self.update_key(client)
+        try:
+            self.store.put(key, encode(arrays)[1])
+        except ObjectExists:
+            raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
+        return self.refer(client, key, weight)
+
+    def refer(self, client: str, source: str, weight: float, *, version: str | None = None) -> Receipt:
+        """Record an update that is already in a store. ``source`` is a reference; only its header is read.
+
+        Raise ChangedObject if the object is not at ``version``, DuplicateClient if the client gave another update.
+        """
+        check_weight(weight, client)
+        layout, base, stat = inspect(source, self.store)
+        if version not in (None, stat.version):
+            raise ChangedObject(f"{source} of client {client} is at version {stat.version}, not {version}: it was written again")
+        receipt = Receipt(client=client, source=source, version=stat.version, base=base, weight=weight, layout=layout.digest)
+        if self._create(f"receipts/{check_id(client)}.json", receipt) != receipt:
+            raise DuplicateClient(f"client {client} is in round {self.id} already, with another update or weight; use one id per client")
+        return receipt
+
+    def receipts(self) -> list[Receipt]:
+        """All receipts, sorted by client."""
+        keys = [key for key, _ in self.store.list(self.key("receipts/"))]
+        return sorted((self._read(key, Receipt) for key in keys), key=lambda receipt: receipt.client)
+
+    def seal(self, *, leave_out: Iterable[str] = ()) -> Manifest:
+        """Freeze the set of contributions; a sealed round stays as it is.
+
+        Raise TooFewClients if there is none, LayoutMismatch naming the tensor that differs, InvalidWeight.
+        """
+        if sealed := self._find("manifest.json", Manifest):
+            return sealed
+        excluded = set(leave_out)
+        receipts = [receipt for receipt in self.receipts() if receipt.client not in excluded]
+        if not receipts:
+            raise TooFewClients(f"round {self.id} has no update to aggregate; submit at least one")
+        first = receipts[0]
+        layout = inspect(first.source, self.store).layout
+        for other in receipts[1:]:
+            if other.layout != first.layout:
+                layout.require_same(inspect(other.source, self.store).layout, first.client, other.client)
+        weights = integral_weights({receipt.client: receipt.weight for receipt in receipts})
+        terms = (Term(client=r.client, source=r.source, version=r.version, base=r.base, weight=weights[r.client]) for r in receipts)
+        return self._create("manifest.json", Manifest(round=self.id, layout=layout, terms=tuple(terms)))
+
+    def begin(self, plan: Plan) -> str:
+        """Record ``plan`` and begin its upload, or find the upload begun for the same plan; give the upload's id.
+
+        A different plan under way (of fewer shards, say) is given up, and its parts with it.
+        """
+        target, key = locate(self.output, self.store)
+        found = self._find("plan.json", PlanRecord)
+        if found and found.digest == plan.digest:
+            return found.upload
+        if found:
+            target.abort(key, found.upload)
+            self.forget_plan()
+        upload = target.begin(key)
+        record = PlanRecord(topology=plan.topology, tasks=len(plan.tasks), digest=plan.digest, upload=upload)
+        return self._create("plan.json", record).upload
+
+    def forget_plan(self) -> None:
+        """Drop a plan whose upload is gone."""
+        self.store.delete([self.key("plan.json")])
+
+    def publish(self, manifest: Manifest, version: str) -> ResultRecord:
+        """Record the finished result: the round is done."""
+        terms = manifest.terms
+        record = ResultRecord(
+            source=self.output,
+            version=version,
+            clients=tuple(term.client for term in terms),
+            weight=sum(term.weight for term in terms),
+            layout=manifest.layout,
+        )
+        return self._create("result.json", record)
+
+    def result(self) -> ResultRecord | None:
+        """The published result, or None."""
+        return self._find("result.json", ResultRecord)
+
+    @property
+    def output(self) -> str:
+        """Reference of the object that the round writes."""
+        return self._read(self.key("round.json"), RoundRecord).output
+
+    def _create(self, name: str, value: _V) -> _V:
+        """Create a record; where there is one already, that one holds."""
+        try:
+            self.store.put(self.key(name), [value.model_dump_json().encode()])
+        except ObjectExists:
+            return self._read(self.key(name), type(value))
+        return value
+
+    def _find(self, name: str, kind: type[_V]) -> _V | None:
+        try:
+            return self._read(self.key(name), kind)
+        except MissingObject:
+            return None
+
+    def _read(self, key: str, kind: type[_V]) -> _V:
+        stat = self.store.head(key)
+        return kind.model_validate_json(b"".join(bytes(b) for b in self.store.get(key, 0, stat.size)))
+
+
+def check_id(name: str) -> str:
+    """Give an id back if it may become part of a key; raise InvalidId."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
+        raise InvalidId(f"{name!r} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
+    return name
+
+
+def check_weight(weight: float, client: str) -> float:
+    """Give a weight back if it is finite, positive and at most 2**53; raise InvalidWeight."""
+    if isinstance(weight, bool) or not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+        raise InvalidWeight(f"client {client} has weight {weight}; use a positive number up to 2**53, such as its number of examples")
+    return weight
+
+
+def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
+    """Give integers in the ratio of ``weights``: the same where they are whole, else scaled by a power of two.
+
+    >>> integral_weights({"a": 120, "b": 80.0}), integral_weights({"a": 0.5, "b": 1.25})
+    ({'a': 120, 'b': 80}, {'a': 2, 'b': 5})
+    """
+    for client, weight in weights.items():
+        check_weight(weight, client)
+    if all(weight == int(weight) for weight in weights.values()):
+        whole = {client: int(weight) for client, weight in weights.items()}
+    else:
+        shift = _SCALE + 1 - math.frexp(min(weights.values()))[1]
+        whole = {client: round(math.ldexp(weight, shift)) for client, weight in weights.items()}
+        common = math.gcd(*whole.values())
+        whole = {client: weight // (common & -common) for client, weight in whole.items()}
+    if sum(whole.values()) > MAX_WEIGHT:
+        raise InvalidWeight(
+            f"the weights sum to {sum(weights.values()):g} over {len(weights)} clients, from {min(weights.values()):g} "
+            f"to {max(weights.values()):g}; as integers they pass 2**53: use whole numbers of examples"
+        )
+    return whole

@@ -1,0 +1,1 @@
+"""Flower strategies whose updates never pass through the server."""
