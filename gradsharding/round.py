@@ -21,7 +21,7 @@ from gradsharding.errors import ChangedObject, DuplicateClient, InvalidId, Inval
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan, Term
 from gradsharding.store import ObjectStore, locate
-from gradsharding.update import Raw, encode, inspect
+from gradsharding.update import Raw, Update, encode, inspect
 from gradsharding.value import Value
 
 MAX_WEIGHT = 1 << 53
@@ -123,13 +123,14 @@ class Round:
             raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
         return self.refer(client, key, weight)
 
-    def refer(self, client: str, source: str, weight: float, *, version: str | None = None) -> Receipt:
+    def refer(self, client: str, source: str, weight: float, *, version: str | None = None, update: Update | None = None) -> Receipt:
         """Record an update that is already in a store. ``source`` is a reference; only its header is read.
 
-        Raise ChangedObject if the object is not at ``version``, DuplicateClient if the client gave another update.
+        ``update`` is what ``inspect`` said of it, where that is known. Raise ChangedObject if the object is not at
+        ``version``, DuplicateClient if the client gave another update.
         """
         check_weight(weight, client)
-        layout, base, stat = inspect(source, self.store)
+        layout, base, stat = update or inspect(source, self.store)
         if version not in (None, stat.version):
             raise ChangedObject(f"{source} of client {client} is at version {stat.version}, not {version}: it was written again")
         receipt = Receipt(client=client, source=source, version=stat.version, base=base, weight=weight, layout=layout.digest)

@@ -11,10 +11,11 @@ import shutil
 import threading
 import uuid
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import IO, ClassVar, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists, UserError
@@ -241,31 +242,22 @@ class DirectoryStore:
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
-        try:
-            file = os.open(self._upload(upload) / "data", os.O_WRONLY)
-        except FileNotFoundError:
-            raise _no_upload(key, upload) from None
-        try:
-            _write(file, data, offset)
-            os.fdatasync(file)  # the mark below may only ever vouch for bytes that are on the disk
-        finally:
-            os.close(file)
+        with self._data(key, upload) as file:
+            _write(file.fileno(), data, offset)
         mark = self._upload(upload) / "parts" / f"{number:05d}"
         draft = mark.with_suffix(f".{uuid.uuid4().hex}")
-        draft.write_text(f"{offset} {memoryview(data).nbytes}")
+        draft.write_text(f"{offset} {memoryview(data).nbytes} {zlib.crc32(data)}")
         draft.replace(mark)
 
     def parts(self, key: str, upload: str) -> dict[int, Part]:
-        try:
-            marks = sorted(p for p in (self._upload(upload) / "parts").iterdir() if not p.suffix)
-        except FileNotFoundError:
-            raise _no_upload(key, upload) from None
-        return {int(mark.name): Part(*map(int, mark.read_text().split())) for mark in marks}
+        # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
+        with self._data(key, upload) as file:
+            return {n: part for n, (part, crc) in self._marks(upload).items() if _crc(file.fileno(), part) == crc}
 
     def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
-        check_tiling(key, self.parts(key, upload))
         data = self._upload(upload) / "data"
-        with data.open("rb+") as file:
+        with self._data(key, upload) as file:
+            check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
             os.fsync(file.fileno())
         stat = self._publish(key, data, self._path(key), overwrite=overwrite)
         self.abort(key, upload)
@@ -282,6 +274,21 @@ class DirectoryStore:
         if not re.fullmatch("[0-9a-f]{32}", upload):
             raise InvalidId(f"{upload!r} is not an upload's id; use what begin() gave")
         return self._hidden / "uploads" / upload
+
+    def _data(self, key: str, upload: str) -> IO[bytes]:
+        try:
+            return (self._upload(upload) / "data").open("rb+", buffering=0)
+        except FileNotFoundError:
+            raise _no_upload(key, upload) from None
+
+    def _marks(self, upload: str) -> dict[int, tuple[Part, int]]:
+        """The parts that were written, each with the checksum of its bytes."""
+        found = {}
+        for mark in sorted((self._upload(upload) / "parts").iterdir()):
+            if not mark.suffix:
+                offset, size, crc = map(int, mark.read_text().split())
+                found[int(mark.name)] = Part(offset, size), crc
+        return found
 
     def _require(self, key: str, file: int, version: str | None) -> None:
         found = _stat(os.fstat(file)).version
@@ -375,6 +382,13 @@ def _write(file: int, data: Buffer, offset: int | None = None) -> None:
     while view:
         count = os.write(file, view) if offset is None else os.pwrite(file, view, offset)
         view, offset = view[count:], None if offset is None else offset + count
+
+
+def _crc(file: int, part: Part) -> int:
+    crc, offset, end = 0, part.offset, part.offset + part.size
+    while offset < end and (data := os.pread(file, min(CHUNK, end - offset), offset)):
+        crc, offset = zlib.crc32(data, crc), offset + len(data)
+    return crc
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Flower's arrays and safetensors' are the same bytes behind different headers: nothing here computes."""
+
+import math
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+
+from gradsharding import Raw
+from gradsharding.errors import InvalidUpdate
+from gradsharding.kernel import NUMPY
+
+if TYPE_CHECKING:
+    import torch
+
+NPY = "numpy.ndarray"
+"""Flower's own serialization type: the bytes of an .npy file."""
+
+RAW = "gradsharding.raw.v1"
+"""Ours, for what numpy does not have: the plain bytes, little-endian, in C order."""
+
+_NAMES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16"}
+
+
+def to_raw(name: str, array: Array) -> Raw:
+    """View a Flower array as bytes, without a copy where they are little-endian and in C order; raise InvalidUpdate."""
+    if array.stype == RAW:
+        return Raw(array.dtype, tuple(array.shape), array.data)
+    if array.stype != NPY:
+        raise InvalidUpdate(f"tensor {name!r} is serialized as {array.stype!r}; send numpy arrays, or from_state_dict()'s")
+    stream = BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except ValueError as error:
+        raise InvalidUpdate(f"tensor {name!r} is not an .npy array ({error}); send numpy arrays") from None
+    if dtype.hasobject or dtype.newbyteorder("<") not in _NAMES:
+        raise InvalidUpdate(f"tensor {name!r} has dtype {dtype}; supported are {', '.join(NUMPY)}")
+    data = memoryview(array.data)[stream.tell() :]
+    if fortran or dtype != dtype.newbyteorder("<"):
+        loaded = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+        data = np.ascontiguousarray(loaded, dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise InvalidUpdate(f"tensor {name!r} has {len(data)} bytes where {dtype}{list(shape)} needs {math.prod(shape) * dtype.itemsize}")
+    return Raw(_NAMES[dtype.newbyteorder("<")], tuple(shape), data)
+
+
+def from_raw(raw: Raw) -> Array:
+    """Make a Flower array: numpy's where numpy has the dtype, else raw."""
+    if raw.dtype == "BF16":
+        return Array(raw.dtype, raw.shape, RAW, bytes(raw.data))
+    dtype, stream = np.dtype(NUMPY[raw.dtype]), BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": raw.shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return Array(str(dtype), raw.shape, NPY, b"".join((stream.getvalue(), raw.data)))
+
+
+def to_record(raws: Mapping[str, Raw], names: Iterable[str] | None = None) -> ArrayRecord:
+    """Make an ArrayRecord, in the order of ``names``."""
+    return ArrayRecord({name: from_raw(raws[name]) for name in names or raws})
+
+
+def from_state_dict(state: "Mapping[str, torch.Tensor]") -> ArrayRecord:
+    """Make an ArrayRecord of a torch ``state_dict``; bfloat16 tensors, which Flower cannot carry, included."""
+    import torch  # noqa: PLC0415 - the user's own: not every federation has it
+
+    arrays = {}
+    for name, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        if plain.dtype == torch.bfloat16:
+            arrays[name] = from_raw(Raw("BF16", tuple(plain.shape), plain.view(torch.int16).numpy().tobytes()))
+        else:
+            arrays[name] = Array(plain.numpy())
+    return ArrayRecord(arrays)
+
+
+def to_state_dict(record: ArrayRecord) -> "dict[str, torch.Tensor]":
+    """Make a torch ``state_dict`` of an ArrayRecord; the inverse of ``from_state_dict``."""
+    import torch  # noqa: PLC0415 - as above
+
+    state = {}
+    for name, array in record.items():
+        if array.stype == RAW:
+            bits = torch.frombuffer(bytearray(array.data), dtype=torch.int16) if array.data else torch.empty(0, dtype=torch.int16)
+            state[name] = bits.view(torch.bfloat16).reshape(array.shape)
+        else:
+            state[name] = torch.from_numpy(array.numpy().copy())
+    return state

@@ -1,0 +1,134 @@
+"""What of the replies may enter the mean: each is checked by itself, then against the others, then by what it holds."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+
+from gradsharding import Result, Round
+from gradsharding.errors import (
+    ChangedObject,
+    GradShardingError,
+    InvalidUpdate,
+    InvalidWeight,
+    LayoutMismatch,
+    MissingObject,
+    NonFinite,
+    TooFewClients,
+)
+from gradsharding.layout import Layout
+from gradsharding.round import check_weight
+from gradsharding.update import Update, inspect
+from gradsharding_flower.mod import client_id
+from gradsharding_flower.reference import Reference, find
+
+log = logging.getLogger("flwr")
+
+LeaveOut = Callable[[int, str], None]
+"""Takes the node that is left out of a round, and why."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A reply that may enter the mean."""
+
+    node: int
+    content: RecordDict
+    weight: float
+    reference: Reference
+    update: Update
+
+    @property
+    def client(self) -> str:
+        """The node as the client of a round."""
+        return client_id(self.node)
+
+
+def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, leave_out: LeaveOut) -> list[Contribution]:
+    """Give the usable replies, sorted by node; ``leave_out`` is told of the others."""
+    found = []
+    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
+        node = message.metadata.src_node_id
+        if message.has_error():
+            leave_out(node, f"it answered with an error: {message.error.reason}")
+            continue
+        try:
+            found.append(_check(node, message.content, round_, weighted_by_key))
+        except GradShardingError as error:
+            leave_out(node, error.message)
+    return _alike(found, leave_out)
+
+
+def mean(
+    contributions: Sequence[Contribution], round_: Round, run: Callable[[Round], Result], at_least: int, leave_out: LeaveOut
+) -> Result:
+    """Average the contributions; those that turn out to be unusable are left out, and the rest is averaged again.
+
+    Each attempt is a round of its own, ``run`` aggregates it. Raise TooFewClients, or what is no client's fault.
+    """
+    kept = list(contributions)
+    for attempt in range(len(kept) + 1):
+        if len(kept) < max(at_least, 1):
+            raise TooFewClients(f"{len(kept)} usable updates are too few, {max(at_least, 1)} are needed; see why the others were left out")
+        trial = Round.create(round_.store, f"{round_.id}-{attempt}")
+        for one in kept:
+            trial.refer(one.client, one.reference.source, one.weight, version=one.reference.version, update=one.update)
+        try:
+            return run(trial)
+        except (NonFinite, MissingObject, ChangedObject, InvalidUpdate) as error:
+            faults = _faults(error, kept[0].update.layout)
+            if not faults:
+                raise
+            for one in kept:
+                if one.client in faults:
+                    leave_out(one.node, faults[one.client])
+            kept = [one for one in kept if one.client not in faults]
+    raise AssertionError("each attempt but the last leaves a client out")
+
+
+def _check(node: int, content: RecordDict, round_: Round, weighted_by_key: str) -> Contribution:
+    """Check one reply by itself: its records, its weight, and that its receipt tells the truth."""
+    arrays, metrics = list(content.array_records.values()), list(content.metric_records.values())
+    if len(arrays) != 1 or len(metrics) != 1:
+        raise InvalidUpdate(f"its reply has {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords, where one of each is due")
+    weight = metrics[0].get(weighted_by_key)
+    if not isinstance(weight, (int, float)):
+        raise InvalidWeight(f"its metrics say {weighted_by_key!r} is {weight!r}, where a number is due")
+    check_weight(weight, client_id(node))
+    reference, place = find(arrays[0]), round_.update_key(client_id(node))
+    if reference is None or reference.source != place:
+        raise InvalidUpdate(f"its receipt is for {reference.source if reference else 'nothing'}, where {place} is due")
+    update = inspect(place, round_.store)
+    if update.stat.version != reference.version:
+        raise ChangedObject(f"{place} is at version {update.stat.version}, not {reference.version} as in its receipt")
+    if sorted(reference.names) != sorted(tensor.name for tensor in update.layout.tensors):
+        raise InvalidUpdate(f"its receipt names {len(reference.names)} tensors, others than the {len(update.layout.tensors)} in {place}")
+    return Contribution(node, content, weight, reference, update)
+
+
+def _alike(found: Sequence[Contribution], leave_out: LeaveOut) -> list[Contribution]:
+    """Keep the contributions of the most common layout; of equally common ones, that of the lowest node."""
+    if not found:
+        return []
+    counts = Counter(one.update.layout.digest for one in found)
+    model = max(found, key=lambda one: counts[one.update.layout.digest])
+    for one in found:
+        try:
+            model.update.layout.require_same(one.update.layout, f"node {model.node}'s update", "its own")
+        except LayoutMismatch as error:
+            leave_out(one.node, error.message)
+    return [one for one in found if one.update.layout == model.update.layout]
+
+
+def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:
+    """Which clients an error is the fault of, and how; by tensor and index where it says a byte."""
+    if isinstance(error, NonFinite):
+        return {client: _place(layout, byte) for client, byte in error.details["found"]}
+    return {error.details["client"]: error.message} if "client" in error.details else {}
+
+
+def _place(layout: Layout, byte: int) -> str:
+    tensor, index = layout.locate(byte)
+    return f"tensor {tensor.name!r} holds NaN or infinity at {list(index)}"

@@ -1,0 +1,73 @@
+"""A reference stands in a message where arrays would: it names one safetensors object, pinned by version."""
+
+import os
+from collections.abc import Mapping
+
+from flwr.app import Array, ArrayRecord
+from pydantic import ValidationError
+
+from gradsharding import ObjectStore, Raw
+from gradsharding.errors import ChangedObject, InvalidUpdate
+from gradsharding.store import file_reference
+from gradsharding.update import encode, inspect, load_raw
+from gradsharding.value import Value
+from gradsharding_flower.arrays import to_raw, to_record
+
+STYPE = "gradsharding.reference.v1"
+"""The serialization type of a reference; code that does not know it fails on it, instead of averaging it."""
+
+KEY = "gradsharding.reference"
+"""The one key of an ArrayRecord that is a reference."""
+
+
+class Reference(Value):
+    """Where a model's arrays lie, and the order in which its record names them."""
+
+    source: str
+    version: str
+    nbytes: int
+    names: tuple[str, ...]
+
+    def record(self) -> ArrayRecord:
+        """The ArrayRecord that travels: one array of a few bytes, whatever the model."""
+        return ArrayRecord({KEY: Array("reference", (), STYPE, self.model_dump_json().encode())})
+
+    def load(self, store: ObjectStore) -> ArrayRecord:
+        """Read the arrays; raise ChangedObject if they were written again."""
+        found = inspect(self.source, store).stat.version
+        if found != self.version:
+            raise ChangedObject(f"{self.source} is at version {found}, not {self.version}: it was written again")
+        return to_record(load_raw(self.source, store), self.names)
+
+
+def find(record: ArrayRecord) -> Reference | None:
+    """Read the reference that ``record`` is, or None if it holds arrays; raise InvalidUpdate if it is malformed."""
+    array = record.get(KEY)
+    if array is None or array.stype != STYPE:
+        return None
+    try:
+        return Reference.model_validate_json(array.data)
+    except ValidationError as error:
+        raise InvalidUpdate(f"a malformed reference: {error.errors()[0]['msg']}; use the same gradsharding on all nodes") from None
+
+
+def write(key: str, arrays: ArrayRecord, store: ObjectStore) -> Reference:
+    """Write the arrays of a record as one object under ``key``; raise ObjectExists or InvalidUpdate."""
+    raws: Mapping[str, Raw] = {name: to_raw(name, array) for name, array in arrays.items()}
+    layout, buffers = encode(raws)
+    stat = store.put(key, buffers)
+    return Reference(source=key, version=stat.version, nbytes=layout.nbytes, names=tuple(arrays))
+
+
+def describe(source: str, store: ObjectStore, names: tuple[str, ...] | None = None) -> Reference:
+    """Make a reference to an object that is there, reading its header only."""
+    layout, _, stat = inspect(source, store)
+    return Reference(source=source, version=stat.version, nbytes=layout.nbytes, names=names or tuple(t.name for t in layout.tensors))
+
+
+def refer(path: str | os.PathLike[str], store: ObjectStore) -> ArrayRecord:
+    """Make initial arrays of a local safetensors file that all nodes can read, without reading its data.
+
+    Give it to ``GradSharding.start`` as ``initial_arrays``: then no model is ever in the server's memory.
+    """
+    return describe(file_reference(path), store).record()

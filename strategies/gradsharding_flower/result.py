@@ -1,0 +1,53 @@
+"""What a run leaves: a report of each round, and a result whose arrays are read when they are first used."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Result
+
+from gradsharding import ObjectStore
+from gradsharding_flower.reference import Reference
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round of training did; sizes in bytes."""
+
+    server_round: int
+    clients: tuple[int, ...]
+    """Node ids whose updates were averaged."""
+    left_out: dict[int, str]
+    """Node ids that were not, and why."""
+    server_sent: int
+    """Through the Flower server, to the clients."""
+    server_received: int
+    """Through the Flower server, from the clients."""
+    uploaded: int
+    """Through the store: the clients' updates."""
+    read: int
+    """Through the store: what the functions read."""
+    written: int
+    """Through the store: what the functions wrote."""
+    functions: int
+    peak_memory: int
+    projected_memory: int
+    seconds: float
+
+
+class LazyResult(Result):
+    """Flower's Result; ``arrays`` reads the final model from the store, once."""
+
+    def __init__(self, result: Result, model: Reference, store: ObjectStore) -> None:
+        """Take the metrics of ``result``, and ``model`` in the place of its arrays."""
+        self.model = model
+        """Reference to the final model: ``model.source`` names its safetensors object."""
+        self._store = store
+        self.train_metrics_clientapp = result.train_metrics_clientapp
+        self.evaluate_metrics_clientapp = result.evaluate_metrics_clientapp
+        self.evaluate_metrics_serverapp = result.evaluate_metrics_serverapp
+
+    @cached_property
+    def arrays(self) -> ArrayRecord:  # type: ignore[override]
+        """The final model's arrays."""
+        return self.model.load(self._store)

@@ -1,0 +1,257 @@
+"""GradSharding wraps a strategy and takes over one thing: the weighted mean, which is computed slice by slice, elsewhere."""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
+
+from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, open_executor, open_store, sharded
+from gradsharding import Result as Averaged
+from gradsharding.errors import GradShardingError, UserError
+from gradsharding_flower.contributions import Contribution, collect, mean
+from gradsharding_flower.grid import Traffic, WatchedGrid
+from gradsharding_flower.mod import ORDERS, client_id, orders
+from gradsharding_flower.reference import KEY, Reference, find, write
+from gradsharding_flower.result import LazyResult, RoundReport
+from gradsharding_flower.wrapped import needs_arrays
+
+log = logging.getLogger("flwr")
+
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Mode = Literal["direct", "relay", "mixed"]
+
+
+class GradSharding(Strategy):
+    """Any weighted-mean strategy, with its mean taken slice by slice from a store.
+
+    Parameters
+    ----------
+    inner : FedAvg
+        The strategy to wrap: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad. With FedAvg and FedProx no array
+        is ever in the server's memory; the others hold the average there once a round, to take their step.
+    store : ObjectStore | str
+        Where updates and models lie; all nodes must reach it, unless ``mode`` is "relay".
+    shards : int | None (default: None)
+        Number of slices; by default as many as fit the limits and the store.
+    executor : Executor | str (default: "processes")
+        Where the slices are averaged.
+    limits : Limits | None (default: None)
+        What one function may use (default: 512 MiB).
+    mode : str (default: "direct")
+        "direct": every ClientApp has ``upload_mod``; updates go to the store and only receipts to the server.
+        "relay": no ClientApp has it; the server writes updates to the store as they come in, one at a time.
+        "mixed": both kinds in one federation; a node gets arrays until its first receipt, and references from then on.
+    min_replies : int (default: 1)
+        A round with fewer usable updates is given up, with an error in the log, and the model stays.
+    keep : bool (default: False)
+        Keep all updates and models in the store, instead of the current and the previous model only.
+    """
+
+    def __init__(
+        self,
+        inner: FedAvg,
+        *,
+        store: ObjectStore | str,
+        shards: int | None = None,
+        executor: Executor | str = "processes",
+        limits: Limits | None = None,
+        mode: Mode = "direct",
+        min_replies: int = 1,
+        keep: bool = False,
+    ) -> None:
+        self._needs_arrays = needs_arrays(inner)
+        if mode not in ("direct", "relay", "mixed"):
+            raise UserError(f"no mode is known as {mode!r}; use direct, relay or mixed")
+        self.inner = inner
+        self.store = open_store(store) if isinstance(store, str) else store
+        self.executor = open_executor(executor) if isinstance(executor, str) else executor
+        self.limits = limits or Limits()
+        self.shards = shards
+        self.mode = mode
+        self.min_replies = min_replies
+        self.keep = keep
+        self.history: list[RoundReport] = []
+        """One report a round of training, of the last ``start``."""
+        self._run = ""
+        self._model: Reference | None = None
+        self._direct_nodes: set[int] = set()
+        self._traffic = self._before = Traffic()
+        self._server_round = 0
+        self._refused: dict[int, str] = {}
+
+    def summary(self) -> None:
+        """Log the configuration, then the wrapped strategy's."""
+        log.info("\t├──> GradSharding settings:")
+        log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
+        log.info("\t│\t├── Shards: %s | executor: %s", self.shards or "as memory allows", type(self.executor).__name__)
+        log.info("\t│\t└── Allowed memory of a function: %.0f MiB", self.limits.memory / 2**20)
+        self.inner.summary()
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the federation, as ``Strategy.start`` does. ``initial_arrays`` may be a reference (``refer``).
+
+        ``evaluate_fn`` gets real arrays, read for each call; the result's ``arrays`` are read when first used.
+        """
+        self._run, self.history, self._direct_nodes = uuid.uuid4().hex[:12], [], set()
+        self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
+        watched = WatchedGrid(grid, self._relay)
+        self._traffic = watched.traffic
+        result = super().start(
+            watched,
+            self._model.record(),
+            num_rounds,
+            timeout,
+            train_config,
+            evaluate_config,
+            self._materialised(evaluate_fn) if evaluate_fn else None,
+        )
+        return LazyResult(result, self._model, self.store)
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Let the wrapped strategy choose nodes and settings; references go where the model would."""
+        self._server_round, self._refused = server_round, {}
+        self._before = replace(self._traffic)
+        shown = self._load(arrays) if self._needs_arrays else arrays
+        return self._address(self.inner.configure_train(server_round, shown, config, grid), arrays)
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """The same, for evaluation on the clients."""
+        return self._address(self.inner.configure_evaluate(server_round, arrays, config, grid), arrays)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average what can be averaged. The log names each node that is left out, and why.
+
+        Too few usable updates, or a failure of the functions, end the round with an error in the log; the run goes on
+        with the model it has.
+        """
+        left_out: dict[int, str] = {}
+
+        def leave_out(node: int, reason: str) -> None:
+            left_out[node] = self._refused.get(node, reason)
+            log.warning("aggregate_train: node %d is left out of round %d: %s", node, server_round, left_out[node])
+
+        round_ = self._round(server_round)
+        kept = collect(replies, round_, self.inner.weighted_by_key, leave_out)
+        try:
+            averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
+        except GradShardingError as error:
+            log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
+            return None, None
+        kept = [one for one in kept if one.node not in left_out]
+        log.info("aggregate_train: averaged %d updates in %d slices", len(kept), len(averaged.plan.tasks))
+        record = averaged.record
+        names = kept[0].reference.names
+        model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=names)
+        if self._needs_arrays:
+            model = self._server_step(server_round, model)
+        metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
+        self._note(server_round, kept, left_out, averaged)
+        self._forget(model)
+        self._model = model
+        return model.record(), metrics
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The wrapped strategy's."""
+        return self.inner.aggregate_evaluate(server_round, replies)
+
+    def _round(self, server_round: int) -> Round:
+        return Round(self.store, f"{self._run}-{server_round:06d}")
+
+    def _load(self, arrays: ArrayRecord) -> ArrayRecord:
+        reference = find(arrays)
+        return reference.load(self.store) if reference else arrays
+
+    def _materialised(self, evaluate: EvaluateFn) -> EvaluateFn:
+        return lambda server_round, arrays: evaluate(server_round, self._load(arrays))
+
+    def _address(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
+        """Give each message what its node can read: a reference and the mod's orders, or arrays."""
+        addressed = list(messages)
+        told = orders(self.store, self._round(self._server_round).id)
+        plain: ArrayRecord | None = None
+        for message in addressed:
+            direct = self.mode == "direct" or message.metadata.dst_node_id in self._direct_nodes
+            if not direct:
+                plain = plain or self._load(arrays)
+            content = RecordDict(dict(message.content))
+            content[self.inner.arrayrecord_key] = arrays if direct or plain is None else plain
+            if self.mode != "relay":
+                content[ORDERS] = told
+            message.content = content
+        return addressed
+
+    def _relay(self, reply: Message) -> None:
+        """Write arrays that came with a reply to the store, so that the server lets go of them at once."""
+        if not reply.has_content() or not reply.metadata.message_type.startswith(MessageType.TRAIN):
+            return
+        node, content = reply.metadata.src_node_id, reply.content
+        for key, record in list(content.array_records.items()):
+            if KEY in record:
+                self._direct_nodes.add(node)
+                continue
+            try:
+                place = self._round(self._server_round).update_key(client_id(node))
+                content[key] = write(place, record, self.store).record()
+            except GradShardingError as error:
+                self._refused[node] = error.message
+                content[key] = ArrayRecord()
+
+    def _aggregate(self, round_: Round) -> Averaged:
+        return aggregate(round_, topology=partial(sharded, shards=self.shards), limits=self.limits, executor=self.executor)
+
+    def _server_step(self, server_round: int, average: Reference) -> Reference:
+        """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
+        arrays = average.load(self.store)
+        one = Message(RecordDict({self.inner.arrayrecord_key: arrays}), dst_node_id=0, message_type=MessageType.TRAIN)
+        one.content["metrics"] = MetricRecord({self.inner.weighted_by_key: 1.0})
+        stepped, _ = self.inner.aggregate_train(server_round, [one])
+        assert stepped is not None
+        for name, array in stepped.items():
+            kind = np.dtype(arrays[name].dtype)
+            if kind.kind in "iub":
+                stepped[name] = Array(np.asarray(np.rint(array.numpy()), kind))
+        return write(self._round(server_round).key("model.safetensors"), stepped, self.store)
+
+    def _note(self, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged) -> None:
+        observed = averaged.reports
+        self.history.append(
+            RoundReport(
+                server_round=server_round,
+                clients=tuple(one.node for one in kept),
+                left_out=left_out,
+                server_sent=self._traffic.sent - self._before.sent,
+                server_received=self._traffic.received - self._before.received,
+                uploaded=sum(one.update.stat.size for one in kept),
+                read=sum(report.bytes_read for report in observed),
+                written=averaged.plan.header_bytes + sum(report.bytes_written for report in observed),
+                functions=len(observed),
+                peak_memory=max(report.peak_memory for report in observed),
+                projected_memory=averaged.plan.memory,
+                seconds=sum(report.seconds for report in observed),
+            )
+        )
+
+    def _forget(self, model: Reference) -> None:
+        """Delete this run's objects but the new model and the one before it, which slow clients may still read."""
+        if self.keep:
+            return
+        assert self._model
+        needed = {model.source, self._model.source}
+        found = [key for key, _ in self.store.list(f"rounds/{self._run}-")]
+        self.store.delete(key for key in found if key not in needed)
