@@ -1,0 +1,1 @@
+"""One federation of a model-sized round, sliced or plain."""

@@ -1,0 +1,104 @@
+"""The benchmarks run, and what they report has the shape that readers of ``benchmarks/results`` rely on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from measure import Range, in_fresh_process
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The report of a quick run of ``embedded.py``."""
+    directory = tmp_path_factory.mktemp("embedded")
+    command = [sys.executable, str(BENCHMARKS / "embedded.py"), "--quick", "--repetitions", "2", "--dir", str(directory)]
+    subprocess.run([*command, "--output", str(directory / "embedded.json")], check=True, capture_output=True)
+    found = json.loads((directory / "embedded.json").read_text())
+
+    assert [directory / "embedded.json"] == list(directory.iterdir())  # it has cleaned up
+    return found
+
+
+def test_report_names_its_question_its_machine_and_its_rivals(figures: Any) -> None:
+    """A report says what was asked, on which machine, and of whom."""
+    facts = {"cpu", "cores", "memory_bytes", "kernel", "python", "versions", "load_average_before", "date", "commit", "command"}
+
+    assert {"question", "setup", "machine", "rivals", "targets", "verified"} == set(figures)
+    assert facts == set(figures["machine"])
+    assert {"gradsharding", "numpy", "flwr"} == set(figures["machine"]["versions"])
+    assert ["ours", "flower", "numpy", "read"] == list(figures["rivals"])
+
+
+def test_report_gives_every_repetition_of_every_rival(figures: Any) -> None:
+    """Seconds and bytes of memory come as a median with all the values it was taken from."""
+    for rival in figures["rivals"].values():
+        for found in (rival["seconds"], rival["memory"]["own"], rival["memory"]["high_water_marks"]):
+            assert 2 == len(found["all"])
+            assert 0 < found["least"] <= found["median"] <= found["most"]
+
+
+def test_phases_sum_to_the_time_they_explain(figures: Any) -> None:
+    """No part of our own or of Flower's time is left unexplained, in any repetition."""
+    for name in ("ours", "flower"):
+        rival = figures["rivals"][name]
+        sums = [sum(values) for values in zip(*(phase["all"] for phase in rival["phases"].values()), strict=True)]
+
+        assert pytest.approx(rival["seconds"]["all"]) == sums
+
+
+def test_targets_are_ratios_of_the_medians(figures: Any) -> None:
+    """What a target compares can be recomputed from the report."""
+    ours, flower, targets = figures["rivals"]["ours"], figures["rivals"]["flower"], figures["targets"]
+
+    assert ours["seconds"]["median"] / flower["seconds"]["median"] == targets["time"]["found"]
+    assert ours["memory"]["own"]["median"] / flower["memory"]["own"]["median"] == targets["memory"]["found"]
+    assert (0.4, 0.125) == (targets["time"]["at_most"], targets["memory"]["at_most"])
+
+
+def test_the_three_results_agree(figures: Any) -> None:
+    """Ours and numpy's have the same bits; Flower's differ, within the rounding errors of float32."""
+    verified = figures["verified"]
+
+    assert verified["ours_equals_numpy_bit_for_bit"]
+    assert 0 < verified["flower_differs_by"] <= verified["flower_may_differ_by"]
+
+
+def test_range_tells_median_least_and_most() -> None:
+    """A range keeps the values in their order."""
+    assert Range(2.0, 1.0, 9.0, (9.0, 1.0, 2.0)) == Range.of([9.0, 1.0, 2.0])
+
+
+def test_memory_of_a_child_process_counts(tmp_path: Path) -> None:
+    """A rival's memory is that of all its processes, until it hands its figures over."""
+    script = tmp_path / "rival.py"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        "hold = 'import time; held = bytes(64 << 20).replace(bytes(1), b\"x\"); print(flush=True); time.sleep(60)'\n"
+        "with subprocess.Popen([sys.executable, '-c', hold], stdout=subprocess.PIPE) as child:\n"
+        "    child.stdout.readline()\n"
+        "    time.sleep(0.5)\n"
+        "    child.kill()\n"
+        "print('{\"seconds\": 1.5}', flush=True)\n"
+        "later = b'x' * (512 << 20)\n"
+    )
+
+    found = in_fresh_process([str(script)])
+
+    assert 1.5 == found["seconds"]
+    assert 64 << 20 < found["memory"]["own"] < 256 << 20
+    assert 2 == found["memory"]["processes"]
+
+
+def test_failure_of_a_rival_ends_the_benchmark(tmp_path: Path) -> None:
+    """A rival that fails is not passed over."""
+    script = tmp_path / "rival.py"
+    script.write_text("raise SystemExit(3)")
+
+    with pytest.raises(SystemExit, match="ended with status 3"):
+        in_fresh_process([str(script)])
