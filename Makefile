@@ -1,5 +1,5 @@
-# Each target stands alone on a fresh machine that has make and python3 (3.11 or later) with venv and pip;
-# on Debian: apt install make python3-pip python3-venv
+# Each target stands alone on a fresh machine that has make and python3 (3.11 or later). Debian keeps venv in a package of
+# its own, python3-venv: where it is missing, root gets it installed, others are told.
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -26,12 +26,13 @@ types: .venv/.ready
 docs: .venv/.ready # runs the examples that the documents and docstrings show
 	$(BIN)/pytest tests/test_docs.py gradsharding
 
-bench: .venv/.ready # 5.5 GB of disk and 6 GB of memory, for minutes; the figures go to benchmarks/results/
+bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for a quarter of an hour; the figures go to benchmarks/results/
 	$(BIN)/python benchmarks/embedded.py
+	$(BIN)/python benchmarks/flower_round.py
 
 # torch comes first and pinned: this release installs as a small CPU build, where a later one may bring gigabytes of CUDA.
 .venv/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || (apt-get -q update && apt-get -qy install python3-venv && $(PYTHON) -m venv .venv)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@

@@ -145,7 +145,7 @@ def _same_result(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:
-    plain, direct, small_model = figures["plain"], figures["direct"], figures["direct, small model"]
+    plain, direct, little = figures["plain"], figures["direct"], figures["direct, small model"]
     table = Table("", "plain FedAvg", "direct", "ratio", title="one round, medians")
 
     def row(name: str, before: float, after: float, scale: float = 1e6, unit: str = "MB") -> None:
@@ -163,9 +163,8 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
         if kind != "ServerApp":  # at the end it reads the result, to compare it; the row above was noted before
             row(f"peak RSS: {kind}", peak, direct["peaks"][kind])
     Console().print(table)
-    print(
-        f"the ServerApp's peak in direct mode: {direct[SERVER_PEAK] / 1e6:.1f} MB; with a small model: {small_model[SERVER_PEAK] / 1e6:.1f} MB"
-    )
+    large, small_peak = direct[SERVER_PEAK] / 1e6, little[SERVER_PEAK] / 1e6
+    print(f"the ServerApp's peak in direct mode: {large:.1f} MB; with a small model: {small_peak:.1f} MB")
     met = direct["round_seconds"] <= TARGET * plain["round_seconds"]
     print(f"target: at most {TARGET} of plain FedAvg's round time: {'met' if met else 'NOT met'}")
 
