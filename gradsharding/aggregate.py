@@ -11,7 +11,7 @@ from gradsharding.errors import MissingObject
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.plan import Job, Limits, NonFinitePolicy, Plan, TaskReport
 from gradsharding.round import ResultRecord, Round
-from gradsharding.store import ObjectStore, Stat, locate
+from gradsharding.store import exists, locate
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import inspect, load
 
@@ -91,14 +91,14 @@ def aggregate(
     if record := round.result():
         return Result(round, record, plan, (), 0)
     target, key = locate(round.output, round.store)
-    upload = round.begin(plan)
+    upload, begun = round.begin(plan, overwrite=overwrite)
     try:
         done = target.parts(key, upload)
     except MissingObject:  # completed by a call that died before it could say so, or lost
-        if not overwrite and (stat := _head(target, key)):
-            return Result(round, round.publish(manifest, stat.version), plan, (), 0)
+        if not overwrite and exists(target, key):
+            return Result(round, round.publish(manifest, target.head(key).version), plan, (), 0)
         round.forget_plan()
-        upload, done = round.begin(plan), {}
+        (upload, begun), done = round.begin(plan, overwrite=overwrite), {}
     target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
     job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)
     reports: list[TaskReport] = []
@@ -107,18 +107,11 @@ def aggregate(
         missing = [task for task in stage.tasks if task.part not in done]
         reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
     stat = target.complete(key, upload, overwrite=overwrite)
-    return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 3)
+    return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 2 + begun)
 
 
 def _ignore(report: TaskReport) -> None:
     """Tell nobody."""
-
-
-def _head(store: ObjectStore, key: str) -> Stat | None:
-    try:
-        return store.head(key)
-    except MissingObject:
-        return None
 
 
 def _figures(gets: int, puts: int, bytes_read: int, bytes_written: int, peak_memory: int, seconds: float | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor as Pool
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any, Protocol, Self
 
 from gradsharding import worker
@@ -55,7 +55,11 @@ class FuturesExecutor:
         self.pool = pool
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        return _collect([self.pool.submit(worker.run, task, job, store) for task in tasks], progress)
+        futures = [self.pool.submit(worker.run, task, job, store) for task in tasks]
+        try:
+            return _collect(futures, progress)
+        finally:
+            wait(future for future in futures if not future.cancelled())  # none may still write when this call has ended
 
 
 class ProcessExecutor:
@@ -77,8 +81,9 @@ class ProcessExecutor:
             raise UserError(f"{job.store} cannot be shared with worker processes; use a file:// store, or the inline executor")
         count = min(self.count, len(tasks))
         with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(_Worker(job, limits, use_cgroup=self.use_cgroup)) for _ in range(count)]
             pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
-            idle = [stack.enter_context(_Worker(job, limits, use_cgroup=self.use_cgroup)) for _ in range(count)]
+            idle = workers.copy()
 
             def once(task: Task) -> TaskReport:
                 process = idle.pop()  # there are as many workers as threads
@@ -87,14 +92,19 @@ class ProcessExecutor:
                 finally:
                     idle.append(process)
 
-            return _collect([pool.submit(once, task) for task in tasks], progress)
+            try:
+                return _collect([pool.submit(once, task) for task in tasks], progress)
+            except BaseException:
+                for process in workers:
+                    process.give_up()
+                raise
 
     def _try(self, process: "_Worker", task: Task) -> TaskReport:
         for attempt in range(1, self.attempts + 1):
             try:
                 return process.ask(task)
             except _WorkerDied as died:
-                if attempt == self.attempts:
+                if attempt == self.attempts or process.given_up:
                     raise TaskFailed(f"task {task.id} failed {attempt} times; {died}", task=task.id) from None
         raise AssertionError("unreachable")
 
@@ -111,6 +121,7 @@ class _Worker:
         self._allowed = limits.memory
         self._cgroup = MemoryCgroup.create(limits.memory) if use_cgroup else None
         self._kills = 0
+        self.given_up = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[str] | None = None
         self._start()
@@ -141,6 +152,12 @@ class _Worker:
         error = from_wire(wire)
         raise self._too_small(task, error.message) if isinstance(error, OutOfMemory) else error
 
+    def give_up(self) -> None:
+        """Kill the process: its answer is not wanted any more."""
+        self.given_up = True
+        if process := self._process:
+            process.kill()
+
     def _start(self) -> subprocess.Popen[str]:
         limit = [] if self._cgroup else ["--memory", str(self._allowed)]
         self._process = subprocess.Popen(
@@ -149,6 +166,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            process_group=0,  # Ctrl-C is for this process alone, which then gives its workers up
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # idle BLAS threads cost memory
         )
         if self._cgroup and not self._cgroup.add(self._process.pid):

@@ -73,6 +73,7 @@ class Layout(Value):
             dtype, shape = arrays[name]
             start, end = end, end + math.prod(shape) * ITEM_SIZE[dtype]
             tensors.append(Tensor(name=name, dtype=dtype, shape=shape, start=start, stop=end))
+        _check_tiling(tensors)  # here, too: a validator's errors would lose their kind
         return cls(tensors=tuple(tensors))
 
     @classmethod
@@ -84,7 +85,7 @@ class Layout(Value):
             raise InvalidUpdate("the header's __metadata__ is not a map of strings")
         tensors = [_tensor(name, entry) for name, entry in entries.items()]
         tensors.sort(key=lambda t: (t.start, t.stop))
-        _check_tiling(tensors)  # here, too: a validator's errors would lose their kind
+        _check_tiling(tensors)
         layout = cls(tensors=tuple(tensors))
         if layout.nbytes != data_size:
             raise InvalidUpdate(
@@ -134,14 +135,14 @@ class Layout(Value):
         if self == other:
             return
         ours, others = ({t.name: t for t in layout.tensors} for layout in (self, other))
-        for name in sorted(ours.keys() | others.keys()):
-            a, b = ours.get(name), others.get(name)
-            if a != b:
-                raise LayoutMismatch(
-                    f"tensor {name!r} is {_describe(a)} in {mine} but {_describe(b)} in {theirs}; "
-                    "all updates of a round must hold the same tensors",
-                    tensor=name,
-                )
+        differing = [name for name in sorted(ours.keys() | others.keys()) if ours.get(name) != others.get(name)]
+        if differing:  # one other dtype or shape moves the tensors after it: those that only moved come last
+            name = min(differing, key=lambda n: _form(ours.get(n)) == _form(others.get(n)))
+            raise LayoutMismatch(
+                f"tensor {name!r} is {_describe(ours.get(name))} in {mine} but {_describe(others.get(name))} in {theirs}; "
+                "all updates of a round must hold the same tensors",
+                tensor=name,
+            )
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
@@ -179,7 +180,9 @@ def _json_object(header: bytes) -> dict[str, Any]:
 
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except InvalidUpdate:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise InvalidUpdate(f"the header is not JSON ({error}); is this a safetensors object?") from None
     if not isinstance(entries, dict):
         raise InvalidUpdate("the header is not a JSON object; is this a safetensors object?")
@@ -206,6 +209,10 @@ def _check_tiling(tensors: Sequence[Tensor]) -> None:
                 "save the update again with the safetensors library"
             )
         end = tensor.stop
+    if any(tensor.name == "__metadata__" for tensor in tensors):
+        raise InvalidUpdate("a tensor is named __metadata__, which the format keeps for itself; rename the tensor")
+    if any("\ud800" <= letter <= "\udfff" for tensor in tensors for letter in tensor.name):
+        raise InvalidUpdate("a tensor name has half a surrogate pair, which UTF-8 cannot hold; rename the tensor")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise InvalidUpdate("a tensor name occurs twice; names must be unique")
 
@@ -224,6 +231,10 @@ def _item_size(name: str, dtype: str) -> int:
     if dtype not in ITEM_SIZE:
         raise InvalidUpdate(f"tensor {name!r} has dtype {dtype}; supported are {', '.join(ITEM_SIZE)}")
     return ITEM_SIZE[dtype]
+
+
+def _form(tensor: Tensor | None) -> tuple[str, tuple[int, ...]] | None:
+    return (tensor.dtype, tensor.shape) if tensor else None
 
 
 def _describe(tensor: Tensor | None) -> str:

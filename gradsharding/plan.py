@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import sum_bytes
-from gradsharding.layout import Run
+from gradsharding.layout import Run, join_runs
+from gradsharding.sharding import cut
 from gradsharding.value import Value
 
 RESERVED = 64 << 20
@@ -16,6 +17,8 @@ RESERVED = 64 << 20
 
 READ_BUFFER = 4 << 20
 """Bytes that bound what a store holds of one streaming read."""
+
+_FIXED = RESERVED + READ_BUFFER
 
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
@@ -72,7 +75,7 @@ class Task(Value):
     @property
     def memory(self) -> int:
         """Projected peak memory in bytes: an upper bound, independent of the number of terms."""
-        return RESERVED + READ_BUFFER + sum_bytes(self.runs, self.weight)
+        return _FIXED + sum_bytes(self.runs, self.weight)
 
 
 class Job(Value):
@@ -172,11 +175,23 @@ class Plan(Value):
             )
 
     def _remedy(self, limits: Limits) -> str:
-        fixed = RESERVED + READ_BUFFER + sum_bytes((), 1)
-        if limits.memory <= fixed:
-            return f"a function needs {mib(fixed)} before its first byte: allow more memory"
-        least = -(-sum(task.memory - fixed for task in self.tasks) // (limits.memory - fixed))
-        return f"use at least {least} shards, or allow {mib(self.memory)}"
+        least = _FIXED + sum_bytes((), 1)
+        if limits.memory <= least:
+            return f"a function needs {mib(least)} before its first byte: allow more memory"
+        shards = self._shards(limits.memory)
+        return f"{f'use at least {shards} shards, or ' if shards else ''}allow {mib(self.memory)}"
+
+    def _shards(self, allowed: int) -> int | None:
+        """Find a number of slices that fit; None where even the most do not. Bytes alone do not tell: sums may be wide."""
+        last, weight = self.stages[-1].tasks, self.tasks[0].weight
+        runs = join_runs(run for task in last for run in task.runs)
+        most = min(sum(run.length for run in runs), MAX_PARTS - 1)
+        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - _FIXED - sum_bytes((), weight)))
+        while count <= most:
+            if all(_FIXED + sum_bytes(slice_.runs, weight) <= allowed for slice_ in cut(runs, count)):
+                return count
+            count += -(-count // 8)
+        return None
 
 
 def mib(count: int) -> str:

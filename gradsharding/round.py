@@ -9,18 +9,22 @@ rounds/ID/result.safetensors      unless the round names another place
 rounds/ID/result.json             published: the last object, and the only one that says "done"
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 
 from gradsharding.errors import ChangedObject, DuplicateClient, InvalidId, InvalidWeight, MissingObject, ObjectExists, TooFewClients
+from gradsharding.kernel import Buffer
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan, Term
-from gradsharding.store import ObjectStore, locate
+from gradsharding.store import ObjectStore, exists, locate
 from gradsharding.update import Raw, Update, encode, inspect
 from gradsharding.value import Value
 
@@ -114,13 +118,14 @@ class Round:
         return self.key(f"updates/{check_id(client)}.safetensors")
 
     def submit(self, client: str, arrays: Mapping[str, "npt.NDArray[Any] | Raw"], weight: float) -> Receipt:
-        """Write a client's arrays as one object, and its receipt."""
+        """Write a client's arrays as one object, and its receipt; the same again, after a crash say, changes nothing."""
         check_weight(weight, client)
-        key = self.update_key(client)
+        key, data = self.update_key(client), encode(arrays)[1]
         try:
-            self.store.put(key, encode(arrays)[1])
+            self.store.put(key, data)
         except ObjectExists:
-            raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
+            if _digest(self.store.get(key, 0, self.store.head(key).size)) != _digest(data):
+                raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
         return self.refer(client, key, weight)
 
     def refer(self, client: str, source: str, weight: float, *, version: str | None = None, update: Update | None = None) -> Receipt:
@@ -129,12 +134,12 @@ class Round:
         ``update`` is what ``inspect`` said of it, where that is known. Raise ChangedObject if the object is not at
         ``version``, DuplicateClient if the client gave another update.
         """
-        check_weight(weight, client)
+        name, weight = f"receipts/{check_id(client)}.json", check_weight(weight, client)
         layout, base, stat = update or inspect(source, self.store)
         if version not in (None, stat.version):
             raise ChangedObject(f"{source} of client {client} is at version {stat.version}, not {version}: it was written again")
         receipt = Receipt(client=client, source=source, version=stat.version, base=base, weight=weight, layout=layout.digest)
-        if self._create(f"receipts/{check_id(client)}.json", receipt) != receipt:
+        if self._create(name, receipt) != receipt:
             raise DuplicateClient(f"client {client} is in round {self.id} already, with another update or weight; use one id per client")
         return receipt
 
@@ -163,25 +168,37 @@ class Round:
         terms = (Term(client=r.client, source=r.source, version=r.version, base=r.base, weight=weights[r.client]) for r in receipts)
         return self._create("manifest.json", Manifest(round=self.id, layout=layout, terms=tuple(terms)))
 
-    def begin(self, plan: Plan) -> str:
-        """Record ``plan`` and begin its upload, or find the upload begun for the same plan; give the upload's id.
+    def begin(self, plan: Plan, *, overwrite: bool = False) -> tuple[str, bool]:
+        """Record ``plan`` and begin its upload: give the upload's id, and whether it was begun just now.
 
-        A different plan under way (of fewer shards, say) is given up, and its parts with it.
+        An upload under way for the same plan goes on; one for a different plan (of fewer shards, say) is given up, and
+        its parts with it. Raise ObjectExists, unless ``overwrite``, if something else is where the result belongs.
         """
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
         if found and found.digest == plan.digest:
-            return found.upload
+            return found.upload, False
         if found:
-            target.abort(key, found.upload)
-            self.forget_plan()
+            self.abandon()
+        if not overwrite and exists(target, key):
+            raise ObjectExists(f"{self.output} is there already; let the round write to another place, or allow it to overwrite")
         upload = target.begin(key)
         record = PlanRecord(topology=plan.topology, tasks=len(plan.tasks), digest=plan.digest, upload=upload)
-        return self._create("plan.json", record).upload
+        kept = self._create("plan.json", record).upload
+        if kept != upload:  # another process was faster
+            target.abort(key, upload)
+        return kept, kept == upload
 
     def forget_plan(self) -> None:
         """Drop a plan whose upload is gone."""
         self.store.delete([self.key("plan.json")])
+
+    def abandon(self) -> None:
+        """Give up the plan under way, if there is one, and the parts written for it."""
+        if found := self._find("plan.json", PlanRecord):
+            target, key = locate(self.output, self.store)
+            target.abort(key, found.upload)
+            self.forget_plan()
 
     def publish(self, manifest: Manifest, version: str) -> ResultRecord:
         """Record the finished result: the round is done."""
@@ -223,6 +240,13 @@ class Round:
         return kind.model_validate_json(b"".join(bytes(b) for b in self.store.get(key, 0, stat.size)))
 
 
+def _digest(data: Iterable[Buffer]) -> bytes:
+    sha = hashlib.sha256()
+    for buffer in data:
+        sha.update(buffer)
+    return sha.digest()
+
+
 def check_id(name: str) -> str:
     """Give an id back if it may become part of a key; raise InvalidId."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
@@ -231,10 +255,11 @@ def check_id(name: str) -> str:
 
 
 def check_weight(weight: float, client: str) -> float:
-    """Give a weight back if it is finite, positive and at most 2**53; raise InvalidWeight."""
-    if isinstance(weight, bool) or not (math.isfinite(weight) and 0 < weight <= MAX_WEIGHT):
+    """Give a weight back, as a plain number, if it is positive and at most 2**53; raise InvalidWeight."""
+    number = weight.item() if isinstance(weight, np.generic) else weight
+    if type(number) not in (int, float) or not 0 < number <= MAX_WEIGHT:
         raise InvalidWeight(f"client {client} has weight {weight}; use a positive number up to 2**53, such as its number of examples")
-    return weight
+    return number
 
 
 def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
@@ -249,7 +274,7 @@ def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
         whole = {client: int(weight) for client, weight in weights.items()}
     else:
         shift = _SCALE + 1 - math.frexp(min(weights.values()))[1]
-        whole = {client: round(math.ldexp(weight, shift)) for client, weight in weights.items()}
+        whole = {client: round(Fraction(weight) * Fraction(2) ** shift) for client, weight in weights.items()}
         common = math.gcd(*whole.values())
         whole = {client: weight // (common & -common) for client, weight in whole.items()}
     if sum(whole.values()) > MAX_WEIGHT:

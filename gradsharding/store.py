@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, ClassVar, NamedTuple, Protocol
+from stat import S_ISDIR
+from typing import IO, ClassVar, NamedTuple, NoReturn, Protocol
 from urllib.parse import unquote, urlsplit
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists, UserError
@@ -126,7 +127,7 @@ class MemoryStore:
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            self._objects.pop(key, None)
+            self._objects.pop(check_key(key), None)
 
     def begin(self, key: str) -> str:
         check_key(key)
@@ -149,6 +150,10 @@ class MemoryStore:
 
     def abort(self, key: str, upload: str) -> None:
         self._uploads.pop(upload, None)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be sent to another process, where it would be another store."""
+        raise UserError(f"{self.url} lives in the memory of one process; use a file:// store to share between processes")
 
     def _object(self, key: str) -> tuple[bytes, str]:
         try:
@@ -186,15 +191,16 @@ class DirectoryStore:
         self._hidden = self.root / ".gradsharding"
 
     def head(self, key: str) -> Stat:
-        try:
-            return _stat(self._path(key).stat())
-        except (FileNotFoundError, NotADirectoryError):
-            raise _missing(key, self.url) from None
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            stat = self._path(key).stat()
+            if not S_ISDIR(stat.st_mode):
+                return _stat(stat)
+        raise _missing(key, self.url)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
         try:
             file = self._path(key).open("rb", buffering=0)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise _missing(key, self.url) from None
         with file:
             self._require(key, file.fileno(), version)
@@ -231,7 +237,8 @@ class DirectoryStore:
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._path(key)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                path.unlink()
             self._prune(path.parent)
 
     def begin(self, key: str) -> str:
@@ -257,13 +264,15 @@ class DirectoryStore:
     def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
         data = self._upload(upload) / "data"
         with self._data(key, upload) as file:
-            check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
+            end = check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
+            os.ftruncate(file.fileno(), end)  # the last part may have been longer before it was written again
             os.fsync(file.fileno())
         stat = self._publish(key, data, self._path(key), overwrite=overwrite)
         self.abort(key, upload)
         return stat
 
     def abort(self, key: str, upload: str) -> None:
+        (self._upload(upload) / "data").unlink(missing_ok=True)  # first: an upload that lacks it is gone, whatever else is left
         shutil.rmtree(self._upload(upload), ignore_errors=True)
         self._prune(self._hidden / "uploads")
 
@@ -338,6 +347,15 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name or a directory's path")
 
 
+def exists(store: ObjectStore, key: str) -> bool:
+    """Tell whether there is an object under ``key``, by one request."""
+    try:
+        store.head(key)
+    except MissingObject:
+        return False
+    return True
+
+
 def locate(reference: str, home: ObjectStore) -> tuple[ObjectStore, str]:
     """Resolve a reference to a store and a key in it; keys belong to ``home``."""
     if "://" not in reference:
@@ -359,13 +377,14 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_tiling(key: str, parts: dict[int, Part]) -> None:
-    """Raise IncompleteUpload unless ``parts`` lie end to end from byte 0."""
+def check_tiling(key: str, parts: dict[int, Part]) -> int:
+    """Give the size of the object that ``parts`` make; raise IncompleteUpload unless they lie end to end from byte 0."""
     end = 0
     for number, part in sorted(parts.items(), key=lambda item: (item[1].offset, item[1].size)):
         if part.offset != end:
             raise IncompleteUpload(f"{key}: part {number} is at byte {part.offset}, where byte {end} is due; write the missing parts")
         end += part.size
+    return end
 
 
 @lru_cache(maxsize=256)

@@ -109,14 +109,14 @@ def _naming(term: Term) -> Iterator[None]:
 
 def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:
     """Read the slice once more to say whose value it is; only a failing task pays for this."""
-    found: list[tuple[str, int]] = []
+    found: list[list[str | int]] = []  # as JSON has it, so that it is the same on either side of the wire
     for term in task.terms:
         byte = first_nonfinite(task.runs, _chunks(task, term, store))
         if byte is not None:
-            found.append((term.client, task.start + byte))
+            found.append([term.client, task.start + byte])
     if not found:
         return NonFinite(f"task {task.id}: finite F64 values overflow when summed; scale them down", found=found)
-    return NonFinite(f"task {task.id}: clients {', '.join(c for c, _ in found)} hold NaN or infinity", found=found)
+    return NonFinite(f"task {task.id}: clients {', '.join(str(client) for client, _ in found)} hold NaN or infinity", found=found)
 
 
 def main() -> None:

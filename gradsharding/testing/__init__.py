@@ -1,0 +1,22 @@
+"""What a store and an executor promise, stated as tests; stores that count, fail and dawdle; the mean by plain numpy.
+
+A contract is a class for pytest: inherit it, supply its fixture and hooks, and each of its promises is tested.
+"""
+
+from gradsharding.testing.executors import ExecutorContract, Started
+from gradsharding.testing.reference import assert_same, reference_mean, sample_updates
+from gradsharding.testing.stores import StoreContract, read
+from gradsharding.testing.wrappers import CountingStore, FlakyStore, SlowStore
+
+__all__ = [
+    "CountingStore",
+    "ExecutorContract",
+    "FlakyStore",
+    "SlowStore",
+    "Started",
+    "StoreContract",
+    "assert_same",
+    "read",
+    "reference_mean",
+    "sample_updates",
+]

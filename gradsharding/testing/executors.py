@@ -1,0 +1,129 @@
+"""What every Executor promises, stated as tests to inherit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
+
+import numpy as np
+import pytest
+
+from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
+from gradsharding.executor import Executor
+from gradsharding.plan import Job, Limits, Plan, TaskReport
+from gradsharding.round import Round
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
+from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
+from gradsharding.testing.stores import read
+from gradsharding.topology import sharded
+from gradsharding.update import load
+
+
+class ExecutorContract:
+    """What every Executor promises. Supply the fixture ``executor``; the store is a directory unless ``store`` says otherwise."""
+
+    shares_memory: ClassVar = False
+    """Whether its tasks see a MemoryStore of this process."""
+
+    @pytest.fixture
+    def executor(self) -> Executor:
+        """Give an executor."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ObjectStore:
+        """Give an empty store that the executor's workers can open."""
+        return DirectoryStore(tmp_path)
+
+    def test_reports(self, executor: Executor, store: ObjectStore) -> None:
+        """Reports come in the order of the tasks, each is told once, and the parts make the mean."""
+        updates, told = sample_updates(), list[TaskReport]()
+        started = Started.of(store, updates)
+        reports = started.run(executor, told.append)
+
+        assert [task.id for task in started.plan.tasks] == [report.task for report in reports]
+        assert sorted(reports, key=lambda r: r.task) == sorted(told, key=lambda r: r.task)
+        assert [(3, 1, 3 * t.nbytes, t.nbytes) for t in started.plan.tasks] == [
+            (r.gets, r.puts, r.bytes_read, r.bytes_written) for r in reports
+        ]
+        assert_same(reference_mean(updates), started.complete())
+
+    def test_no_tasks(self, executor: Executor, store: ObjectStore) -> None:
+        """Nothing to do is done at once."""
+        started = Started.of(store, sample_updates())
+
+        assert [] == executor.run([], started.job, store, Limits(), lambda _: None)
+
+    def test_twice(self, executor: Executor, store: ObjectStore) -> None:
+        """Tasks that run again write the same bytes again."""
+        updates = sample_updates()
+        started = Started.of(store, updates)
+        started.run(executor)
+        parts = store.parts(started.job.output, started.job.upload)
+        started.run(executor)
+
+        assert parts == store.parts(started.job.output, started.job.upload)
+        assert_same(reference_mean(updates), started.complete())
+
+    def test_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
+        """A task that meets NaN raises NonFinite here, with the client and the byte."""
+        bad = {"a": [1, 2, 3], "b": [1, np.nan, 3]}
+        started = Started.of(store, {client: ({"w": np.array(values, "f4")}, 1) for client, values in bad.items()}, shards=3)
+
+        with pytest.raises(NonFinite, match=r"sharded/1: clients b hold NaN") as caught:
+            started.run(executor)
+        assert {"found": [["b", 4]]} == caught.value.details
+
+    @pytest.mark.parametrize(("replace", "kind"), [(False, MissingObject), (True, ChangedObject)])
+    def test_input_gone(self, executor: Executor, store: ObjectStore, replace: bool, kind: type[GradShardingError]) -> None:  # noqa: FBT001
+        """A task whose input is gone, or was replaced, raises MissingObject or ChangedObject here, and names the client."""
+        started = Started.of(store, sample_updates())
+        key = started.round.update_key("client-1")
+        data = read(store, key)
+        store.delete([key])
+        if replace:
+            store.put(key, [data])
+
+        with pytest.raises(kind, match=r"client client-1: .*client-1\.safetensors") as caught:
+            started.run(executor)
+        assert "client-1" == caught.value.details["client"]
+
+    def test_memory_store(self, executor: Executor) -> None:
+        """A store in this process's memory is used where it can be, and refused with a sentence where it cannot."""
+        updates = sample_updates()
+        started = Started.of(MemoryStore(), updates)
+
+        if self.shares_memory:
+            started.run(executor)
+            assert_same(reference_mean(updates), started.complete())
+        else:
+            with pytest.raises(UserError, match="use a file:// store"):
+                started.run(executor)
+
+
+class Started(NamedTuple):
+    """A sealed round whose upload has begun: what an executor needs."""
+
+    round: Round
+    plan: Plan
+    job: Job
+
+    @classmethod
+    def of(cls, store: ObjectStore, updates: Updates, *, shards: int = 5) -> Self:
+        """Submit, seal, plan and begin."""
+        round_ = Round.create(store, "r")
+        for client, (arrays, weight) in updates.items():
+            round_.submit(client, arrays, weight)
+        manifest = round_.seal()
+        plan = sharded(manifest, Limits(), shards=shards)
+        job = Job(store=store.url, output=round_.output, upload=round_.begin(plan)[0])
+        store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())
+        return cls(round_, plan, job)
+
+    def run(self, executor: Executor, progress: Callable[[TaskReport], None] = lambda _: None) -> list[TaskReport]:
+        """Run all tasks."""
+        return executor.run(self.plan.tasks, self.job, self.round.store, Limits(), progress)
+
+    def complete(self) -> dict[str, Array]:
+        """Publish the result and read it."""
+        self.round.store.complete(self.job.output, self.job.upload)
+        return load(self.job.output, self.round.store)

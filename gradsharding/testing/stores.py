@@ -1,0 +1,221 @@
+"""What every ObjectStore promises, stated as tests to inherit."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
+from gradsharding.store import ObjectStore, Part, open_store
+
+
+class StoreContract:
+    """What every ObjectStore promises. Supply the fixture ``store``, empty, and the two hooks."""
+
+    def raw_get(self, store: Any, key: str) -> bytes:
+        """Read an object past the store's own methods."""
+        raise NotImplementedError
+
+    def raw_put(self, store: Any, key: str, data: bytes) -> None:
+        """Write an object, or replace it, past the store's own methods."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def store(self) -> ObjectStore:
+        """Give an empty store."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("key", ["a", "a/b/c", "ä ö/100%+1?#&=", "a.b/..c", "%2e%2e/x"])
+    def test_put(self, store: ObjectStore, key: str) -> None:
+        """Put joins its buffers into one object, of the size and version that head and list tell."""
+        stat = store.put(key, [b"ab", bytearray(b"cd"), memoryview(b"ef")])
+
+        assert b"abcdef" == self.raw_get(store, key)
+        assert 6 == stat.size
+        assert stat == store.head(key)
+        assert [(key, stat)] == list(store.list(""))
+
+    def test_put_nothing(self, store: ObjectStore) -> None:
+        """An object may be empty."""
+        assert 0 == store.put("a", []).size
+        assert (b"", b"") == (self.raw_get(store, "a"), read(store, "a"))
+
+    def test_put_creates(self, store: ObjectStore) -> None:
+        """A second put of a key raises ObjectExists and changes nothing."""
+        stat = store.put("a", [b"first"])
+
+        with pytest.raises(ObjectExists, match="'a'"):
+            store.put("a", [b"second"])
+        assert (b"first", stat) == (self.raw_get(store, "a"), store.head("a"))
+
+    def test_put_at_once(self, store: ObjectStore) -> None:
+        """Of many that put one key at once, exactly one wins, and its bytes stay."""
+        barrier = threading.Barrier(8)
+
+        def put(i: int) -> int | None:
+            barrier.wait()
+            try:
+                store.put("a", [b"%d" % i])
+            except ObjectExists:
+                return None
+            return i
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [i for i in pool.map(put, range(8)) if i is not None]
+        assert [int(self.raw_get(store, "a"))] == winners
+
+    @pytest.mark.parametrize(("start", "stop"), [(0, 10), (3, 7), (0, 1), (9, 10), (8, 99), (10, 20), (50, 60), (4, 4)])
+    def test_get_range(self, store: ObjectStore, start: int, stop: int) -> None:
+        """Get gives bytes start to stop, and none beyond the end."""
+        self.raw_put(store, "a", b"0123456789")
+
+        assert b"0123456789"[start:stop] == read(store, "a", start, stop)
+
+    def test_get_large(self, store: ObjectStore) -> None:
+        """A long read may come in several buffers, which join to the object."""
+        data = bytes(range(256)) * 20_001
+        self.raw_put(store, "a", data)
+
+        assert data == read(store, "a")
+        assert data[1_000_001:5_000_003] == read(store, "a", 1_000_001, 5_000_003)
+
+    def test_versions(self, store: ObjectStore) -> None:
+        """A replaced object has another version, and a read of the old one raises ChangedObject."""
+        self.raw_put(store, "a", b"old")
+        old = store.head("a").version
+        assert b"old" == read(store, "a", version=old)
+
+        self.raw_put(store, "a", b"new")
+        assert old != store.head("a").version
+        assert b"new" == read(store, "a", version=store.head("a").version)
+        with pytest.raises(ChangedObject, match="'a'"):
+            read(store, "a", 0, 3, old)
+
+    def test_replaced_while_read(self, store: ObjectStore) -> None:
+        """A read of a pinned version never mixes two versions: it gives the old bytes, or raises ChangedObject."""
+        self.raw_put(store, "a", b"o" * 3_000_000)
+        chunks = store.get("a", 0, 3_000_000, version=store.head("a").version)
+        seen = bytes(next(chunks))
+        self.raw_put(store, "a", b"n" * 3_000_000)
+
+        try:
+            seen += b"".join(bytes(chunk) for chunk in chunks)
+        except ChangedObject:
+            assert {*b"o"} == {*seen}
+        else:
+            assert b"o" * 3_000_000 == seen
+
+    def test_list(self, store: ObjectStore) -> None:
+        """List gives the keys that begin with a prefix, as text, sorted, and nothing where there are none."""
+        for key in ("b", "a/2", "a0", "a/1/x", "a-1"):
+            self.raw_put(store, key, b"")
+
+        for prefix in ("", "a", "a/", "a/1", "b", "c", "c/d"):
+            expected = [key for key in ("a-1", "a/1/x", "a/2", "a0", "b") if key.startswith(prefix)]
+            assert expected == [key for key, _ in store.list(prefix)]
+
+    def test_delete(self, store: ObjectStore) -> None:
+        """Delete removes objects and passes over keys that are none: a missing one, one above an object, one below."""
+        for key in ("a", "b/c", "d", "e/f"):
+            self.raw_put(store, key, b"")
+        store.delete(["a", "missing", "b/c", "b/missing", "e", "d/g"])
+
+        assert ["d", "e/f"] == [key for key, _ in store.list("")]
+
+    def test_missing(self, store: ObjectStore) -> None:
+        """Whatever asks for an object or an upload that is not there raises MissingObject; abort has nothing to do."""
+        self.raw_put(store, "b/c", b"")
+        upload = store.begin("a")
+        store.abort("a", upload)
+        store.abort("a", upload)
+
+        for ask in (
+            lambda: store.head("a"),
+            lambda: store.head("b"),
+            lambda: store.head("b/c/d"),
+            lambda: read(store, "a", 0, 1),
+            lambda: read(store, "b", 0, 1),
+            lambda: read(store, "b/c/d", 0, 1),
+            lambda: store.put_part("a", upload, 1, 0, b"x"),
+            lambda: store.parts("a", upload),
+            lambda: store.complete("a", upload),
+        ):
+            with pytest.raises(MissingObject):
+                ask()
+
+    @pytest.mark.parametrize("key", ["", "/x", "../x", "a/../b", "a//b", "a/", "./a", ".gradsharding/x", "a\0b", "a\\b"])
+    def test_bad_keys(self, store: ObjectStore, key: str) -> None:
+        """What is not a plain relative path raises InvalidId, whatever is asked."""
+        for ask in (
+            lambda: store.head(key),
+            lambda: read(store, key),
+            lambda: store.put(key, [b"x"]),
+            lambda: store.delete([key]),
+            lambda: store.begin(key),
+        ):
+            with pytest.raises(InvalidId, match="is not a key"):
+                ask()
+
+    def test_parts(self, store: ObjectStore) -> None:
+        """Parts come in any order and again; they are told with their places, and complete publishes them at once."""
+        upload, other = store.begin("a"), store.begin("a")
+        store.put_part("a", upload, 3, 5, memoryview(b"fghi"))
+        store.put_part("a", upload, 1, 0, b"xxx")
+        store.put_part("a", upload, 2, 3, bytearray(b"de"))
+        store.put_part("a", upload, 1, 0, b"abc")
+        store.put_part("a", upload, 3, 5, b"fg")
+        store.put_part("a", upload, 4, 7, b"")
+
+        assert {1: Part(0, 3), 2: Part(3, 2), 3: Part(5, 2), 4: Part(7, 0)} == store.parts("a", upload)
+        assert {} == store.parts("a", other)
+        assert [] == list(store.list(""))
+
+        stat = store.complete("a", upload)
+        assert (7, stat) == (stat.size, store.head("a"))
+        assert b"abcdefg" == self.raw_get(store, "a")
+        with pytest.raises(MissingObject):
+            store.parts("a", upload)
+
+    @pytest.mark.parametrize(("offset", "mend", "expected"), [(5, (2, 3, b"de"), b"abcdefg"), (2, (1, 0, b"ab"), b"abfg")])
+    def test_parts_that_do_not_tile(self, store: ObjectStore, offset: int, mend: tuple[int, int, bytes], expected: bytes) -> None:
+        """Complete raises IncompleteUpload for a gap and for an overlap, and publishes nothing until it is mended."""
+        upload = store.begin("a")
+        store.put_part("a", upload, 1, 0, b"abc")
+        store.put_part("a", upload, 3, offset, b"fg")
+
+        with pytest.raises(IncompleteUpload, match=f"part 3 is at byte {offset}, where byte 3 is due"):
+            store.complete("a", upload)
+        assert [] == list(store.list(""))
+
+        store.put_part("a", upload, *mend)
+        store.complete("a", upload)
+        assert expected == self.raw_get(store, "a")
+
+    def test_complete_creates(self, store: ObjectStore) -> None:
+        """Complete raises ObjectExists over an object, which stays, and replaces it when told to."""
+        self.raw_put(store, "a", b"old")
+        old, upload = store.head("a"), store.begin("a")
+        store.put_part("a", upload, 1, 0, b"new")
+
+        with pytest.raises(ObjectExists, match="'a'"):
+            store.complete("a", upload)
+        assert (b"old", old) == (self.raw_get(store, "a"), store.head("a"))
+
+        assert old != store.complete("a", upload, overwrite=True)
+        assert b"new" == self.raw_get(store, "a")
+
+    def test_open(self, store: ObjectStore) -> None:
+        """Whoever opens the store's URL sees the same objects and uploads."""
+        store.put("a", [b"abc"])
+        upload = store.begin("b")
+        again = open_store(store.url)
+        again.put_part("b", upload, 1, 0, b"def")
+
+        assert (b"abc", {1: Part(0, 3)}) == (read(again, "a"), store.parts("b", upload))
+        assert (again.grain, again.url) == (store.grain, store.url)
+
+
+def read(store: ObjectStore, key: str, start: int = 0, stop: int = 1 << 40, version: str | None = None) -> bytes:
+    """Read a range of an object, by default all of it."""
+    return b"".join(bytes(chunk) for chunk in store.get(key, start, stop, version=version))

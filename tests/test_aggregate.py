@@ -1,0 +1,275 @@
+"""Whatever the shards and the executor, the result has the bits of the plain mean; whatever dies, the round goes on."""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gradsharding.aggregate import Result, aggregate
+from gradsharding.errors import ChangedObject, MissingObject, NonFinite, ObjectExists, PlanTooLarge, TooFewClients
+from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
+from gradsharding.plan import Limits, Plan, TaskReport
+from gradsharding.round import PlanRecord, Round
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_reference
+from gradsharding.testing import CountingStore, FlakyStore, assert_same, read, reference_mean, sample_updates
+from gradsharding.topology import Topology, flat, sharded
+
+SAMPLE = sample_updates(4, size=50)
+SMALL = {client: ({"w": np.arange(6, dtype="f4") + i, "n": np.array(i)}, i + 1) for i, client in enumerate("abc")}
+
+
+def submitted(store: ObjectStore, updates: Any, *, output: str | None = None) -> Round:
+    """Create a round and submit all updates."""
+    round_ = Round.create(store, "r", output=output)
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    return round_
+
+
+def into(shards: int) -> Topology:
+    """Cut into so many slices."""
+    return partial(sharded, shards=shards)
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 64])
+def test_every_dtype(tmp_path: Path, executor: Executor, shards: int) -> None:
+    """Every dtype, tensors of no dimension and of no elements: the bits are those of the reference."""
+    result = aggregate(submitted(DirectoryStore(tmp_path), SAMPLE), topology=into(shards), executor=executor)
+
+    assert_same(reference_mean(SAMPLE), result.arrays())
+    assert shards == len(result.reports) == len(result.plan.tasks)
+
+
+@pytest.mark.parametrize("shards", [1, 64, 3_000])
+def test_many_tensors(shards: int) -> None:
+    """A model of 3,000 tensors, of 0 to 3 elements, is one vector like any other."""
+    draw = np.random.default_rng(0)
+    updates = {c: ({f"layer.{i}": draw.normal(size=i % 4).astype("f4") for i in range(3_000)}, w) for c, w in (("a", 3), ("b", 4))}
+
+    assert_same(reference_mean(updates), aggregate(submitted(MemoryStore(), updates), topology=into(shards)).arrays())
+
+
+@pytest.mark.parametrize("weights", [(1, 2), (0.1, 0.7), (1e-9, 3e-9), (1 << 52, 1 << 52)])
+def test_weights(weights: tuple[float, float]) -> None:
+    """Whole weights give the bits of the reference; others come within the documented error of it."""
+    updates = {c: ({"w": np.array(values)}, w) for c, values, w in zip("ab", ([1.0, 2.0], [3.0, 5.0]), weights, strict=True)}
+    expected, actual = reference_mean(updates)["w"], aggregate(submitted(MemoryStore(), updates)).arrays()["w"]
+
+    assert np.allclose(expected, actual, rtol=2.0**-28, atol=0)
+    assert weights[0] < 1 or expected.tobytes() == actual.tobytes()
+
+
+def test_one_client() -> None:
+    """The mean of one update is that update, to the bit (but for the sign of zero)."""
+    updates = {"a": SAMPLE["client-0"]}
+
+    assert_same(reference_mean(updates), aggregate(submitted(MemoryStore(), updates)).arrays())
+
+
+def test_order_of_arrival() -> None:
+    """The order of arrival changes no bit."""
+    digests = {aggregate(submitted(MemoryStore(), dict(order))).digest() for order in (SAMPLE.items(), reversed(SAMPLE.items()))}
+
+    assert 1 == len(digests)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"a": np.zeros((0, 3), "f4")}, {"a": np.zeros((0, 3), "f4"), "b": np.zeros((2, 0), "u1")}])
+def test_nothing_in_it(arrays: Any) -> None:
+    """Updates without an element, or without a tensor, make a result that is so, too."""
+    updates = {"a": (arrays, 1), "b": (arrays, 2)}
+
+    assert_same(arrays, aggregate(submitted(MemoryStore(), updates)).arrays())
+
+
+def test_the_library_reads_the_result(tmp_path: Path) -> None:
+    """The result is a file that the safetensors library reads, wherever it is wanted."""
+    output = tmp_path / "out" / "global model.safetensors"
+    result = aggregate(submitted(MemoryStore(), SMALL, output=file_reference(output)), topology=into(3))
+
+    assert_same(reference_mean(SMALL), safetensors.numpy.load_file(output))
+    assert [output.name] == [path.name for path in output.parent.rglob("*") if path.is_file()]
+    assert hashlib.sha256(output.read_bytes()[-32:]).hexdigest() == result.digest()
+
+
+def test_report() -> None:
+    """A report sets what was planned beside what was seen, and they agree."""
+    report = aggregate(submitted(MemoryStore(), SMALL), topology=into(4)).report()
+
+    assert ("sharded", 3, 32) == (report["topology"], report["clients"], report["bytes"])
+    counts = ("gets", "puts", "bytes_read", "bytes_written")
+    assert [12, 7, 96] == [report["projected"][name] for name in counts[:3]]
+    assert [report["projected"][name] for name in counts] == [report["observed"][name] for name in counts]
+    assert 4 == len(report["stages"][0]["tasks"])
+    assert 64 == len(report["digest"])
+
+
+def test_progress() -> None:
+    """Progress hears of the plan first, then of each task."""
+    heard: list[Plan | TaskReport] = []
+
+    def progress(plan: Plan) -> Callable[[TaskReport], None]:
+        heard.append(plan)
+        return heard.append
+
+    result = aggregate(submitted(MemoryStore(), SMALL), topology=into(3), progress=progress)
+    assert [result.plan, *result.reports] == heard
+
+
+def test_again() -> None:
+    """A finished round is not run again: the same call gives the same result, and asks for no data."""
+    store = MemoryStore()
+    first = aggregate(submitted(store, SMALL))
+    counting = CountingStore(store)
+    again = aggregate(Round(counting, "r"))
+
+    assert (first.record, (), 0) == (again.record, again.reports, again.puts)
+    assert (0, 0) == (counting.puts, counting.bytes_written)
+
+
+def test_refused_before_any_data() -> None:
+    """A round that is too small, or a plan that is too large, reads no data and writes no part."""
+    store = CountingStore(MemoryStore(), only=lambda key: "updates" in key or "result" in key)
+    with pytest.raises(TooFewClients):
+        aggregate(Round.create(store, "empty"))
+    round_ = submitted(store, SMALL)
+    puts, gets = store.puts, store.gets
+    with pytest.raises(PlanTooLarge, match="allow more memory"):
+        aggregate(round_, topology=flat, limits=Limits(memory=64 << 20))
+
+    # headers at most: the first one is the layout's
+    assert (puts, gets + 1) == (store.puts, store.gets)
+    assert_same(reference_mean(SMALL), aggregate(round_, topology=flat).arrays())
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
+def test_nonfinite(tmp_path: Path, executor: Executor) -> None:
+    """NaN in an update names client, tensor and index, and publishes nothing; "propagate" lets it pass."""
+    updates = {c: ({"n": np.arange(5), "w": np.ones((2, 3), "f4")}, 1) for c in "abc"}
+    updates["b"][0]["w"][1, 0] = -np.inf
+    updates["c"][0]["w"][1, 1] = np.nan
+    round_ = submitted(DirectoryStore(tmp_path), updates)
+    with pytest.raises(NonFinite, match="clients b, c hold NaN or infinity") as caught:
+        aggregate(round_, executor=executor)
+
+    assert {"found": [["b", 52], ["c", 56]]} == caught.value.details
+    assert [("w", (1, 0)), ("w", (1, 1))] == [
+        (t.name, i) for t, i in (round_.seal().layout.locate(b) for _, b in caught.value.details["found"])
+    ]
+    assert None is round_.result()
+
+    passed = aggregate(round_, executor=executor, nonfinite="propagate").arrays()
+    assert_same(reference_mean({c: ({"n": a["n"]}, w) for c, (a, w) in updates.items()}), {"n": passed["n"]})
+    assert [[1, 1, 1], [-np.inf, "nan", 1]] == [[x if x == x else "nan" for x in row] for row in passed["w"].tolist()]  # noqa: PLR0124
+
+
+def test_overflow() -> None:
+    """Finite values whose sum is not are told from NaN in an update."""
+    updates = {c: ({"w": np.array([1e308])}, 1 << 50) for c in "ab"}
+
+    with pytest.raises(NonFinite, match="finite F64 values overflow when summed; scale them down"):
+        aggregate(submitted(MemoryStore(), updates))
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
+def test_input_changes_after_the_seal(tmp_path: Path, executor: Executor) -> None:
+    """An input that is replaced after the seal fails the round with its client's name; nothing is published."""
+    store = DirectoryStore(tmp_path)
+    round_ = submitted(store, SMALL)
+    round_.seal()
+    data = read(store, round_.update_key("b"))
+    store.delete([round_.update_key("b")])
+
+    with pytest.raises(MissingObject, match="client b: there is no object"):
+        aggregate(round_, executor=executor)
+    store.put(round_.update_key("b"), [data])
+    with pytest.raises(ChangedObject, match=r"client b: .* is at version .* not .* as sealed") as caught:
+        aggregate(round_, executor=executor)
+    assert "b" == caught.value.details["client"]
+    assert None is round_.result()
+    assert "rounds/r/result.safetensors" not in dict(store.list(""))
+
+
+def test_output_is_taken(tmp_path: Path) -> None:
+    """An object in the place of the result stays, unless it may be replaced; nothing is read before that is found."""
+    output = tmp_path / "out.safetensors"
+    output.write_bytes(b"mine")
+    round_ = submitted(MemoryStore(), SMALL, output=file_reference(output))
+    with pytest.raises(ObjectExists, match=r"out\.safetensors is there already"):
+        aggregate(round_)
+    assert b"mine" == output.read_bytes()
+
+    result = aggregate(round_, overwrite=True)
+    assert 1 == len(result.reports)
+    assert_same(reference_mean(SMALL), result.arrays())
+
+
+def test_another_plan() -> None:
+    """A round that could not be finished by one plan is finished by another; the first one's parts are gone."""
+    store = MemoryStore()
+    round_ = submitted(store, SMALL)
+    broken = Round(FlakyStore(store, {("before", "put_part", 4): ConnectionError()}), "r")
+    with pytest.raises(ConnectionError):
+        aggregate(broken, topology=into(7))
+
+    result = aggregate(round_, topology=into(2))
+    assert ["sharded/0", "sharded/1"] == [report.task for report in result.reports]
+    assert_same(reference_mean(SMALL), result.arrays())
+    assert {} == store._uploads
+
+
+WHOLE = aggregate(submitted(MemoryStore(), SMALL), topology=into(3))
+
+
+def calls_of_a_whole_run() -> int:
+    """Count the requests of a run in which nothing fails."""
+    store = FlakyStore(submitted(MemoryStore(), SMALL).store, {})
+    aggregate(Round(store, "r"), topology=into(3))
+    return store.calls["any"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", [MemoryStore, DirectoryStore])
+def test_crash_at_every_call(tmp_path: Path, kind: Any, when: str) -> None:
+    """A run that dies at any request goes on where it stopped: the same bits, and only what is missing is done again."""
+    calls = calls_of_a_whole_run()
+    assert 30 < calls
+
+    for call in range(1, calls + 1):
+        store = kind(*[tmp_path / str(call)] * (kind is DirectoryStore))
+        submitted(store, SMALL)
+        with pytest.raises(ConnectionError, match="died"):
+            aggregate(Round(FlakyStore(store, {(when, "any", call): ConnectionError("died")}), "r"), topology=into(3))
+        done = parts_done(store)
+        resumed = aggregate(Round(store, "r"), topology=into(3))
+
+        assert (call, WHOLE.digest()) == (call, resumed.digest())
+        assert (call, [f"sharded/{i}" for i in range(3) if i + 2 not in done]) == (call, [report.task for report in resumed.reports])
+        assert resumed.record == Round(store, "r").result()
+
+
+def parts_done(store: ObjectStore) -> set[int]:
+    """Tell which parts a dead run has left: all, if it had published the object."""
+    if "rounds/r/result.safetensors" in dict(store.list("")):
+        return {1, 2, 3, 4}
+    if "rounds/r/plan.json" not in dict(store.list("")):
+        return set()
+    record = PlanRecord.model_validate_json(read(store, "rounds/r/plan.json"))
+    return set(store.parts("rounds/r/result.safetensors", record.upload))
+
+
+def test_lost_upload() -> None:
+    """A round whose upload was aborted, by a lifecycle rule say, begins again."""
+    store = MemoryStore()
+    round_ = submitted(store, SMALL)
+    upload, _ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain))
+    store.abort(round_.output, upload)
+
+    result: Result = aggregate(round_, topology=into(3))
+    assert 3 == len(result.reports)
+    assert WHOLE.digest() == result.digest()

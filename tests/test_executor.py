@@ -1,0 +1,235 @@
+"""Executors keep the contract; worker processes may die, and may not outgrow their memory."""
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsharding import worker
+from gradsharding.cgroup import MemoryCgroup
+from gradsharding.errors import OutOfMemory, TaskFailed, UserError
+from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
+from gradsharding.plan import Limits, TaskReport
+from gradsharding.store import DirectoryStore, MemoryStore
+from gradsharding.testing import ExecutorContract, SlowStore, Started, assert_same, reference_mean, sample_updates
+
+MIB = 1 << 20
+
+
+class TestInline(ExecutorContract):
+    """The contract in this process."""
+
+    shares_memory = True
+
+    @pytest.fixture
+    def executor(self) -> Executor:
+        """Give the executor."""
+        return InlineExecutor()
+
+
+class TestThreads(ExecutorContract):
+    """The contract on threads."""
+
+    shares_memory = True
+
+    @pytest.fixture
+    def executor(self) -> Any:
+        """Give the executor."""
+        with ThreadPoolExecutor(3) as pool:
+            yield FuturesExecutor(pool)
+
+
+class TestProcesses(ExecutorContract):
+    """The contract on worker processes."""
+
+    @pytest.fixture
+    def executor(self) -> Executor:
+        """Give the executor."""
+        return ProcessExecutor(2)
+
+
+class TestProcessPool(ExecutorContract):
+    """The contract on the standard library's pool of processes."""
+
+    @pytest.fixture
+    def executor(self) -> Any:
+        """Give the executor."""
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            yield FuturesExecutor(pool)
+
+
+@pytest.fixture(scope="module")
+def dask() -> Iterator[Any]:
+    """Start dask in this process."""
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    with distributed.Client(processes=False, dashboard_address=None, n_workers=1, threads_per_worker=2) as client:
+        yield client
+
+
+class TestDask(ExecutorContract):
+    """The contract on dask, as on a cluster but in this process: dask serializes what it is given all the same."""
+
+    @pytest.fixture
+    def executor(self, dask: Any) -> Executor:
+        """Give the executor."""
+        return FuturesExecutor(dask.get_executor())
+
+    def test_memory_store(self, executor: Executor) -> None:
+        """A store in memory is refused; dask puts an error of its own around our sentence."""
+        with pytest.raises(TypeError, match="Could not serialize") as caught:
+            Started.of(MemoryStore(), sample_updates()).run(executor)
+        assert "use a file:// store" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [("inline", InlineExecutor), ("processes", ProcessExecutor), ("processes:3", ProcessExecutor), ("threads:2", FuturesExecutor)],
+)
+def test_open(spec: str, kind: type) -> None:
+    """An executor opens from a word, and a number of workers."""
+    executor = open_executor(spec)
+
+    assert kind is type(executor)
+    assert not isinstance(executor, ProcessExecutor) or executor.count == (3 if ":" in spec else len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("spec", ["", "lambda", "processes:", "processes:0", "processes:-1", "inline:2", "threads:x", "threads:99999"])
+def test_open_what_is_not_known(spec: str) -> None:
+    """Any other text raises UserError, which says what there is."""
+    with pytest.raises(UserError, match="use inline, processes:N or threads:N"):
+        open_executor(spec)
+
+
+def started(root: Path, *, shards: int, elements: int) -> Started:
+    """Begin a round of three clients with one large tensor each."""
+    updates = {client: ({"w": np.full(elements, i, "f4")}, 1) for i, client in enumerate("abc")}
+    return Started.of(DirectoryStore(root), updates, shards=shards)
+
+
+class Kill:
+    """Kills the worker that has given the first report."""
+
+    def __init__(self) -> None:
+        """Start with nobody killed."""
+        self.killed = ""
+
+    def __call__(self, report: TaskReport) -> None:
+        """Kill once."""
+        if not self.killed:
+            self.killed = report.worker
+            os.kill(int(report.worker), signal.SIGKILL)
+
+
+def test_killed_worker(tmp_path: Path) -> None:
+    """A worker killed -9 is replaced, its task is tried again, and the result is whole."""
+    ready, kill = started(tmp_path, shards=40, elements=10 * MIB), Kill()
+    reports = ready.run(ProcessExecutor(1), kill)
+
+    assert [task.id for task in ready.plan.tasks] == [report.task for report in reports]
+    assert 2 == len({report.worker for report in reports})
+    assert kill.killed == reports[0].worker != reports[-1].worker
+    assert_same({"w": np.ones(10 * MIB, "f4")}, ready.complete())
+
+
+def test_worker_killed_too_often(tmp_path: Path) -> None:
+    """A task whose attempts are used up raises TaskFailed, with its name and how its worker ended."""
+    with pytest.raises(TaskFailed, match=r"^task sharded/\d+ failed 1 times; its worker ended with status -9") as caught:
+        started(tmp_path, shards=40, elements=10 * MIB).run(ProcessExecutor(1, attempts=1), Kill())
+    assert TaskFailed is type(caught.value)
+    assert re.fullmatch(r"sharded/\d+", caught.value.details["task"])
+
+
+@pytest.mark.parametrize("use_cgroup", [True, False])
+def test_out_of_memory(tmp_path: Path, use_cgroup: bool) -> None:
+    """A worker that outgrows the allowed memory is stopped: OutOfMemory names the task and says the numbers."""
+    if use_cgroup:
+        if not (cgroup := MemoryCgroup.create(100 * MIB)):
+            pytest.skip("this machine lets nobody make a memory cgroup here")
+        cgroup.close()
+    ready = started(tmp_path, shards=1, elements=16 * MIB)  # 128 MiB of sums
+
+    with pytest.raises(OutOfMemory, match=r"^task sharded/0 outgrew the 100.0 MiB allowed, though 200.0 MiB were projected: .*; use more"):
+        ProcessExecutor(1, use_cgroup=use_cgroup).run(
+            ready.plan.tasks, ready.job, ready.round.store, Limits(memory=100 * MIB), lambda _: None
+        )
+    assert [1] == list(ready.round.store.parts(ready.job.output, ready.job.upload))  # the header
+
+
+@pytest.mark.parametrize("use_cgroup", [True, False])
+def test_enough_memory(tmp_path: Path, use_cgroup: bool) -> None:
+    """A worker is not stopped at what the plan projects."""
+    ready = started(tmp_path, shards=1, elements=16 * MIB)
+    limits = Limits(memory=ready.plan.memory)
+    (report,) = ProcessExecutor(1, use_cgroup=use_cgroup).run(ready.plan.tasks, ready.job, ready.round.store, limits, lambda _: None)
+
+    assert report.peak_memory <= ready.plan.memory
+
+
+def test_no_cgroup_stays(tmp_path: Path) -> None:
+    """The cgroup of a worker is removed with it."""
+    if not (cgroup := MemoryCgroup.create(100 * MIB)):
+        pytest.skip("this machine lets nobody make a memory cgroup here")
+    cgroup.close()
+    ProcessExecutor(2).run(
+        (ready := started(tmp_path, shards=2, elements=9)).plan.tasks, ready.job, ready.round.store, Limits(), lambda _: None
+    )
+
+    assert [] == list(cgroup.path.parent.glob(f"gradsharding-{os.getpid()}-*"))
+
+
+def test_broken_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that cannot even start raises TaskFailed with the last line that it wrote."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(TaskFailed, match=r"task sharded/0 failed 3 times; its worker ended with status 1"):
+        started(tmp_path, shards=1, elements=9).run(ProcessExecutor(1))
+
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho first >&2; echo no numpy here >&2; exit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(TaskFailed, match=r"status 3: no numpy here$"):
+        started(tmp_path / "again", shards=1, elements=9).run(ProcessExecutor(1))
+
+
+def test_failure_stops_the_rest() -> None:
+    """After a failure no task is left running or begun: nothing is written once the call has ended."""
+    updates: Any = {"a": ({"w": np.array([np.nan] + [1.0] * 63)}, 1)}
+    with ThreadPoolExecutor(1) as pool:
+        ready = Started.of(SlowStore(MemoryStore(), latency=0.002), updates, shards=64)
+        with pytest.raises(ValueError, match="hold NaN"):
+            ready.run(FuturesExecutor(pool))
+        parts = ready.round.store.parts(ready.job.output, ready.job.upload)
+        pool.submit(threading.Event().wait, 0.05).result()
+        assert parts == ready.round.store.parts(ready.job.output, ready.job.upload)
+    assert len(parts) < 64
+
+
+def test_progress_may_fail(tmp_path: Path) -> None:
+    """What a caller's progress raises ends the run, and is raised."""
+
+    def fail(report: TaskReport) -> None:
+        raise LookupError(report.task)
+
+    for executor in (InlineExecutor(), ProcessExecutor(1)):
+        with pytest.raises(LookupError, match="sharded/0"):
+            started(tmp_path / type(executor).__name__, shards=3, elements=9).run(executor, fail)
+
+
+def test_one_task_inline() -> None:
+    """A task is a function of the store: run by hand, it tells what it did."""
+    updates = sample_updates()
+    ready = Started.of(MemoryStore(), updates, shards=1)
+    report = worker.run(ready.plan.tasks[0], ready.job, ready.round.store)
+
+    assert (3, 1, str(os.getpid())) == (report.gets, report.puts, report.worker)
+    assert 0 < report.read_seconds + report.write_seconds < report.seconds
+    assert_same(reference_mean(updates), ready.complete())

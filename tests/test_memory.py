@@ -1,0 +1,91 @@
+"""The memory that a plan projects is the truth: measured in fresh processes, by the kernel's own high-water mark.
+
+What is measured counts shared pages too, so it is more than a function is charged for; the projection still covers it.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradsharding.aggregate import aggregate
+from gradsharding.executor import ProcessExecutor
+from gradsharding.kernel import NUMPY, is_wide
+from gradsharding.layout import Layout
+from gradsharding.plan import RESERVED, Limits
+from gradsharding.round import MAX_WEIGHT, Round
+from gradsharding.store import DirectoryStore, file_reference
+from gradsharding.testing import read
+from gradsharding.topology import flat, sharded
+
+MIB = 1 << 20
+
+
+def test_idle_worker() -> None:
+    """A worker that waits for its first task has taken less than what is reserved for it."""
+    script = "from gradsharding.worker import peak_memory; print(peak_memory())"
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    peak = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment).stdout)
+
+    assert RESERVED // 2 < peak <= RESERVED
+
+
+@pytest.mark.parametrize(
+    ("dtype", "elements"),
+    [("F32", 1 * MIB), ("F32", 8 * MIB), ("F64", 4 * MIB), ("BF16", 8 * MIB), ("I64", MIB // 4), ("U16", 4 * MIB), ("BOOL", 8 * MIB)],
+    ids=lambda value: value if isinstance(value, str) else f"{value / MIB:g}Mi",
+)
+def test_projected_covers_measured(tmp_path: Path, dtype: str, elements: int) -> None:
+    """Measured peaks keep within the projection, and are the same for 4, 16 and 64 clients."""
+    path = tmp_path / "update.safetensors"
+    most = {"BOOL": 1, "I64": (1 << 63) - 1}.get(dtype, 64)
+    data = np.random.default_rng(0).integers(0, most, elements, endpoint=True).astype(NUMPY[dtype]).tobytes()
+    path.write_bytes(Layout.of({"w": (dtype, (elements,))}).header() + data)
+    peaks, projected = {}, set()
+    for clients in (4, 16, 64):
+        round_ = Round.create(DirectoryStore(tmp_path), f"r{clients}")
+        for i in range(clients):
+            round_.refer(f"c{i}", file_reference(path), MAX_WEIGHT // clients if is_wide(dtype, clients) else 1)
+        result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
+        peaks[clients] = result.reports[0].peak_memory
+        projected.add(result.plan.memory)
+        assert data == read(round_.store, round_.output)[-len(data) :]
+
+    (bound,) = projected
+    assert max(peaks.values()) <= bound
+    assert bound - 32 * MIB < min(peaks.values())
+    assert max(peaks.values()) <= 1.05 * min(peaks.values())
+
+
+@pytest.mark.slow
+def test_eight_gigabytes(tmp_path: Path) -> None:
+    """A result of 8 GB is made by two functions of 512 MiB at most, whose peaks keep within what was projected."""
+    elements = 2 * 10**9
+    layout = Layout.of({"w": ("F32", (elements,))})
+    spots = {0: (1.0, 5.0, 4.0), 1: (2.0, 2.0, 2.0), 999_999_999: (-8.0, 0.0, -2.0), elements - 1: (0.5, 0.25, 0.3125)}
+    round_ = Round.create(DirectoryStore(tmp_path / "store"), "r")
+    for client, weight in enumerate((1, 3)):
+        path = tmp_path / f"client{client}.safetensors"
+        with path.open("wb") as file:  # sparse: its zeros take no place on the disk
+            file.write(layout.header())
+            file.truncate(len(layout.header()) + layout.nbytes)
+            for index, values in spots.items():
+                file.seek(len(layout.header()) + 4 * index)
+                file.write(np.float32(values[client]).tobytes())
+        round_.refer(f"client{client}", file_reference(path), weight)
+
+    result = aggregate(round_, topology=partial(sharded, shards=36), limits=Limits(memory=512 * MIB), executor=ProcessExecutor(2))
+    size, base = round_.store.head(round_.output).size, len(layout.header())
+    peak, seconds = max(report.peak_memory for report in result.reports), sum(report.seconds for report in result.reports)
+    found = {i: np.frombuffer(read(round_.store, round_.output, base + 4 * i, base + 4 * i + 4), "f4")[0] for i in spots}
+    print(f"{len(result.reports)} slices, {seconds:.0f} task seconds, peak {peak >> 20} of {result.plan.memory >> 20} MiB")  # noqa: T201 - pytest -s
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+
+    assert base + 8 * 10**9 == size
+    assert peak <= result.plan.memory <= 512 * MIB
+    assert {index: values[2] for index, values in spots.items()} == found

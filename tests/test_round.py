@@ -1,0 +1,272 @@
+"""A round is its records: each is created once, and says who gave what."""
+
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsharding.errors import (
+    ChangedObject,
+    DuplicateClient,
+    InvalidId,
+    InvalidUpdate,
+    InvalidWeight,
+    LayoutMismatch,
+    MissingObject,
+    ObjectExists,
+    TooFewClients,
+)
+from gradsharding.plan import Limits
+from gradsharding.round import MAX_WEIGHT, Round, integral_weights
+from gradsharding.store import DirectoryStore, MemoryStore, file_reference
+from gradsharding.testing import CountingStore, FlakyStore
+from gradsharding.topology import sharded
+from gradsharding.update import encode
+
+W = {"w": np.array([1, 2, 3], "f4")}
+V = {"w": np.array([4, 5, 6], "f4")}
+
+
+@pytest.fixture
+def round_() -> Round:
+    """Give an empty round in memory."""
+    return Round.create(MemoryStore(), "r")
+
+
+@pytest.mark.parametrize("name", ["r", "R2-D2", "_x", "0", "a.b", "x" * 64])
+def test_ids(name: str) -> None:
+    """Ids are letters, digits, and _ . - inside, at most 64."""
+    round_ = Round.create(MemoryStore(), name)
+    round_.submit(name, W, 1)
+
+    assert [name] == [receipt.client for receipt in round_.receipts()]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "a/b", "../a", "a b", "ä", "a\n", "a\0", "a\\b", "%2e", "x" * 65])
+def test_bad_ids(round_: Round, name: str) -> None:
+    """What may not become part of a key is refused, as a round and as a client, before anything is written."""
+    with pytest.raises(InvalidId, match=re.escape(f"{name!r} is not an id; use 1 to 64")):
+        Round.create(MemoryStore(), name)
+    gives: list[Callable[[], object]] = [lambda: round_.submit(name, W, 1), lambda: round_.refer(name, "a", 1)]
+    for give in gives:
+        with pytest.raises(InvalidId, match="is not an id"):
+            give()
+    assert ["rounds/r/round.json"] == [key for key, _ in round_.store.list("")]
+
+
+GOOD_WEIGHTS: list[Any] = [
+    1, 7, 1.0, 0.1, 1e-300, 5e-324, MAX_WEIGHT, float(MAX_WEIGHT), np.float64(2.5), np.float32(2.5), np.int64(7), np.uint8(7),
+]  # fmt: skip
+BAD_WEIGHTS: list[Any] = [
+    0, 0.0, -0.0, -1, -0.5, -1e-300, -MAX_WEIGHT, math.inf, -math.inf, math.nan, -math.nan,
+    MAX_WEIGHT + 1, 1 << 60, 1 << 64, 10**400, -(10**400), 1e300, 9.1e15, float(MAX_WEIGHT) * 2, True, False,
+    None, "1", "", b"1", [], [1], {}, (), 1j, Fraction(1, 2), object(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weight", GOOD_WEIGHTS)
+def test_weights(round_: Round, weight: float) -> None:
+    """A weight is any positive number up to 2**53, and the receipt keeps it."""
+    assert weight == round_.submit("ann", W, weight).weight
+
+
+@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=lambda weight: repr(weight)[:20])
+def test_bad_weights(round_: Round, weight: Any) -> None:
+    """Anything else raises InvalidWeight, which names the client, before anything is written."""
+    with pytest.raises(InvalidWeight, match="client ann has weight"):
+        round_.submit("ann", W, weight)
+    assert ["rounds/r/round.json"] == [key for key, _ in round_.store.list("")]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([120, 80], [120, 80]),
+        ([2.0, 4.0], [2, 4]),
+        ([0.5, 0.25, 1], [2, 1, 4]),
+        ([0.5, 0.5], [1, 1]),
+        ([5e-324, 5e-324], [1, 1]),
+        ([1.5, 1 << 20], [3, 1 << 21]),
+    ],
+)
+def test_integral_weights(given: list[float], expected: list[int]) -> None:
+    """Whole weights stay; others are scaled by a power of two, and reduced by one."""
+    assert expected == list(integral_weights({str(i): weight for i, weight in enumerate(given)}).values())
+
+
+def test_scaled_weights_are_close() -> None:
+    """Scaled weights keep their ratios within 2**-29, the documented error."""
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        given = {str(i): float(w) for i, w in enumerate(np.exp(draw.uniform(-5, 5, 20)) * 2.0 ** draw.integers(-900, 30))}
+        whole = integral_weights(given)
+        unit = Fraction(given["0"]) / whole["0"]
+
+        scale = 2 ** round(math.log2(unit))  # a power of two, exactly
+        worst = max(abs(whole[c] * Fraction(scale) / Fraction(given[c]) - 1) for c in given)
+        assert worst <= Fraction(1, 1 << 29)
+
+
+@pytest.mark.parametrize("weights", [[MAX_WEIGHT, 1], [1e-9, 1e7], [0.1] + [1e6] * 40, [5e-324, 1e15]])
+def test_weights_too_far_apart(weights: list[float]) -> None:
+    """Weights whose integers would pass 2**53 raise InvalidWeight, which says what to use."""
+    with pytest.raises(InvalidWeight, match=r"as integers they pass 2\*\*53: use whole numbers of examples"):
+        integral_weights({str(i): weight for i, weight in enumerate(weights)})
+
+
+def test_create_twice(round_: Round) -> None:
+    """A round that is created again is the same round, unless its result should go elsewhere."""
+    assert round_ == Round.create(round_.store, "r")
+    with pytest.raises(ObjectExists, match=r"round r exists and writes to rounds/r/result\.safetensors, not elsewhere"):
+        Round.create(round_.store, "r", output="elsewhere")
+
+
+def test_duplicates(round_: Round) -> None:
+    """A client counts once: the same again changes nothing, another update or weight raises DuplicateClient."""
+    receipt = round_.submit("ann", W, 1)
+    assert receipt == round_.submit("ann", W, 1)
+    assert receipt == round_.refer("ann", receipt.source, 1)
+
+    others: list[Callable[[], object]] = [
+        lambda: round_.submit("ann", V, 1),
+        lambda: round_.submit("ann", W, 2),
+        lambda: round_.refer("ann", receipt.source, 2),
+    ]
+    for give in others:
+        with pytest.raises(DuplicateClient, match="client ann"):
+            give()
+    assert [receipt] == round_.receipts()
+
+
+def test_submit_after_a_crash() -> None:
+    """A client that dies at any request of its submission, or loses any answer, may submit again."""
+    whole = FlakyStore(MemoryStore(), {})
+    Round(whole, "r").submit("ann", W, 3)
+    assert {"put": 2, "head": 1, "get": 1, "any": 4} == whole.calls
+
+    for call in range(1, 5):
+        for when in ("before", "after"):
+            store = MemoryStore()
+            with pytest.raises(ConnectionError):
+                Round(FlakyStore(store, {(when, "any", call): ConnectionError()}), "r").submit("ann", W, 3)
+            Round(store, "r").submit("ann", W, 3)
+            assert [("ann", 3)] == [(term.client, term.weight) for term in Round(store, "r").seal().terms]
+
+
+def test_refer(tmp_path: Any) -> None:
+    """An update may lie anywhere; only its header is read, and its version is pinned."""
+    data = b"".join(encode({"w": np.zeros(1_000_000, "f4")})[1])
+    (tmp_path / "ann.safetensors").write_bytes(data)
+    elsewhere = DirectoryStore(tmp_path)
+    version = elsewhere.head("ann.safetensors").version
+    round_ = Round.create(CountingStore(MemoryStore()), "r")
+    receipt = round_.refer("ann", file_reference(tmp_path / "ann.safetensors"), 3, version=version)
+
+    assert (version, len(data) - 4_000_000) == (receipt.version, receipt.base)
+    with pytest.raises(ChangedObject, match=r"of client bob is at version .*, not 1: it was written again"):
+        round_.refer("bob", file_reference(tmp_path / "ann.safetensors"), 3, version="1")
+
+
+def test_refer_to_nothing(round_: Round) -> None:
+    """What is not there, or is no update, is refused, and the round stays as it was."""
+    round_.store.put("text", [b"not a safetensors object"])
+
+    with pytest.raises(MissingObject, match="'nothing'"):
+        round_.refer("ann", "nothing", 1)
+    with pytest.raises(InvalidUpdate, match="text: "):
+        round_.refer("ann", "text", 1)
+    assert [] == round_.receipts()
+
+
+def test_seal(round_: Round) -> None:
+    """A sealed round holds its clients by id, pinned; whoever comes later is not in it."""
+    for client, weight in (("bob", 0.5), ("Ann", 1), ("ann", 2.25)):
+        round_.submit(client, W, weight)
+    manifest = round_.seal()
+    round_.submit("zoe", W, 1)
+
+    assert [("Ann", 4), ("ann", 9), ("bob", 2)] == [(term.client, term.weight) for term in manifest.terms]
+    assert [round_.store.head(term.source).version for term in manifest.terms] == [term.version for term in manifest.terms]
+    assert encode(W)[0] == manifest.layout
+    assert manifest == round_.seal() == round_.seal(leave_out=["bob"])
+
+
+def test_seal_leaves_out(round_: Round) -> None:
+    """Clients may be left out of a round as it is sealed."""
+    for client in ("ann", "bob"):
+        round_.submit(client, W, 1)
+
+    assert ["bob"] == [term.client for term in round_.seal(leave_out=["ann", "nobody"]).terms]
+
+
+def test_seal_nothing(round_: Round) -> None:
+    """A round without updates is not sealed, and may be later."""
+    with pytest.raises(TooFewClients, match="round r has no update"):
+        round_.seal()
+    round_.submit("ann", W, 1)
+    assert 1 == len(round_.seal().terms)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"w": np.zeros(4, "f4")}, r"tensor 'w' is F32\[3\] .* in ann but F32\[4\]"),
+        ({"w": np.zeros(3, "f2")}, r"tensor 'w' is F32\[3\] .* in ann but F16\[3\]"),
+        ({"x": np.zeros(3, "f4")}, r"tensor 'w' is F32\[3\] .* in ann but absent in zoe"),
+        (W | {"b": np.zeros(0, "u1")}, r"tensor 'b' is absent in ann but U8\[0\] .* in zoe"),
+    ],
+)
+def test_layouts_differ(round_: Round, other: Any, says: str) -> None:
+    """Updates that do not hold the same tensors raise LayoutMismatch, which names the tensor and both clients."""
+    round_.submit("ann", W, 1)
+    round_.submit("bob", V, 1)
+    round_.submit("zoe", other, 1)
+
+    with pytest.raises(LayoutMismatch, match=says):
+        round_.seal()
+
+
+def test_same_tensors_in_another_order() -> None:
+    """Headers that tell the same tensors in another order, empty ones among them, make one layout."""
+    store = MemoryStore()
+    entry = b'"%s":{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}'
+    entries = [entry % (b"a", 0, 0, 0), entry % (b"b", 0, 0, 0), entry % (b"w", 2, 0, 8)]
+    round_ = Round.create(store, "r")
+    for client, order in (("ann", entries), ("bob", entries[::-1])):
+        header = b"{" + b",".join(order) + b"}"
+        store.put(client, [len(header).to_bytes(8, "little"), header, b"12345678"])
+        round_.refer(client, client, 1)
+
+    assert ["ann", "bob"] == [term.client for term in round_.seal().terms]
+
+
+def test_begin(round_: Round) -> None:
+    """A plan is begun once; the same plan finds its upload, another one gives the first upload up."""
+    round_.submit("ann", W, 1)
+    manifest = round_.seal()
+    plans = [sharded(manifest, Limits(), shards=shards) for shards in (2, 3)]
+    first, begun = round_.begin(plans[0])
+    assert begun
+    assert (first, False) == round_.begin(plans[0])
+
+    second, begun = round_.begin(plans[1])
+    assert begun
+    assert first != second
+    assert {} == round_.store.parts(round_.output, second)
+    with pytest.raises(MissingObject):
+        round_.store.parts(round_.output, first)
+
+
+def test_publish(round_: Round) -> None:
+    """A round is done when its result is recorded, and then for good."""
+    round_.submit("ann", W, 2)
+    round_.submit("bob", W, 3)
+    assert None is round_.result()
+    record = round_.publish(round_.seal(), "v1")
+
+    assert (("ann", "bob"), 5, "v1") == (record.clients, record.weight, record.version)
+    assert record == round_.result() == round_.publish(round_.seal(), "v2")
