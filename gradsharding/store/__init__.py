@@ -1,0 +1,60 @@
+"""Stores, and how a text names one.
+
+Keys are relative paths with "/" between their segments. A *reference* is a key of the store at hand, or a URL
+that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` resolves both.
+"""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from gradsharding.errors import MissingObject, UserError
+from gradsharding.store.directory import DirectoryStore
+from gradsharding.store.memory import MemoryStore
+from gradsharding.store.protocol import ObjectStore, Part, Stat, check_key
+
+__all__ = ["DirectoryStore", "MemoryStore", "ObjectStore", "Part", "Stat", "check_key", "exists", "file_reference", "locate", "open_store"]
+
+
+def open_store(url: str | os.PathLike[str]) -> ObjectStore:
+    """Open a store from ``file:///directory``, ``memory://name`` (this process only) or a directory's path."""
+    text = os.fspath(url)
+    if "://" not in text:
+        return DirectoryStore(text)
+    scheme = urlsplit(text).scheme
+    if scheme == "file":
+        return DirectoryStore(unquote(urlsplit(text).path) or "/")
+    if scheme == "memory":
+        try:
+            return MemoryStore.known[text]
+        except KeyError:
+            raise UserError(f"{text} lives in another process, or is gone; use a file:// store to share between processes") from None
+    raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name or a directory's path")
+
+
+def exists(store: ObjectStore, key: str) -> bool:
+    """Tell whether there is an object under ``key``, by one request."""
+    try:
+        store.head(key)
+    except MissingObject:
+        return False
+    return True
+
+
+def locate(reference: str, home: ObjectStore) -> tuple[ObjectStore, str]:
+    """Resolve a reference to a store and a key in it; keys belong to ``home``."""
+    if "://" not in reference:
+        return home, reference
+    base, _, key = reference.rpartition("/")
+    return _open_once(base), unquote(key)
+
+
+def file_reference(path: str | os.PathLike[str]) -> str:
+    """Name a local file as a reference that any store resolves."""
+    return Path(path).absolute().as_uri()
+
+
+@lru_cache(maxsize=256)
+def _open_once(url: str) -> ObjectStore:
+    return open_store(url)

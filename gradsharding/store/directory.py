@@ -1,0 +1,201 @@
+"""Objects as files: whole or not there, whenever a process or the machine dies."""
+
+import contextlib
+import os
+import re
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from stat import S_ISDIR
+from typing import IO
+
+from gradsharding.errors import InvalidId, MissingObject
+from gradsharding.kernel import Buffer
+from gradsharding.store.protocol import Part, Stat, changed, check_key, check_tiling, missing, no_upload, taken
+
+CHUNK = 1 << 20
+"""Bytes of a read buffer: fits the second-level cache."""
+
+
+class DirectoryStore:
+    """Objects as files below a directory, also one that several hosts share.
+
+    An object is published by linking a finished, synced file to its name, so that readers see all of it or nothing,
+    whenever a process or the machine dies. Unfinished work lies in ``.gradsharding/`` and nowhere else.
+    """
+
+    grain = 8 << 20
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Use ``root``, which is made when the first object is."""
+        self.root = Path(root).absolute()
+        self.url = self.root.as_uri()
+        self._hidden = self.root / ".gradsharding"
+
+    def head(self, key: str) -> Stat:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            stat = self._path(key).stat()
+            if not S_ISDIR(stat.st_mode):
+                return _stat(stat)
+        raise missing(key, self.url)
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        try:
+            file = self._path(key).open("rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise missing(key, self.url) from None
+        with file:
+            self._require(key, file.fileno(), version)
+            buffer = memoryview(bytearray(max(0, min(CHUNK, stop - start))))
+            while start < stop:
+                count = os.preadv(file.fileno(), [buffer[: stop - start]], start)
+                if not count:
+                    break
+                yield buffer[:count]
+                start += count
+            self._require(key, file.fileno(), version)
+
+    def put(self, key: str, data: Sequence[Buffer]) -> Stat:
+        path, draft = self._path(key), self._hidden / "drafts" / uuid.uuid4().hex
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("xb", buffering=0) as file:
+                for buffer in data:
+                    _write(file.fileno(), buffer)
+                os.fsync(file.fileno())
+            return self._publish(key, draft, path, overwrite=False)
+        finally:
+            draft.unlink(missing_ok=True)
+            self._prune(draft.parent)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        top = self.root / Path(prefix).parent if "/" in prefix else self.root
+        found = (path for path in top.rglob("*") if path.is_file() and self._hidden not in path.parents)
+        keys = sorted(path.relative_to(self.root).as_posix() for path in found)
+        for key in (key for key in keys if key.startswith(prefix)):
+            with contextlib.suppress(MissingObject):  # deleted while we list
+                yield key, self.head(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                path.unlink()
+            self._prune(path.parent)
+
+    def begin(self, key: str) -> str:
+        self._path(key)
+        upload = uuid.uuid4().hex
+        (self._upload(upload) / "parts").mkdir(parents=True)
+        (self._upload(upload) / "data").touch()
+        return upload
+
+    def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        with self._data(key, upload) as file:
+            _write(file.fileno(), data, offset)
+        mark = self._upload(upload) / "parts" / f"{number:05d}"
+        draft = mark.with_suffix(f".{uuid.uuid4().hex}")
+        draft.write_text(f"{offset} {memoryview(data).nbytes} {zlib.crc32(data)}")
+        draft.replace(mark)
+
+    def parts(self, key: str, upload: str) -> dict[int, Part]:
+        # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
+        with self._data(key, upload) as file:
+            return {n: part for n, (part, crc) in self._marks(upload).items() if _crc(file.fileno(), part) == crc}
+
+    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
+        data = self._upload(upload) / "data"
+        with self._data(key, upload) as file:
+            end = check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
+            os.ftruncate(file.fileno(), end)  # the last part may have been longer before it was written again
+            os.fsync(file.fileno())
+        stat = self._publish(key, data, self._path(key), overwrite=overwrite)
+        self.abort(key, upload)
+        return stat
+
+    def abort(self, key: str, upload: str) -> None:
+        (self._upload(upload) / "data").unlink(missing_ok=True)  # first: an upload that lacks it is gone, whatever else is left
+        shutil.rmtree(self._upload(upload), ignore_errors=True)
+        self._prune(self._hidden / "uploads")
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _upload(self, upload: str) -> Path:
+        if not re.fullmatch("[0-9a-f]{32}", upload):
+            raise InvalidId(f"{upload!r} is not an upload's id; use what begin() gave")
+        return self._hidden / "uploads" / upload
+
+    def _data(self, key: str, upload: str) -> IO[bytes]:
+        try:
+            return (self._upload(upload) / "data").open("rb+", buffering=0)
+        except FileNotFoundError:
+            raise no_upload(key, upload) from None
+
+    def _marks(self, upload: str) -> dict[int, tuple[Part, int]]:
+        """The parts that were written, each with the checksum of its bytes."""
+        found = {}
+        for mark in sorted((self._upload(upload) / "parts").iterdir()):
+            if not mark.suffix:
+                offset, size, crc = map(int, mark.read_text().split())
+                found[int(mark.name)] = Part(offset, size), crc
+        return found
+
+    def _require(self, key: str, file: int, version: str | None) -> None:
+        found = _stat(os.fstat(file)).version
+        if version not in (None, found):
+            raise changed(key, version, found)
+
+    def _publish(self, key: str, draft: Path, path: Path, *, overwrite: bool) -> Stat:
+        for last in (False, False, True):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if overwrite:
+                    draft.replace(path)
+                else:
+                    os.link(draft, path)
+                break
+            except FileExistsError:
+                if draft.samefile(path):  # published by a process that died before it cleaned up
+                    break
+                raise taken(key, self.url) from None
+            except FileNotFoundError:  # another process pruned the directory between the two calls
+                if last:
+                    raise
+        _sync_directory(path.parent)
+        return self.head(key)
+
+    def _prune(self, directory: Path) -> None:
+        """Remove directories that have become empty, below the root."""
+        with contextlib.suppress(OSError):
+            while directory != self.root:
+                directory.rmdir()
+                directory = directory.parent
+
+
+def _stat(stat: os.stat_result) -> Stat:
+    return Stat(stat.st_size, f"{stat.st_size:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}")
+
+
+def _write(file: int, data: Buffer, offset: int | None = None) -> None:
+    view = memoryview(data).cast("B")
+    while view:
+        count = os.write(file, view) if offset is None else os.pwrite(file, view, offset)
+        view, offset = view[count:], None if offset is None else offset + count
+
+
+def _crc(file: int, part: Part) -> int:
+    crc, offset, end = 0, part.offset, part.offset + part.size
+    while offset < end and (data := os.pread(file, min(CHUNK, end - offset), offset)):
+        crc, offset = zlib.crc32(data, crc), offset + len(data)
+    return crc
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

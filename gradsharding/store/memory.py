@@ -1,0 +1,93 @@
+"""Objects in the memory of one process."""
+
+import threading
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, NoReturn
+
+from gradsharding.errors import UserError
+from gradsharding.kernel import Buffer
+from gradsharding.store.protocol import Part, Stat, changed, check_key, check_tiling, missing, no_upload, taken
+
+
+class MemoryStore:
+    """Objects in this process's memory: for tests, threads, and trying things out."""
+
+    known: ClassVar["weakref.WeakValueDictionary[str, MemoryStore]"] = weakref.WeakValueDictionary()
+    grain = 8 << 20
+
+    def __init__(self, name: str | None = None) -> None:
+        """Make an empty store that ``open_store("memory://NAME")`` finds within this process."""
+        self.url = f"memory://{name or uuid.uuid4().hex}"
+        self._objects: dict[str, tuple[bytes, str]] = {}
+        self._uploads: dict[str, dict[int, tuple[int, bytes]]] = {}
+        self._lock = threading.Lock()
+        self.known[self.url] = self
+
+    def head(self, key: str) -> Stat:
+        data, version = self._object(key)
+        return Stat(len(data), version)
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        data, found = self._object(key)
+        if version not in (None, found):
+            raise changed(key, version, found)
+        yield memoryview(data)[start:stop]
+
+    def put(self, key: str, data: Sequence[Buffer]) -> Stat:
+        return self._publish(check_key(key), b"".join(data), overwrite=False)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        for key in sorted(self._objects):
+            if key.startswith(prefix):
+                yield key, self.head(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._objects.pop(check_key(key), None)
+
+    def begin(self, key: str) -> str:
+        check_key(key)
+        upload = uuid.uuid4().hex
+        self._uploads[upload] = {}
+        return upload
+
+    def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        self._parts(key, upload)[number] = offset, bytes(data)
+
+    def parts(self, key: str, upload: str) -> dict[int, Part]:
+        return {n: Part(offset, len(data)) for n, (offset, data) in sorted(self._parts(key, upload).items())}
+
+    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
+        check_tiling(key, self.parts(key, upload))
+        data = b"".join(data for _, data in sorted(self._parts(key, upload).values()))
+        stat = self._publish(key, data, overwrite=overwrite)
+        self.abort(key, upload)
+        return stat
+
+    def abort(self, key: str, upload: str) -> None:
+        self._uploads.pop(upload, None)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be sent to another process, where it would be another store."""
+        raise UserError(f"{self.url} lives in the memory of one process; use a file:// store to share between processes")
+
+    def _object(self, key: str) -> tuple[bytes, str]:
+        try:
+            return self._objects[check_key(key)]
+        except KeyError:
+            raise missing(key, self.url) from None
+
+    def _parts(self, key: str, upload: str) -> dict[int, tuple[int, bytes]]:
+        try:
+            return self._uploads[upload]
+        except KeyError:
+            raise no_upload(key, upload) from None
+
+    def _publish(self, key: str, data: bytes, *, overwrite: bool) -> Stat:
+        with self._lock:
+            if key in self._objects and not overwrite:
+                raise taken(key, self.url)
+            self._objects[key] = data, uuid.uuid4().hex
+        return self.head(key)

@@ -1,0 +1,112 @@
+"""What a store promises: few verbs, one call is one request, objects are created once and never change."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
+from gradsharding.kernel import Buffer
+
+
+class Stat(NamedTuple):
+    """An object's size in bytes, and a text that changes whenever the object does (S3 calls it ETag)."""
+
+    size: int
+    version: str
+
+
+class Part(NamedTuple):
+    """A part that has arrived: its place in the object, in bytes."""
+
+    offset: int
+    size: int
+
+
+class ObjectStore(Protocol):
+    """What the engine asks of a store. ``gradsharding.testing.StoreContract`` states it as tests."""
+
+    url: str
+    """Text from which ``open_store`` opens the same store again."""
+    grain: int
+    """Bytes that one read should carry, so that asking for them costs next to nothing."""
+
+    def head(self, key: str) -> Stat:
+        """Tell an object's size and version; raise MissingObject."""
+        ...
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        """Stream bytes ``start`` to ``stop``, cut anywhere; a buffer is valid until the next one is asked for.
+
+        Raise MissingObject, or ChangedObject if the object is not, or ceases to be, at ``version``.
+        Bytes beyond the object's end are not given.
+        """
+        ...
+
+    def put(self, key: str, data: Sequence[Buffer]) -> Stat:
+        """Create an object from buffers, all at once or not at all; raise ObjectExists if there is one."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """Give all keys that begin with ``prefix``, sorted, with their stats."""
+        ...
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; those that are missing are passed over."""
+        ...
+
+    def begin(self, key: str) -> str:
+        """Begin an object that will be written in parts; give the upload's id."""
+        ...
+
+    def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        """Write one part at its ``offset``; writing it again replaces it."""
+        ...
+
+    def parts(self, key: str, upload: str) -> dict[int, Part]:
+        """Tell which parts have arrived, by number; raise MissingObject if there is no such upload."""
+        ...
+
+    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
+        """Publish the object once its parts tile it; raise IncompleteUpload or ObjectExists."""
+        ...
+
+    def abort(self, key: str, upload: str) -> None:
+        """Forget an upload and its parts."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Give ``key`` back if it is a plain relative path; raise InvalidId."""
+    segments = key.split("/")
+    if any(s in ("", ".", "..") for s in segments) or "\0" in key or "\\" in key or segments[0] == ".gradsharding":
+        raise InvalidId(f"{key!r} is not a key; use a relative path without empty, '.' or '..' segments")
+    return key
+
+
+def check_tiling(key: str, parts: dict[int, Part]) -> int:
+    """Give the size of the object that ``parts`` make; raise IncompleteUpload unless they lie end to end from byte 0."""
+    end = 0
+    for number, part in sorted(parts.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if part.offset != end:
+            raise IncompleteUpload(f"{key}: part {number} is at byte {part.offset}, where byte {end} is due; write the missing parts")
+        end += part.size
+    return end
+
+
+def missing(key: str, url: str) -> MissingObject:
+    """The error for a key without an object."""
+    return MissingObject(f"there is no object {key!r} in {url}", key=key)
+
+
+def taken(key: str, url: str) -> ObjectExists:
+    """The error for creating what is there."""
+    return ObjectExists(f"{key!r} is already in {url}; objects are created once", key=key)
+
+
+def changed(key: str, version: str | None, found: str) -> ChangedObject:
+    """The error for an object that is at another version."""
+    return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: it was written again", key=key)
+
+
+def no_upload(key: str, upload: str) -> MissingObject:
+    """The error for an upload that is not under way."""
+    return MissingObject(f"there is no upload {upload} of {key!r}; it was completed or aborted", key=key)
