@@ -93,11 +93,14 @@ class ProcessExecutor:
                     idle.append(process)
 
             try:
-                return _collect([pool.submit(once, task) for task in tasks], progress)
+                reports = _collect([pool.submit(once, task) for task in tasks], progress)
             except BaseException:
                 for process in workers:
                     process.give_up()
                 raise
+            for process in workers:  # all at once: they take a moment to end
+                process.dismiss()
+            return reports
 
     def _try(self, process: "_Worker", task: Task) -> TaskReport:
         for attempt in range(1, self.attempts + 1):
@@ -144,13 +147,18 @@ class _Worker:
             process.stdin.write(task.model_dump_json() + "\n")
             process.stdin.flush()
         answer = process.stdout.readline()
-        if not answer:
+        if not answer.endswith("\n"):
             raise self._death(task)
         wire: dict[str, Any] = json.loads(answer)
         if "error" not in wire:
             return TaskReport.model_validate_json(answer)
         error = from_wire(wire)
         raise self._too_small(task, error.message) if isinstance(error, OutOfMemory) else error
+
+    def dismiss(self) -> None:
+        """Let the process end: there is nothing more to ask."""
+        if self._process and self._process.stdin:
+            self._process.stdin.close()
 
     def give_up(self) -> None:
         """Kill the process: its answer is not wanted any more."""
@@ -161,7 +169,7 @@ class _Worker:
     def _start(self) -> subprocess.Popen[str]:
         limit = [] if self._cgroup else ["--memory", str(self._allowed)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gradsharding.worker", *limit],
+            [sys.executable, "-P", "-c", "from gradsharding.worker import main; main()", *limit],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

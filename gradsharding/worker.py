@@ -1,7 +1,7 @@
 """What every function does: read one range of each input, fold, write one part. It keeps nothing between tasks.
 
-``python -m gradsharding.worker`` is the same as a process: a Job on the first line of standard input, then a Task
-a line; for each, a TaskReport or an error comes back as one line. A Lambda invocation carries the same two values.
+``main`` is the same as a process: a Job on the first line of standard input, then a Task a line; for each, a
+TaskReport or an error comes back as one line. A Lambda invocation carries the same two values.
 """
 
 import contextlib
@@ -148,7 +148,3 @@ def _limit_data(allowed: int) -> None:
     """
     now = _status("VmData") + max(0, allowed - _status("VmRSS"))
     resource.setrlimit(resource.RLIMIT_DATA, (now, now))
-
-
-if __name__ == "__main__":
-    main()
