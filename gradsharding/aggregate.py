@@ -91,14 +91,14 @@ def aggregate(
     if record := round.result():
         return Result(round, record, plan, (), 0)
     target, key = locate(round.output, round.store)
-    upload, begun = round.begin(plan, overwrite=overwrite)
+    upload, begun = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite)
     try:
         done = target.parts(key, upload)
     except MissingObject:  # completed by a call that died before it could say so, or lost
         if not overwrite and exists(target, key):
             return Result(round, round.publish(manifest, target.head(key).version), plan, (), 0)
         round.forget_plan()
-        (upload, begun), done = round.begin(plan, overwrite=overwrite), {}
+        (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
     target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
     job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)
     reports: list[TaskReport] = []

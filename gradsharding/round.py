@@ -23,7 +23,7 @@ import numpy.typing as npt
 from gradsharding.errors import ChangedObject, DuplicateClient, InvalidId, InvalidWeight, MissingObject, ObjectExists, TooFewClients
 from gradsharding.kernel import Buffer
 from gradsharding.layout import Layout
-from gradsharding.plan import Plan, Term
+from gradsharding.plan import NonFinitePolicy, Plan, Term
 from gradsharding.store import ObjectStore, exists, locate
 from gradsharding.update import Raw, Update, encode, inspect
 from gradsharding.value import Value
@@ -70,6 +70,7 @@ class PlanRecord(Value):
     topology: str
     tasks: int
     digest: str
+    nonfinite: NonFinitePolicy
     upload: str
 
 
@@ -168,22 +169,24 @@ class Round:
         terms = (Term(client=r.client, source=r.source, version=r.version, base=r.base, weight=weights[r.client]) for r in receipts)
         return self._create("manifest.json", Manifest(round=self.id, layout=layout, terms=tuple(terms)))
 
-    def begin(self, plan: Plan, *, overwrite: bool = False) -> tuple[str, bool]:
+    def begin(self, plan: Plan, *, nonfinite: NonFinitePolicy = "raise", overwrite: bool = False) -> tuple[str, bool]:
         """Record ``plan`` and begin its upload: give the upload's id, and whether it was begun just now.
 
-        An upload under way for the same plan goes on; one for a different plan (of fewer shards, say) is given up, and
-        its parts with it. Raise ObjectExists, unless ``overwrite``, if something else is where the result belongs.
+        An upload under way for the same plan and treatment of NaN goes on; one for another plan (of fewer shards, say) is
+        given up, and its parts with it. Raise ObjectExists, unless ``overwrite``, if something else is where the result belongs.
         """
+        if self._find("result.json", ResultRecord) and not self.result():  # its object is gone, and so is its upload
+            self.store.delete([self.key("result.json"), self.key("plan.json")])
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
-        if found and found.digest == plan.digest:
+        if found and (found.digest, found.nonfinite) == (plan.digest, nonfinite):
             return found.upload, False
         if found:
             self.abandon()
         if not overwrite and exists(target, key):
             raise ObjectExists(f"{self.output} is there already; let the round write to another place, or allow it to overwrite")
         upload = target.begin(key)
-        record = PlanRecord(topology=plan.topology, tasks=len(plan.tasks), digest=plan.digest, upload=upload)
+        record = PlanRecord(topology=plan.topology, tasks=len(plan.tasks), digest=plan.digest, nonfinite=nonfinite, upload=upload)
         kept = self._create("plan.json", record).upload
         if kept != upload:  # another process was faster
             target.abort(key, upload)
@@ -213,8 +216,13 @@ class Round:
         return self._create("result.json", record)
 
     def result(self) -> ResultRecord | None:
-        """The published result, or None."""
-        return self._find("result.json", ResultRecord)
+        """The published result; None if there is none, or its object is gone or was replaced since."""
+        record = self._find("result.json", ResultRecord)
+        if record:
+            target, key = locate(record.source, self.store)
+            if not exists(target, key) or target.head(key).version != record.version:
+                return None
+        return record
 
     @property
     def output(self) -> str:

@@ -5,9 +5,11 @@ TaskReport or an error comes back as one line. A Lambda invocation carries the s
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -123,6 +125,7 @@ def main() -> None:
     """Serve tasks until standard input ends. ``--memory BYTES`` caps what the process may allocate, by its own means."""
     if sys.argv[1:2] == ["--memory"]:
         _limit_data(int(sys.argv[2]))
+    _die_with_parent()
     job = Job.model_validate_json(sys.stdin.readline())
     store = open_store(job.store)
     for line in sys.stdin:
@@ -138,6 +141,12 @@ def _answer(task: Task, job: Job, store: ObjectStore) -> str:
     except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call
         error = raised
     return json.dumps(to_wire(error))
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process when its parent ends (Linux, PR_SET_PDEATHSIG): nobody would want its answer."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _limit_data(allowed: int) -> None:

@@ -209,6 +209,37 @@ def test_output_is_taken(tmp_path: Path) -> None:
     assert_same(reference_mean(SMALL), result.arrays())
 
 
+def test_lost_result(tmp_path: Path) -> None:
+    """A finished round whose result was removed since makes it again; one that was replaced is not taken for the result."""
+    output = tmp_path / "out.safetensors"
+    round_ = submitted(MemoryStore(), SMALL, output=file_reference(output))
+    first = aggregate(round_)
+    output.unlink()
+    again = aggregate(round_)
+    assert 1 == len(again.reports)
+    assert first.digest() == again.digest()
+
+    output.unlink()
+    output.write_bytes(b"another's")
+    with pytest.raises(ObjectExists, match="is there already"):
+        aggregate(round_)
+    assert b"another's" == output.read_bytes()
+
+
+def test_other_treatment_of_nan() -> None:
+    """Parts that were written when NaN might pass are not taken for parts that were checked."""
+    store = MemoryStore()
+    round_ = Round.create(store, "r")
+    round_.submit("ann", {"w": np.float32([1, np.nan, 3, 4])}, 1)
+    broken = Round(FlakyStore(store, {("before", "complete", 1): ConnectionError()}), "r")
+    with pytest.raises(ConnectionError):
+        aggregate(broken, topology=into(2), nonfinite="propagate")
+
+    with pytest.raises(NonFinite):
+        aggregate(round_, topology=into(2))
+    assert None is round_.result()
+
+
 def test_another_plan() -> None:
     """A round that could not be finished by one plan is finished by another; the first one's parts are gone."""
     store = MemoryStore()

@@ -266,7 +266,10 @@ def test_publish(round_: Round) -> None:
     round_.submit("ann", W, 2)
     round_.submit("bob", W, 3)
     assert None is round_.result()
-    record = round_.publish(round_.seal(), "v1")
+    version = round_.store.put(round_.output, [b"the result"]).version
+    record = round_.publish(round_.seal(), version)
 
-    assert (("ann", "bob"), 5, "v1") == (record.clients, record.weight, record.version)
+    assert (("ann", "bob"), 5, version) == (record.clients, record.weight, record.version)
     assert record == round_.result() == round_.publish(round_.seal(), "v2")
+    round_.store.delete([round_.output])
+    assert None is round_.result()

@@ -1,0 +1,309 @@
+"""The command line: text in, one call of the library, text out. Exit status 0 done, 2 the user's mistake, 1 anything else."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import NamedTuple, get_args
+
+import click
+from pydantic import ByteSize, TypeAdapter
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gradsharding import __version__, executor
+from gradsharding.aggregate import Result, aggregate
+from gradsharding.errors import GradShardingError, NonFinite, PlanTooLarge, UserError
+from gradsharding.given import located, open_round, read_updates, replace, writable
+from gradsharding.layout import Layout
+from gradsharding.plan import MAX_PARTS, Limits, NonFinitePolicy, Plan, Term, mib
+from gradsharding.round import Manifest, Round
+from gradsharding.store import DirectoryStore, MemoryStore
+from gradsharding.topology import Topology, flat, sharded
+
+TOPOLOGIES: dict[str, Topology] = {"flat": flat, "sharded": sharded}
+"""What ``--topology`` knows; each is a row of ``gradsharding plan``."""
+
+
+class Column(NamedTuple):
+    """A figure of a plan: its name in JSON, where it is found, and how people read it."""
+
+    name: str
+    value: Callable[[Plan], int]
+    show: Callable[[int], str]
+
+
+COLUMNS = (
+    Column("functions", lambda plan: len(plan.tasks), str),
+    Column("memory", lambda plan: plan.memory, mib),
+    Column("gets", lambda plan: plan.gets, str),
+    Column("puts", lambda plan: plan.puts, str),
+    Column("bytes_read", lambda plan: plan.bytes_read, mib),
+    Column("bytes_written", lambda plan: plan.bytes_written, mib),
+)
+"""The columns of ``gradsharding plan``."""
+
+
+class Commands(click.Group):
+    """Our commands, and those that installed packages contribute under the entry points ``gradsharding.commands``.
+
+    A contributed command is imported when it is called, not when it is listed: it may bring a whole framework along.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Name all commands."""
+        return sorted({*super().list_commands(ctx), *entry_points(group="gradsharding.commands").names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Find a command; a contributed one is a stub until ``resolve_command``."""
+        stubs = (Contributed(entry) for entry in entry_points(group="gradsharding.commands", name=cmd_name))
+        return super().get_command(ctx, cmd_name) or next(stubs, None)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called, and load it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, Contributed) else command, rest
+
+
+class Contributed(click.Command):
+    """Stands for a command of another package."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        self.package = entry.module.partition(".")[0]
+        super().__init__(entry.name, short_help=f"Part of {self.package}; see: gradsharding {entry.name} --help")
+        self.entry = entry
+
+    def load(self) -> click.Command:
+        """Import the command; raise UserError if what it needs is not installed."""
+        try:
+            command = self.entry.load()
+        except ImportError as error:
+            ours = self.package.startswith("gradsharding_")
+            needed = f"gradsharding[{self.package.removeprefix('gradsharding_')}]" if ours else self.package
+            raise UserError(f"{self.name} needs more than is installed here ({error}); install {needed}") from error
+        assert isinstance(command, click.Command)
+        return command
+
+
+def _size(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{text!r} is not a number of bytes; write it like 512MiB or 2GB.") from None
+
+
+memory_option = click.option(
+    "--memory", type=_size, metavar="SIZE", default="512MiB", show_default=True, help="Memory that one function may use."
+)
+shards_option = click.option(
+    "--shards", type=click.IntRange(1, MAX_PARTS - 1), metavar="N", help="Number of slices.  [default: of 8 MiB, or what the memory allows]"
+)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}, no_args_is_help=False)
+@click.version_option(__version__)
+def cli() -> None:
+    """Aggregate models larger than any one function.
+
+    \b
+    Examples:
+      gradsharding plan --size 528MB --clients 20
+      gradsharding aggregate alice.safetensors:120 bob.safetensors:80 -o global.safetensors
+
+    Exit status: 0 done; 2 your mistake, told in one line; 1 anything else (GRADSHARDING_DEBUG=1 shows where).
+    """  # noqa: D301 - \b tells click to keep the lines that follow
+
+
+@cli.command("aggregate", short_help="Average safetensors files, weighted, slice by slice.")
+@click.argument("updates", nargs=-1, required=True, metavar="[ID=]PATH[:WEIGHT]...")
+@click.option("-o", "--output", required=True, metavar="PATH", help="Where the average goes; a file there is replaced, at the very end.")
+@shards_option
+@click.option("--topology", type=click.Choice([*TOPOLOGIES]), default="sharded", show_default=True, help="How the work is divided.")
+@memory_option
+@click.option("--executor", "where", metavar="KIND", default="processes", show_default=True, help="inline, processes[:N] or threads[:N].")
+@click.option("--store", metavar="DIR", help="Keep the round's records there, so that it can be resumed.  [default: keep none]")
+@click.option(
+    "--nonfinite", type=click.Choice(get_args(NonFinitePolicy)), default="raise", show_default=True, help="What NaN or infinity does."
+)
+@click.option("--report", metavar="PATH", help="Write what was projected and what was observed, as JSON.")
+def aggregate_command(
+    updates: tuple[str, ...],
+    output: str,
+    shards: int | None,
+    topology: str,
+    memory: int,
+    where: str,
+    store: str | None,
+    nonfinite: NonFinitePolicy,
+    report: str | None,
+) -> None:
+    """Average safetensors files, weighted, into one, slice by slice: no function holds a whole model.
+
+    \b
+    Examples:
+      gradsharding aggregate alice.safetensors:120 bob.safetensors:80 -o global.safetensors
+      gradsharding aggregate a=run1/model.safetensors b=run2/model.safetensors -o mean.safetensors
+      gradsharding aggregate *.safetensors -o out/mean.safetensors --memory 128MiB --report report.json
+      gradsharding aggregate *.safetensors -o out/mean.safetensors --store work
+
+    PATH is a local path or a file:// URL. ID names the client; without it, the file's name does, less its ending. WEIGHT is
+    a positive number, such as the client's number of examples; without it, 1. A PATH may itself hold ':' and '=': of all
+    ways to read an update, the one whose file exists is meant; if several exist, that is an error.
+
+    By default functions are worker processes, one for each CPU, each held to --memory. processes:N starts N of them;
+    inline runs all in this process, which starts sooner and holds nobody to anything.
+
+    The output is complete or not there. If the command is stopped, even by kill -9, the same command with the same --store
+    goes on where it stopped; without --store it begins anew.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
+    started = time.perf_counter()
+    given = read_updates(updates)
+    inputs = [update.path for update in given]
+    out = writable(output, inputs)
+    report_path = writable(report, [*inputs, out]) if report else None
+    divide, limits, runner = _topology(topology, shards), Limits(memory=memory), executor.open_executor(where)
+    with open_round(store, given, out, nonfinite) as round_, _progress_bar() as bar:
+        try:
+            result = aggregate(round_, topology=divide, limits=limits, executor=runner, nonfinite=nonfinite, progress=bar, overwrite=True)
+        except NonFinite as error:
+            located_error = located(error, given)
+            raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
+        if report_path:
+            replace(report_path, json.dumps(result.report(), indent=2) + "\n")
+    click.echo(_summary(result, output, time.perf_counter() - started))
+
+
+@cli.command("plan", short_help="Show what each topology takes, before anything runs.")
+@click.argument("updates", nargs=-1, metavar="[[ID=]PATH[:WEIGHT]...]")
+@click.option("--size", type=_size, metavar="SIZE", help="Bytes of the model's float32 parameters, such as 528MB.")
+@click.option("--clients", type=click.IntRange(1, 10_000), metavar="N", help="Number of updates.")
+@shards_option
+@memory_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all sizes in bytes.")
+def plan_command(
+    updates: tuple[str, ...], size: int | None, clients: int | None, shards: int | None, memory: int, *, as_json: bool
+) -> None:
+    """Show what each topology takes, side by side, before anything runs: for a size, or for updates (their headers are read).
+
+    \b
+    Examples:
+      gradsharding plan --size 528MB --clients 20
+      gradsharding plan --size 14GB --clients 100 --memory 2GB --json
+      gradsharding plan alice.safetensors:120 bob.safetensors:80 --memory 128MiB
+
+    \b
+    functions             invocations, one for each slice
+    memory                upper bound for the largest function, the interpreter included
+    gets, puts            requests to the store
+    bytes read, written   by all functions together
+    """  # noqa: D301 - \b tells click to keep the lines that follow
+    limits, manifest = Limits(memory=memory), _manifest(updates, size, clients)
+    makers = {name: _topology(name, shards if name == "sharded" else None) for name in TOPOLOGIES}
+    plans = {name: make(manifest, limits, grain=DirectoryStore.grain) for name, make in makers.items()}
+    refusals = {name: _refusal(plan, limits) for name, plan in plans.items()}
+    if as_json:
+        figures = ({column.name: column.value(plan) for column in COLUMNS} for plan in plans.values())
+        rows = [{"topology": n, **f, "fits": refusals[n] is None, "remedy": refusals[n]} for n, f in zip(plans, figures, strict=True)]
+        head = {"size": manifest.layout.nbytes, "clients": len(manifest.terms), "allowed": memory}
+        click.echo(json.dumps({**head, "topologies": rows}, indent=2))
+        return
+    click.echo(f"{len(manifest.terms)} updates of {mib(manifest.layout.nbytes)}; a function may use {mib(memory)}")
+    table = Table("topology", box=box.SIMPLE_HEAD)
+    for column in COLUMNS:
+        table.add_column(column.name.replace("_", " "), justify="right")
+    for name, plan in plans.items():
+        table.add_row(name, *(column.show(column.value(plan)) for column in COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for name in filter(refusals.get, refusals):
+        click.echo(f"{name} does not fit: {refusals[name]}.")
+
+
+def _topology(name: str, shards: int | None) -> Topology:
+    if shards is None:
+        return TOPOLOGIES[name]
+    if name != "sharded":
+        raise click.UsageError(f"--shards goes with --topology sharded, not with {name}.", click.get_current_context())
+    return partial(sharded, shards=shards)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
+    """Show slices as they are done, if somebody is watching standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+
+        def begin(plan: Plan) -> executor.Progress:
+            row = bar.add_task("slices", total=len(plan.tasks))
+            return lambda _: bar.advance(row)
+
+        yield begin
+
+
+def _summary(result: Result, output: str, seconds: float) -> str:
+    plan, now = result.plan, len(result.reports)
+    slices = f"{len(plan.tasks)} slice{'s' * (len(plan.tasks) > 1)}" + (f", {now} of them now" if now < len(plan.tasks) else "")
+    observed = f"{mib(max(r.peak_memory for r in result.reports))} observed" if now else "nothing was left to do"
+    return (
+        f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"
+        f"memory per function: {mib(plan.memory)} projected, {observed}; {seconds:.2f} s"
+    )
+
+
+def _manifest(updates: Sequence[str], size: int | None, clients: int | None) -> Manifest:
+    """Seal the updates, or made-up ones of one float32 tensor."""
+    if bool(updates) == (size is not None or clients is not None):
+        raise click.UsageError("Give --size and --clients, or updates.", click.get_current_context())
+    if updates:
+        round_ = Round.create(MemoryStore(), "plan")
+        for update in read_updates(updates):
+            update.refer(round_)
+        return round_.seal()
+    if clients is None or size is None or size < 4:
+        raise click.UsageError("Give both --size, of at least 4 bytes, and --clients.", click.get_current_context())
+    terms = (Term(client=str(i), source="", version="", base=0, weight=1) for i in range(clients))
+    return Manifest(round="plan", layout=Layout.of({"parameters": ("F32", (size // 4,))}), terms=tuple(terms))
+
+
+def _refusal(plan: Plan, limits: Limits) -> str | None:
+    try:
+        plan.check(limits)
+    except PlanTooLarge as error:
+        return error.message
+    return None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit status; whatever goes wrong is one line on standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it, too, cleans up
+    try:
+        return cli.main(args, prog_name="gradsharding", standalone_mode=False) or 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a traceback is for those who ask for it
+        status, message = _verdict(error)
+        if status == 1 and os.environ.get("GRADSHARDING_DEBUG"):
+            traceback.print_exc()
+        line = "".join(letter if letter.isprintable() else " " for letter in message)  # names in foreign files may hold anything
+        click.echo(f"gradsharding: {line}", err=True)
+        return status
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Give the exit status, and the line to say."""
+    match error:
+        case KeyboardInterrupt() | click.Abort():
+            return 130, "interrupted"
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx else "gradsharding"
+            return 2, f"{error.format_message()} See '{command} --help'."
+        case GradShardingError():
+            return 2 if isinstance(error, UserError) else 1, error.message
+        case OSError():
+            return 2, f"{error}; check the path, its permissions, and the space left"
+    return 1, f"{type(error).__name__}: {error}"

@@ -1,0 +1,709 @@
+"""The command line: what it does, what it says, and what it leaves behind, run as the real command wherever that matters."""
+
+import hashlib
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from gradsharding.cli import TOPOLOGIES, cli, main
+from gradsharding.errors import UserError
+from gradsharding.given import read_updates
+
+COMMAND = str(Path(sys.executable).parent / "gradsharding")
+WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}
+
+
+def gradsharding(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command and wait for it."""
+    return subprocess.run([COMMAND, *args], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """The command within this process, for what does not need another one; gives what it said, having ended well."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str) -> str:
+        status = main(args)
+        said, complaint = capsys.readouterr()
+        assert (0, "") == (status, complaint)
+        return str(said)
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def done(run: subprocess.CompletedProcess[str]) -> str:
+    """Give what a run that ended well said, having said nothing else."""
+    assert (0, "") == (run.returncode, run.stderr)
+    return run.stdout
+
+
+def everything(directory: Path) -> list[Path]:
+    """All that lies below a directory, hidden files included."""
+    return sorted(directory.rglob("*"))
+
+
+def model(seed: int) -> dict[str, torch.Tensor]:
+    """A small state dict with every kind of tensor that training leaves behind."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "conv.weight": torch.randn(8, 3, 3, 3, generator=g),
+        "head.weight": torch.randn(17, 5, generator=g, dtype=torch.float64),
+        "half": torch.randn(31, generator=g).half(),
+        "brain": torch.randn(37, generator=g).bfloat16(),
+        "temperature": torch.randn((), generator=g),
+        "none": torch.empty(0, 4),
+        "num_batches_tracked": torch.tensor(1000 + 7 * seed),
+    }
+
+
+@pytest.fixture
+def updates(tmp_path: Path) -> list[str]:
+    """Three clients' files in the working directory, as arguments."""
+    for seed, client in enumerate(WEIGHTS):
+        safetensors.torch.save_file(model(seed), tmp_path / f"{client}.safetensors")
+    return [f"{client}.safetensors:{weight}" for client, weight in WEIGHTS.items()]
+
+
+def reference(states: Sequence[dict[str, torch.Tensor]], weights: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The weighted mean by the book: float64, clients in order, one rounding; integers exactly, halves to even."""
+    mean = {}
+    for name, like in states[0].items():
+        if not like.is_floating_point():
+            exact = Fraction(sum(w * int(state[name]) for state, w in zip(states, weights, strict=True)), sum(weights))
+            mean[name] = torch.tensor(round(exact), dtype=like.dtype)
+            continue
+        total = np.zeros(tuple(like.shape))
+        for state, weight in zip(states, weights, strict=True):
+            total += weight * state[name].double().numpy()
+        mean[name] = once_rounded(total / sum(weights), like.dtype)
+    return mean
+
+
+def once_rounded(values: np.ndarray[Any, Any], dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 once; bfloat16, which torch reaches by way of float32, by a look into the list of all its values."""
+    if dtype != torch.bfloat16:
+        return torch.from_numpy(np.asarray(values, {torch.float64: "f8", torch.float32: "f4", torch.float16: "f2"}[dtype]))
+    known = torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).double().numpy()
+    below = np.searchsorted(known, np.abs(values), "right") - 1
+    middle = (known[below] + known[below + 1]) / 2
+    up = (np.abs(values) > middle) | ((np.abs(values) == middle) & (below % 2 == 1))
+    return torch.from_numpy(np.copysign(known[below + up], values)).bfloat16()
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[int], bytes]]:
+    """A state dict as values that compare bit for bit."""
+    return {n: (t.dtype, list(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for n, t in state.items()}
+
+
+def test_reference_rounds_bfloat16_to_nearest_even() -> None:
+    """The reference itself: 1 + 2⁻⁸ lies between two bfloat16 values and goes to the even one; a hair more goes up."""
+    rounded = once_rounded(np.array([1 + 2**-8, 1 + 2**-8 + 2**-40, -(1 + 3 * 2**-8)]), torch.bfloat16)
+
+    assert [1.0, 1 + 2**-7, -(1 + 2**-6)] == rounded.tolist()
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+@pytest.mark.parametrize("shards", [1, 2, 3, 7, 64])
+def test_result_is_the_reference_bit_for_bit(updates: list[str], tmp_path: Path, shards: int, executor: str) -> None:
+    """Whatever the shards and the executor, torch loads the float64 mean, rounded once."""
+    done(gradsharding("aggregate", *updates, "-o", "out", "--shards", str(shards), "--executor", executor, cwd=tmp_path))
+
+    expected = reference([model(seed) for seed in range(3)], [*WEIGHTS.values()])
+    assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "out"))
+
+
+def test_flat_equals_sharded(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """All topologies make the same file."""
+    for topology in TOPOLOGIES:
+        call("aggregate", *updates, "-o", topology, "--topology", topology, "--executor", "threads:2")
+
+    assert 1 == len({(tmp_path / topology).read_bytes() for topology in TOPOLOGIES})
+
+
+def test_summary_names_the_result_and_what_it_took(updates: list[str], tmp_path: Path) -> None:
+    """A run says on two lines what it made, of how much, and the memory projected and observed."""
+    lines = done(gradsharding("aggregate", *updates, "-o", "out", "--shards", "2", cwd=tmp_path)).splitlines()
+
+    assert 2 == len(lines)
+    assert lines[0].startswith("out: mean of 3 clients, 0.1 MiB, sharded: 2 slices")
+    assert all(word in lines[1] for word in ("MiB projected", "MiB observed", " s"))
+
+
+def test_nothing_else_is_left(updates: list[str], tmp_path: Path) -> None:
+    """Beside the output, a run leaves nothing, not even an empty directory."""
+    before = everything(tmp_path)
+
+    done(gradsharding("aggregate", *updates, "-o", "out", cwd=tmp_path))
+
+    assert sorted([*before, tmp_path / "out"]) == everything(tmp_path)
+
+
+def test_existing_output_is_replaced(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """An output that is there gives way to the new one."""
+    (tmp_path / "out").write_text("old")
+
+    call("aggregate", *updates, "-o", "out")
+
+    assert set(model(0)) == set(safetensors.torch.load_file(tmp_path / "out"))
+
+
+def test_existing_output_survives_a_failure(updates: list[str], tmp_path: Path) -> None:
+    """A run that fails does not touch the output that was there."""
+    (tmp_path / "out").write_text("old")
+
+    assert 2 == gradsharding("aggregate", *updates, "-o", "out", "--memory", "1MiB", cwd=tmp_path).returncode
+
+    assert "old" == (tmp_path / "out").read_text()
+
+
+def test_updates_by_url_and_by_id(updates: list[str], tmp_path: Path) -> None:
+    """A file:// URL and an id of its own name the same update: the id decides the order, not the result's form."""
+    url = (tmp_path / "a b.safetensors").as_uri()
+    (tmp_path / "ann.safetensors").rename(tmp_path / "a b.safetensors")
+
+    done(gradsharding("aggregate", f"ann={url}:120", *updates[1:], "-o", (tmp_path / "o t").as_uri(), cwd=tmp_path))
+
+    expected = reference([model(seed) for seed in range(3)], [*WEIGHTS.values()])
+    assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "o t"))
+
+
+def test_report(updates: list[str], tmp_path: Path) -> None:
+    """A report is JSON: projected beside observed, the tasks, and the digest of the data, which shards do not change."""
+    reports = {}
+    for shards in (1, 5):
+        name = f"r{shards}.json"
+        done(gradsharding("aggregate", *updates, "-o", "out", "--shards", str(shards), "--report", name, cwd=tmp_path))
+        reports[shards] = json.loads((tmp_path / name).read_text())
+
+    report, data = reports[5], (tmp_path / "out").read_bytes()
+    figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "seconds"}
+    assert {"topology", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
+    assert (figures, figures) == (set(report["projected"]), set(report["observed"]))
+    assert ("sharded", 3, 5) == (report["topology"], report["clients"], len(report["stages"][0]["tasks"]))
+    assert [report["projected"][name] for name in ("gets", "puts")] == [report["observed"][name] for name in ("gets", "puts")] == [15, 8]
+    assert 3 * report["bytes"] == report["projected"]["bytes_read"] == report["observed"]["bytes_read"]
+    assert len(data) == report["projected"]["bytes_written"] == report["observed"]["bytes_written"]
+    assert 0 < report["observed"]["peak_memory"] <= report["projected"]["peak_memory"]
+    assert hashlib.sha256(data[-report["bytes"] :]).hexdigest() == report["digest"] == reports[1]["digest"]
+
+
+def test_nonfinite_may_pass(tmp_path: Path) -> None:
+    """With --nonfinite propagate, NaN and infinity end up where they were, and nowhere else."""
+    safetensors.numpy.save_file({"w": np.array([1, np.nan, 3], np.float32)}, tmp_path / "a.safetensors")
+    safetensors.numpy.save_file({"w": np.array([3, 1, np.inf], np.float32)}, tmp_path / "b.safetensors")
+
+    done(gradsharding("aggregate", "a.safetensors", "b.safetensors", "-o", "out", "--nonfinite", "propagate", cwd=tmp_path))
+
+    assert "[2.0, nan, inf]" == str(safetensors.numpy.load_file(tmp_path / "out")["w"].tolist())
+
+
+# --- stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with two updates of 8 MiB: enough for a run of 1,000 slices to be caught in the middle."""
+    directory = tmp_path_factory.mktemp("large")
+    for seed, client in enumerate("ab"):
+        values = np.random.default_rng(seed).standard_normal(2 << 20, dtype=np.float32)
+        safetensors.numpy.save_file({"w": values}, directory / f"{client}.safetensors")
+    return directory
+
+
+LARGE = ["a.safetensors:2", "b.safetensors"]
+
+
+def start(large: Path, *output_and_options: str) -> "subprocess.Popen[str]":
+    """Start a run in a process group of its own, as a shell does."""
+    command = [COMMAND, "aggregate", *LARGE, "-o", *output_and_options]
+    return subprocess.Popen(command, cwd=large, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for_slices(run: "subprocess.Popen[str]", directory: Path, count: int) -> None:
+    """Wait until a run has written ``count`` slices; part 1 is the header."""
+    for _ in range(60_000):
+        assert run.poll() is None, "the run ended before it could be stopped"
+        if len([part for part in directory.glob(".gradsharding/uploads/*/parts/*") if not part.suffix]) > count:
+            return
+        time.sleep(0.001)
+    raise AssertionError("no parts were written")
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+def test_killed_run_is_resumed(large: Path, tmp_path: Path, executor: str) -> None:
+    """After kill -9 there is no output; the same command does the rest, and makes what an uninterrupted run makes."""
+    out, report, whole = tmp_path / "out" / "mean", tmp_path / "r.json", tmp_path / "whole"
+    out.parent.mkdir()
+    command = [str(out), "--shards", "1000", "--executor", executor, "--store", str(tmp_path / "store"), "--report", str(report)]
+    with start(large, *command) as run:
+        wait_for_slices(run, out.parent, 20)
+        run.kill()
+    assert (-signal.SIGKILL, False) == (run.returncode, out.exists())
+
+    said = done(gradsharding("aggregate", *LARGE, "-o", *command, cwd=large))
+    done(gradsharding("aggregate", *LARGE, "-o", str(whole), "--report", str(tmp_path / "whole.json"), cwd=large))
+
+    resumed = json.loads(report.read_text())
+    now = len(resumed["stages"][0]["tasks"])
+    assert 0 < now <= 980
+    assert f"1000 slices, {now} of them now" in said
+    assert json.loads((tmp_path / "whole.json").read_text())["digest"] == resumed["digest"]
+    assert whole.read_bytes() == out.read_bytes()
+    assert [out] == everything(out.parent)
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes:2", "threads:2"])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
+    """Ctrl-C, which reaches the whole process group, and SIGTERM end a run at once, without a traceback or a trace."""
+    with start(large, str(tmp_path / "out"), "--shards", "1000", "--executor", executor) as run:
+        wait_for_slices(run, tmp_path, 20)
+        os.killpg(run.pid, signal.Signals[name])
+        said, complaint = run.communicate(timeout=60)
+
+    assert (status, "") == (run.returncode, said)
+    assert "Traceback" not in complaint
+    assert [] == everything(tmp_path)
+
+
+def test_interrupted_slice_is_not_tried_again(large: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of one long slice gives it up, rather than to take its worker for one that died."""
+    many = [f"c{i}=a.safetensors" for i in range(300)]
+    command = [COMMAND, "aggregate", *many, "-o", str(tmp_path / "out"), "--topology", "flat"]
+    with subprocess.Popen(command, cwd=large, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as run:
+        wait_for_slices(run, tmp_path, 0)
+        time.sleep(0.5)  # its worker starts, and reads
+        os.killpg(run.pid, signal.SIGINT)
+        said, complaint = run.communicate(timeout=60)
+
+    assert (130, "", "gradsharding: interrupted") == (run.returncode, said, complaint.strip())
+    assert [] == everything(tmp_path)
+
+
+def test_finished_round_is_not_run_again(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """With --store, the same command, its updates in whatever order, finds its result there."""
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+    before = (tmp_path / "out").stat()
+
+    said = call("aggregate", *reversed(updates), "-o", "out", "--store", "kept")
+
+    assert "nothing was left to do" in said
+    assert before.st_mtime_ns == (tmp_path / "out").stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("loss", ["removed", "replaced"])
+def test_lost_output_is_made_again(updates: list[str], call: Callable[..., str], tmp_path: Path, loss: str) -> None:
+    """With --store, a result that was removed or replaced since is made again."""
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+    made = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").unlink()
+    if loss == "replaced":
+        (tmp_path / "out").write_text("something else")
+
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+
+    assert made == (tmp_path / "out").read_bytes()
+
+
+def test_policy_and_inputs_make_another_round(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """Another policy, weight or content is another round, so that nothing of the old one enters the result."""
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+    call("aggregate", *updates, "-o", "out", "--store", "kept", "--nonfinite", "propagate")
+    call("aggregate", *updates[:2], "cyd.safetensors:4", "-o", "out", "--store", "kept")
+    safetensors.torch.save_file(model(9), tmp_path / "cyd.safetensors")
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+
+    assert 4 == len([*(tmp_path / "kept" / "rounds").iterdir()])
+    expected = reference([model(seed) for seed in (0, 1, 9)], [*WEIGHTS.values()])
+    assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "out"))
+
+
+def test_failed_round_leaves_no_parts(tmp_path: Path) -> None:
+    """With --store, a run that its updates doom leaves records there, but no parts beside the output."""
+    safetensors.numpy.save_file({"w": np.array([1, np.nan], np.float32)}, tmp_path / "a.safetensors")
+    (tmp_path / "out").mkdir()
+
+    run = gradsharding("aggregate", "a.safetensors", "-o", "out/mean", "--shards", "2", "--store", "kept", cwd=tmp_path)
+
+    assert (2, []) == (run.returncode, everything(tmp_path / "out"))
+
+
+# --- mistakes
+
+
+def safetensors_file(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """Bytes of an object with this header, well-formed or not."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(start: int, stop: int, *, dtype: str = "F32", shape: Sequence[int] = (2,)) -> dict[str, object]:
+    """A header's entry for one tensor."""
+    return {"dtype": dtype, "shape": [*shape], "data_offsets": [start, stop]}
+
+
+FILES = {
+    "good.safetensors": safetensors_file({"w": entry(0, 8)}, struct.pack("<2f", 1, 2)),
+    "twin.safetensors": safetensors_file({"w": entry(0, 8)}, struct.pack("<2f", 3, 4)),
+    "folder/good.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
+    "two words.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
+    "either.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
+    "either.safetensors:2": safetensors_file({"w": entry(0, 8)}, bytes(8)),
+    "empty.safetensors": b"",
+    "short.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(5)),
+    "lying.safetensors": safetensors_file({"w": entry(0, 12)}, bytes(12)),
+    "overlap.safetensors": safetensors_file({"v": entry(0, 8), "w": entry(4, 12)}, bytes(12)),
+    "gap.safetensors": safetensors_file({"v": entry(0, 8), "w": entry(12, 20)}, bytes(20)),
+    "boast.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8), length=200_000_000),
+    "prose.safetensors": safetensors_file(b"Dear sir or madam"),
+    "digits.safetensors": safetensors_file(b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}', bytes(4)),
+    "surrogate.safetensors": safetensors_file({"\ud800": entry(0, 8)}, bytes(8)),
+    "double.safetensors": safetensors_file(b'{"w":%b,"w":%b}' % ((json.dumps(entry(0, 8)).encode(),) * 2), bytes(8)),
+    "float8.safetensors": safetensors_file({"w": entry(0, 2, dtype="F8_E4M3")}, bytes(2)),
+    "complex.safetensors": safetensors_file({"w": entry(0, 16, dtype="C64")}, bytes(16)),
+    "colour.safetensors": safetensors_file({"w": entry(0, 2, dtype="\033[31m\nred")}, bytes(2)),
+    "shape.safetensors": safetensors_file({"w": entry(0, 12, shape=(3,))}, bytes(12)),
+    "dtype.safetensors": safetensors_file({"w": entry(0, 4, dtype="F16")}, bytes(4)),
+    "other.safetensors": safetensors_file({"bias": entry(0, 8)}, bytes(8)),
+    "nan.safetensors": safetensors_file({"v": entry(0, 8), "w": entry(8, 16, shape=(1, 2))}, struct.pack("<4f", 0, 0, 0, float("nan"))),
+    "inf.safetensors": safetensors_file({"v": entry(0, 8), "w": entry(8, 16, shape=(1, 2))}, struct.pack("<4f", 0, float("-inf"), 0, 0)),
+}
+
+
+class Mistake(NamedTuple):
+    """Arguments, and what the one line must hold: the culprit, and what to do."""
+
+    args: str
+    says: Sequence[str]
+
+
+OUT = "-o out/mean"
+WEIGHT_TEXTS = {"0": "0", "-1": "-1.0", "nan": "nan", "inf": "inf", "1e30": "1e+30", "9" * 400: "inf", "many": "'many'", "": "''"}
+MISTAKES = {
+    "missing file": Mistake(f"aggregate nowhere.safetensors:3 {OUT}", ["nowhere.safetensors", "no file", "PATH"]),
+    "directory": Mistake(f"aggregate folder {OUT}", ["folder is a directory", "name a safetensors file"]),
+    "empty file": Mistake(f"aggregate empty.safetensors {OUT}", ["empty.safetensors", "has 0 bytes", "upload it again"]),
+    "truncated": Mistake(f"aggregate short.safetensors {OUT}", ["short.safetensors", "8 bytes", "holds 5", "upload it again"]),
+    "lying offsets": Mistake(f"aggregate lying.safetensors {OUT}", ["lying.safetensors", "'w'", "needs 8", "hold 12", "save the update"]),
+    "overlap": Mistake(f"aggregate overlap.safetensors {OUT}", ["overlap.safetensors", "'w'", "byte 4", "save the update"]),
+    "gap": Mistake(f"aggregate gap.safetensors {OUT}", ["gap.safetensors", "'w'", "byte 12", "leave a gap", "save the update"]),
+    "header of 200 MB": Mistake(f"aggregate boast.safetensors {OUT}", ["boast.safetensors", "200000000", "upload it again"]),
+    "header not JSON": Mistake(f"aggregate prose.safetensors {OUT}", ["prose.safetensors", "not JSON", "is this a safetensors object?"]),
+    "header with a huge number": Mistake(f"aggregate digits.safetensors {OUT}", ["digits.safetensors", "is this a safetensors object?"]),
+    "half a surrogate pair": Mistake(f"aggregate surrogate.safetensors {OUT}", ["surrogate.safetensors", "rename the tensor"]),
+    "duplicate tensor": Mistake(f"aggregate double.safetensors {OUT}", ["double.safetensors", "'w' twice", "must be unique"]),
+    "dtype F8_E4M3": Mistake(f"aggregate float8.safetensors {OUT}", ["float8.safetensors", "'w'", "F8_E4M3", "supported are F64, F32"]),
+    "dtype C64": Mistake(f"aggregate complex.safetensors {OUT}", ["complex.safetensors", "'w'", "C64", "supported are F64, F32"]),
+    "dtype that paints": Mistake(f"aggregate colour.safetensors {OUT}", ["colour.safetensors", "[31m red", "supported are F64, F32"]),
+    "other shape": Mistake(f"aggregate good.safetensors shape.safetensors {OUT}", ["'w'", "[2]", "[3]", "good", "shape", "same tensors"]),
+    "other dtype": Mistake(f"aggregate good.safetensors dtype.safetensors {OUT}", ["'w'", "F32", "F16", "good", "dtype", "same tensors"]),
+    "other tensor": Mistake(f"aggregate good.safetensors other.safetensors {OUT}", ["'bias'", "good", "other", "same tensors"]),
+    **{
+        f"weight {weight[:9]}": Mistake(f"aggregate good.safetensors:{weight} {OUT}", [f"good has weight {says};", "use a positive number"])
+        for weight, says in WEIGHT_TEXTS.items()
+    },
+    "weights too far apart": Mistake(f"aggregate good.safetensors:0.1 twin.safetensors:1e15 {OUT}", ["0.1", "1e+15", "use whole numbers"]),
+    "same file name": Mistake(f"aggregate good.safetensors folder/good.safetensors {OUT}", ["'good'", "folder/good", "ID=PATH"]),
+    "same id": Mistake(f"aggregate x=good.safetensors x=twin.safetensors {OUT}", ["'x'", "twin.safetensors", "ID=PATH"]),
+    "path in an id": Mistake(f"aggregate ../x=good.safetensors {OUT}", ["'../x'", "ID=PATH"]),
+    "no id": Mistake(f"aggregate =good.safetensors {OUT}", ["=good.safetensors", "ID=PATH"]),
+    "file name that is no id": Mistake(f"aggregate two\0words.safetensors {OUT}", ["'two words'", "ID=PATH"]),
+    "two readings": Mistake(f"aggregate either.safetensors:2 {OUT}", ["'either.safetensors:2'", "several ways", "rename one"]),
+    "no updates": Mistake(f"aggregate {OUT}", ["Missing argument", "PATH", "aggregate --help"]),
+    "no output": Mistake("aggregate good.safetensors", ["Missing option", "--output", "aggregate --help"]),
+    "no directory for the output": Mistake("aggregate good.safetensors -o nowhere/mean", ["no directory nowhere", "make it first"]),
+    "output is a directory": Mistake("aggregate good.safetensors -o out", ["out is a directory", "name a regular file"]),
+    "output is a device": Mistake("aggregate good.safetensors -o /dev/null", ["/dev/null", "name a regular file"]),
+    "output cannot be written": Mistake("aggregate good.safetensors -o /proc/mean", ["/proc/mean cannot be", "choose another"]),
+    "output is an update": Mistake("aggregate good.safetensors -o good.safetensors", ["good.safetensors", "another place"]),
+    "no directory for the report": Mistake(f"aggregate good.safetensors {OUT} --report nowhere/r.json", ["nowhere", "make it first"]),
+    "report is a directory": Mistake(f"aggregate good.safetensors {OUT} --report folder", ["folder is a directory", "name a regular file"]),
+    "report is the output": Mistake(f"aggregate good.safetensors {OUT} --report out/../out/mean", ["out/mean", "another place"]),
+    "too little memory": Mistake(f"aggregate good.safetensors {OUT} --memory 1MiB", ["sharded/", "1.0 MiB allowed", "allow more memory"]),
+    "memory in words": Mistake(f"aggregate good.safetensors {OUT} --memory plenty", ["--memory", "'plenty'", "512MiB"]),
+    "negative memory": Mistake(f"aggregate good.safetensors {OUT} --memory=-5", ["--memory", "'-5'", "512MiB"]),
+    "unknown unit": Mistake(f"aggregate good.safetensors {OUT} --memory 5pounds", ["--memory", "'5pounds'", "512MiB"]),
+    "endless memory": Mistake(f"aggregate good.safetensors {OUT} --memory {'9' * 400}GB", ["--memory", "512MiB"]),
+    "more shards than elements": Mistake(f"aggregate good.safetensors {OUT} --shards 3", ["3 shards", "2 elements", "use 1 to 2"]),
+    **{
+        f"{shards} shards": Mistake(f"aggregate good.safetensors {OUT} --shards={shards}", ["--shards", shards, "aggregate --help"])
+        for shards in ("0", "-1", "abc", "10000")
+    },
+    "shards of a flat plan": Mistake(f"aggregate good.safetensors {OUT} --topology flat --shards 2", ["--shards", "flat", "sharded"]),
+    "NaN": Mistake(
+        f"aggregate g=nan.safetensors {OUT} --shards 2 --executor processes:2", ["nan.safetensors", "'w'[0, 1]", "--nonfinite propagate"]
+    ),
+    "infinity": Mistake(f"aggregate inf.safetensors:7 {OUT}", ["inf.safetensors", "'v'[1]", "--nonfinite propagate"]),
+    "both": Mistake(f"aggregate inf.safetensors nan.safetensors {OUT}", ["inf.safetensors at 'v'[1], nan.safetensors at 'w'[0, 1]"]),
+    "unknown policy": Mistake(f"aggregate good.safetensors {OUT} --nonfinite ignore", ["'ignore'", "'raise', 'propagate'", "--help"]),
+    "unknown executor": Mistake(f"aggregate good.safetensors {OUT} --executor cloud", ["'cloud'", "use inline, processes:N"]),
+    "no processes": Mistake(f"aggregate good.safetensors {OUT} --executor processes:0", ["'processes:0'", "use inline, processes:N"]),
+    "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'flat', 'sharded'", "aggregate --help"]),
+    "unknown store": Mistake(f"aggregate good.safetensors {OUT} --store ftp://host/x", ["ftp://host/x", "use file:///directory"]),
+    "store in memory": Mistake(f"aggregate good.safetensors {OUT} --store memory://x", ["memory://x", "use a file:// store"]),
+    "store is a file": Mistake(f"aggregate good.safetensors {OUT} --store twin.safetensors", ["twin.safetensors", "check the path"]),
+    "unknown option": Mistake(f"aggregate good.safetensors {OUT} --fast", ["--fast", "aggregate --help"]),
+    "unknown command": Mistake("agregate good.safetensors", ["agregate", "gradsharding --help"]),
+    "no command": Mistake("", ["Missing command", "gradsharding --help"]),
+    "plan of nothing": Mistake("plan", ["--size and --clients", "plan --help"]),
+    "plan without clients": Mistake("plan --size 1GB", ["--clients", "plan --help"]),
+    "plan of no bytes": Mistake("plan --size 3 --clients 2", ["at least 4 bytes", "plan --help"]),
+    "plan of an odd size": Mistake("plan --size big --clients 2", ["--size", "'big'", "512MiB"]),
+    "plan of no clients": Mistake("plan --size 1GB --clients 0", ["--clients", "plan --help"]),
+    "plan of both": Mistake("plan good.safetensors --clients 2", ["--size and --clients", "plan --help"]),
+    "plan of too many shards": Mistake("plan --size 8 --clients 2 --shards 3", ["3 shards", "2 elements", "use 1 to 2"]),
+    "plan of a missing file": Mistake("plan nowhere.safetensors", ["nowhere.safetensors", "no file", "PATH"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with good and bad files, and an empty directory for the output."""
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(mistake, id=name) for name, mistake in MISTAKES.items()])
+def test_mistake_is_told_in_one_line(workplace: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake) -> None:
+    """A mistake ends with status 2 and one line that names the culprit and a remedy; nothing is written anywhere."""
+    before = everything(workplace)
+
+    status = main([arg.replace("\0", " ") for arg in mistake.args.split(" ") if arg])
+
+    said, complaint = capsys.readouterr()
+    assert (2, "") == (status, said)
+    assert ("gradsharding: ", "\n", 1) == (complaint[:14], complaint[-1], complaint.count("\n"))
+    assert [] == [text for text in mistake.says if text not in complaint]
+    assert complaint[:-1].isprintable()
+    assert before == everything(workplace)
+
+
+@pytest.mark.parametrize("name", ["missing file", "NaN", "no command", "store is a file", "output cannot be written"])
+def test_mistake_is_told_in_one_line_by_the_real_command(workplace: Path, name: str) -> None:
+    """The installed command passes status and line on."""
+    before = everything(workplace)
+
+    run = gradsharding(*MISTAKES[name].args.split(), cwd=workplace)
+
+    assert (2, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
+    assert [] == [text for text in MISTAKES[name].says if text not in run.stderr]
+    assert before == everything(workplace)
+
+
+def test_many_nonfinite_updates_are_counted(tmp_path: Path) -> None:
+    """Of many clients with NaN, three are named and the others counted: the line stays a line."""
+    for client in "abcde":
+        safetensors.numpy.save_file({"w": np.array([np.nan], np.float32)}, tmp_path / f"{client}.safetensors")
+
+    run = gradsharding("aggregate", *(f"{client}.safetensors" for client in "abcde"), "-o", "out", cwd=tmp_path)
+
+    assert (2, 1) == (run.returncode, run.stderr.count("\n"))
+    assert "a.safetensors at 'w'[0], b.safetensors at 'w'[0], c.safetensors at 'w'[0], and in 2 more" in run.stderr
+
+
+def test_overflowing_sum_is_told_as_such(tmp_path: Path) -> None:
+    """Finite float64 values whose sum is not are no NaN in a file, and are not told as one."""
+    safetensors.numpy.save_file({"w": np.array([1.7e308], np.float64)}, tmp_path / "a.safetensors")
+
+    run = gradsharding("aggregate", "a.safetensors:2", "-o", "out", cwd=tmp_path)
+
+    assert (2, 1) == (run.returncode, run.stderr.count("\n"))
+    assert "overflow when summed; scale them down" in run.stderr
+
+
+def test_other_failures_end_with_1(updates: list[str], tmp_path: Path) -> None:
+    """What is nobody's mistake ends with status 1 and one line; GRADSHARDING_DEBUG=1 shows the traceback as well."""
+    command = ["aggregate", *updates, "-o", "out", "--store", "kept"]
+    done(gradsharding(*command, cwd=tmp_path))
+    next(tmp_path.glob("kept/rounds/*/round.json")).write_text("scribble")
+
+    plain = gradsharding(*command, cwd=tmp_path)
+    debug = gradsharding(*command, cwd=tmp_path, GRADSHARDING_DEBUG="1")
+
+    assert (1, 1, 0) == (plain.returncode, plain.stderr.count("\n"), plain.stderr.count("Traceback"))
+    assert (1, True) == (debug.returncode, "Traceback" in debug.stderr)
+    assert plain.stderr == debug.stderr.splitlines(keepends=True)[-1]
+
+
+# --- how an update is written
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", ("a", "a.safetensors", 1)),
+        ("a.safetensors:120", ("a", "a.safetensors", 120)),
+        ("a.safetensors:0.5", ("a", "a.safetensors", 0.5)),
+        ("x=a.safetensors", ("x", "a.safetensors", 1)),
+        ("x=a.safetensors:120", ("x", "a.safetensors", 120)),
+        ("x=run=1/at 12:30", ("x", "run=1/at 12:30", 1)),
+        ("x=run=1/at 12:30:7", ("x", "run=1/at 12:30", 7)),
+        ("run=1/b.safetensors", ("b", "run=1/b.safetensors", 1)),
+        ("run=1/b.safetensors:7", ("b", "run=1/b.safetensors", 7)),
+    ],
+)
+def test_reading_whose_file_exists_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: tuple[str, str, float]
+) -> None:
+    """``[id=]path[:weight]`` is read so that its file exists, even if a path holds ":" and "="."""
+    monkeypatch.chdir(tmp_path)
+    Path("run=1").mkdir()
+    for name in ("a.safetensors", "run=1/at 12:30", "run=1/b.safetensors"):
+        safetensors.numpy.save_file({"w": np.array([1], np.float32)}, name)
+
+    (update,) = read_updates([text])
+
+    assert expected == (update.client, str(update.path), update.weight)
+
+
+def test_whole_weights_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest weight, 2⁵³, is read to the unit; one more is refused."""
+    monkeypatch.chdir(tmp_path)
+    safetensors.numpy.save_file({"w": np.array([1], np.float32)}, "a.safetensors")
+
+    assert 2**53 == read_updates([f"a.safetensors:{2**53}"])[0].weight
+    with pytest.raises(UserError, match="9007199254740993"):
+        read_updates([f"a.safetensors:{2**53 + 1}"])
+
+
+# --- plan, help, progress, commands of others
+
+
+def test_plan_shows_topologies_side_by_side(tmp_path: Path) -> None:
+    """A plan is a table, a row for each topology; what does not fit is told with its remedy."""
+    said = done(gradsharding("plan", "--size", "528MB", "--clients", "20", "--shards", "4", cwd=tmp_path))
+
+    head, *rows = [line.split() for line in said.splitlines() if line.startswith("  ") and line.strip()]
+    assert ["topology", "functions", "memory", "gets", "puts", "bytes", "read", "bytes", "written"] == head
+    assert [["flat", "1", "20", "4"], ["sharded", "4", "80", "7"]] == [[row[0], row[1], *row[4:6]] for row in rows]
+    assert "flat does not fit: task flat/0 projects" in said
+    assert "use at least 3 shards, or allow" in said
+    assert "sharded does not fit" not in said
+
+
+def test_plan_as_json(call: Callable[..., str]) -> None:
+    """Three clients of 32 MiB: each topology reads 96 MiB; four shards ask 12 times; all figures are plain numbers."""
+    said = json.loads(call("plan", "--size", "32MiB", "--clients", "3", "--shards", "4", "--json"))
+
+    flat, sharded = said["topologies"]
+    assert (32 << 20, 3, 512 << 20) == (said["size"], said["clients"], said["allowed"])
+    assert ["flat", 1, 3, 4, 96 << 20, True, None] == [
+        flat[k] for k in ("topology", "functions", "gets", "puts", "bytes_read", "fits", "remedy")
+    ]
+    assert ["sharded", 4, 12, 7, 96 << 20, True, None] == [
+        sharded[k] for k in ("topology", "functions", "gets", "puts", "bytes_read", "fits", "remedy")
+    ]
+    assert sharded["memory"] < flat["memory"]
+
+
+def test_plan_of_updates_is_what_aggregate_projects(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """A plan of files, and the report of the run that follows, agree on every figure."""
+    planned = json.loads(call("plan", *updates, "--shards", "3", "--json"))["topologies"][1]
+    call("aggregate", *updates, "--shards", "3", "-o", "out", "--report", "r.json")
+
+    projected = json.loads((tmp_path / "r.json").read_text())["projected"]
+    expected = {**{k: projected[k] for k in ("gets", "puts", "bytes_read", "bytes_written")}, "memory": projected["peak_memory"]}
+    assert expected == {k: planned[k] for k in expected}
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in sorted(cli.commands))], ids=" ".join)
+def test_every_command_has_help(tmp_path: Path, command: list[str]) -> None:
+    """--help tells usage, options and examples, and reads no further."""
+    said = done(gradsharding(*command, "--help", cwd=tmp_path))
+
+    assert said.startswith(f"Usage: {' '.join(['gradsharding', *command])} ")
+    assert "Examples:\n    gradsharding " in said
+    assert "--help" in said
+
+
+def test_version(tmp_path: Path) -> None:
+    """--version tells it."""
+    assert done(gradsharding("--version", cwd=tmp_path)).startswith("gradsharding, version ")
+
+
+def test_progress_is_shown_to_a_terminal_only(large: Path, tmp_path: Path) -> None:
+    """The bar goes to standard error if that is a terminal; the summary on standard output stays two lines."""
+    ours, theirs = pty.openpty()
+    args = ["aggregate", "a.safetensors", "b.safetensors", "-o", str(tmp_path / "out"), "--shards", "500"]
+    with subprocess.Popen(
+        [COMMAND, *args], cwd=large, stdout=subprocess.PIPE, stderr=theirs, text=True, env={**os.environ, "TERM": "xterm"}
+    ) as run:
+        os.close(theirs)
+        seen = b""
+        try:
+            while piece := os.read(ours, 4096):
+                seen += piece
+        except OSError:  # how Linux says that the other side has closed
+            os.close(ours)
+        assert run.stdout
+        said = run.stdout.read()
+
+    assert (0, 2) == (run.returncode, said.count("\n"))
+    assert b"slices" in seen
+    assert b"/500" in seen
+
+
+def contribute(site: Path, command: str, module: str, source: str) -> None:
+    """Install a package that contributes one command, as pip would: a module and its metadata."""
+    info = site / f"{module}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[gradsharding.commands]\n{command} = {module}:main\n")
+    (site / f"{module}.py").write_text(source)
+
+
+HELLO = """
+import click, pathlib
+pathlib.Path("imported").touch()
+@click.command()
+@click.option("--name", default="world")
+def main(name: str) -> None:
+    "Greet."
+    click.echo(f"hello {name}")
+"""
+
+
+def test_other_packages_contribute_commands(tmp_path: Path) -> None:
+    """A command of another package is listed without being imported, and runs with its own options and help."""
+    contribute(tmp_path / "site", "hello", "hello_package", HELLO)
+    site = str(tmp_path / "site")
+
+    assert "hello      Part of hello_package" in done(gradsharding("--help", cwd=tmp_path, PYTHONPATH=site))
+    assert not (tmp_path / "imported").exists()
+    assert "hello you\n" == done(gradsharding("hello", "--name", "you", cwd=tmp_path, PYTHONPATH=site))
+    assert "Greet." in done(gradsharding("hello", "--help", cwd=tmp_path, PYTHONPATH=site))
+
+
+def test_contributed_command_without_its_packages(tmp_path: Path) -> None:
+    """A command whose packages are missing says which extra to install."""
+    contribute(tmp_path, "show", "gradsharding_shows", "import package_that_nobody_has")
+
+    run = gradsharding("show", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+
+    assert (2, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
+    assert "package_that_nobody_has" in run.stderr
+    assert "install gradsharding[shows]" in run.stderr
