@@ -87,7 +87,7 @@ class Contributed(click.Command):
             command = self.entry.load()
         except ImportError as error:
             ours = self.package.startswith("gradsharding_")
-            needed = f"gradsharding[{self.package.removeprefix('gradsharding_')}]" if ours else self.package
+            needed = f"gradsharding[{self.name}]" if ours else self.package  # an extra for each command of ours
             raise UserError(f"{self.name} needs more than is installed here ({error}); install {needed}") from error
         assert isinstance(command, click.Command)
         return command

@@ -706,4 +706,4 @@ def test_contributed_command_without_its_packages(tmp_path: Path) -> None:
 
     assert (2, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
     assert "package_that_nobody_has" in run.stderr
-    assert "install gradsharding[shows]" in run.stderr
+    assert "install gradsharding[show]" in run.stderr

@@ -14,16 +14,19 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.simulation import run_simulation
 from rich.console import Console
 
+from gradsharding.plan import mib
 from gradsharding_flower import GradSharding, upload_mod
 from gradsharding_flower.arrays import from_state_dict, to_state_dict
 from gradsharding_flower.digits import Net, accuracy, client_app, initial_model, split
+
+_ROW = "{:>5}  {:>8}  {:>14}  {:>13}  {:>15}  {:>12}"
 
 OnRound = Callable[[int, float], None]
 """Told the round's number and the model's accuracy on the test images."""
 
 
 @click.command()
-@click.option("--rounds", default=8, show_default=True, type=click.IntRange(1, 100), help="Rounds of training.")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(1, 100), help="Rounds of training.")
 @click.option("--clients", default=5, show_default=True, type=click.IntRange(2, 50), help="Clients, each with data of its own.")
 @click.option("--shards", default=4, show_default=True, type=click.IntRange(1, 1000), help="Slices of the model.")
 @click.option("--seed", default=7, show_default=True, help="Fixes the data's split, the first weights and the training.")
@@ -39,12 +42,12 @@ def demo(rounds: int, clients: int, shards: int, seed: int) -> None:
     parts, _ = split(clients, seed)
     console.print(f"{clients} clients with {', '.join(str(len(part)) for part in parts)} images; {rounds} rounds, {shards} slices")
     with tempfile.TemporaryDirectory(prefix="gradsharding-demo-") as directory:
-        strategy = GradSharding(FedAvg(**_sampling(clients)), store=directory, shards=shards, executor="processes:2")
+        strategy = GradSharding(_fed_avg(clients), store=directory, shards=shards, executor="processes:2")
         with console.status("starting Flower's simulation engine"):
             sliced = federate(strategy, [upload_mod], clients, rounds, seed, _printer(console, strategy))
     with console.status("the same with plain Flower FedAvg"):
-        plain = federate(FedAvg(**_sampling(clients)), [], clients, rounds, seed, lambda _, __: None)
-    console.print(f"accuracy after {rounds} rounds: gradsharding {sliced:.4f}, plain Flower FedAvg {plain:.4f}")
+        plain = federate(_fed_avg(clients), [], clients, rounds, seed, lambda _, __: None)
+    console.print(f"accuracy after {rounds} rounds: gradsharding {sliced:.4f}, plain Flower FedAvg {plain:.4f}, same seeds")
 
 
 def federate(strategy: Strategy, mods: Sequence[Mod], clients: int, rounds: int, seed: int, on_round: OnRound) -> float:
@@ -76,24 +79,25 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
 
 
-def _sampling(clients: int) -> dict[str, float]:
-    return {"fraction_evaluate": 0.0, "min_train_nodes": clients, "min_available_nodes": clients}
+def _fed_avg(clients: int) -> FedAvg:
+    return FedAvg(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
 
 
 def _printer(console: Console, strategy: GradSharding) -> OnRound:
     def tell(server_round: int, reached: float) -> None:
         if not server_round:
-            console.print(f"round 0: accuracy {reached:.4f}")
+            console.print(_ROW.format("round", "accuracy", "via the server", "via the store", "function's peak", "of projected"))
             return
         report = strategy.history[-1]
         console.print(
-            f"round {server_round}: accuracy {reached:.4f} | through the server {_kb(report.server_sent + report.server_received)}, "
-            f"through the store {_kb(report.uploaded + report.read + report.written)} | "
-            f"peak memory of a function {report.peak_memory / 2**20:.1f} of {report.projected_memory / 2**20:.1f} MiB projected"
+            _ROW.format(
+                server_round,
+                f"{reached:.4f}",
+                f"{(report.server_sent + report.server_received) / 1000:,.1f} kB",
+                f"{(report.uploaded + report.read + report.written) / 1000:,.1f} kB",
+                mib(report.peak_memory),
+                mib(report.projected_memory),
+            )
         )
 
     return tell
-
-
-def _kb(count: int) -> str:
-    return f"{count / 1000:,.1f} kB"

@@ -89,7 +89,7 @@ def train(model: Net, indices: Indices, *, epochs: int, seed: int) -> float:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     loss = torch.zeros(())
     for _ in range(epochs):
-        for batch in torch.from_numpy(indices)[torch.randperm(len(indices), generator=generator)].split(32):
+        for batch in torch.from_numpy(indices)[torch.randperm(len(indices), generator=generator)].split(32):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(pixels[batch]), digits[batch])
             loss.backward()  # type: ignore[no-untyped-call]
@@ -107,8 +107,8 @@ def client_app(mods: Sequence[Mod], *, seed: int, epochs: int = 2) -> ClientApp:
         partition = int(context.node_config["partition-id"])
         mine = split(int(context.node_config["num-partitions"]), seed)[0][partition]
         model = Net()
-        model.load_state_dict(to_state_dict(message.content["arrays"]))
-        server_round = int(message.content["config"]["server-round"])
+        model.load_state_dict(to_state_dict(message.content.array_records["arrays"]))
+        server_round = int(str(message.content.config_records["config"]["server-round"]))
         loss = train(model, mine, epochs=epochs, seed=seed + 1000 * server_round + partition)
         metrics = MetricRecord({"num-examples": len(mine), "loss": loss})
         return Message(RecordDict({"arrays": from_state_dict(model.state_dict()), "metrics": metrics}), reply_to=message)

@@ -1,0 +1,8 @@
+"""``python -m gradsharding`` is ``gradsharding``."""
+
+import sys
+
+from gradsharding.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
