@@ -35,17 +35,18 @@ def to_raw(name: str, array: Array) -> Raw:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except ValueError as error:
+    except Exception as error:  # noqa: BLE001 - numpy's parser lets errors of many kinds through
         raise InvalidUpdate(f"tensor {name!r} is not an .npy array ({error}); send numpy arrays") from None
-    if dtype.hasobject or dtype.newbyteorder("<") not in _NAMES:
+    shape, little = tuple(map(int, shape)), dtype.newbyteorder("<")
+    if dtype.hasobject or little not in _NAMES:
         raise InvalidUpdate(f"tensor {name!r} has dtype {dtype}; supported are {', '.join(NUMPY)}")
-    data = memoryview(array.data)[stream.tell() :]
-    if fortran or dtype != dtype.newbyteorder("<"):
+    data, needed = memoryview(array.data)[stream.tell() :], math.prod(shape) * dtype.itemsize
+    if len(data) != needed or min(shape, default=0) < 0:
+        raise InvalidUpdate(f"tensor {name!r} has {len(data)} bytes where {dtype}{list(shape)} needs {needed}; send it again")
+    if data and (fortran or dtype != little):
         loaded = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-        data = np.ascontiguousarray(loaded, dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
-    if len(data) != math.prod(shape) * dtype.itemsize:
-        raise InvalidUpdate(f"tensor {name!r} has {len(data)} bytes where {dtype}{list(shape)} needs {math.prod(shape) * dtype.itemsize}")
-    return Raw(_NAMES[dtype.newbyteorder("<")], tuple(shape), data)
+        data = np.ascontiguousarray(loaded, little).reshape(-1).view(np.uint8).data
+    return Raw(_NAMES[little], shape, data)
 
 
 def from_raw(raw: Raw) -> Array:

@@ -14,7 +14,6 @@ from gradsharding.errors import (
     InvalidUpdate,
     InvalidWeight,
     LayoutMismatch,
-    MissingObject,
     NonFinite,
     TooFewClients,
 )
@@ -77,7 +76,8 @@ def mean(
             trial.refer(one.client, one.reference.source, one.weight, version=one.reference.version, update=one.update)
         try:
             return run(trial)
-        except (NonFinite, MissingObject, ChangedObject, InvalidUpdate) as error:
+        except GradShardingError as error:
+            trial.abandon()
             faults = _faults(error, kept[0].update.layout)
             if not faults:
                 raise
@@ -114,12 +114,14 @@ def _alike(found: Sequence[Contribution], leave_out: LeaveOut) -> list[Contribut
         return []
     counts = Counter(one.update.layout.digest for one in found)
     model = max(found, key=lambda one: counts[one.update.layout.digest])
+    alike = []
     for one in found:
         try:
             model.update.layout.require_same(one.update.layout, f"node {model.node}'s update", "its own")
+            alike.append(one)
         except LayoutMismatch as error:
             leave_out(one.node, error.message)
-    return [one for one in found if one.update.layout == model.update.layout]
+    return alike
 
 
 def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """GradSharding wraps a strategy and takes over one thing: the weighted mean, which is computed slice by slice, elsewhere."""
 
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
@@ -36,7 +37,7 @@ class GradSharding(Strategy):
     inner : FedAvg
         The strategy to wrap: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad. With FedAvg and FedProx no array
         is ever in the server's memory; the others hold the average there once a round, to take their step.
-    store : ObjectStore | str
+    store : ObjectStore | str | PathLike
         Where updates and models lie; all nodes must reach it, unless ``mode`` is "relay".
     shards : int | None (default: None)
         Number of slices; by default as many as fit the limits and the store.
@@ -58,7 +59,7 @@ class GradSharding(Strategy):
         self,
         inner: FedAvg,
         *,
-        store: ObjectStore | str,
+        store: ObjectStore | str | os.PathLike[str],
         shards: int | None = None,
         executor: Executor | str = "processes",
         limits: Limits | None = None,
@@ -70,7 +71,7 @@ class GradSharding(Strategy):
         if mode not in ("direct", "relay", "mixed"):
             raise UserError(f"no mode is known as {mode!r}; use direct, relay or mixed")
         self.inner = inner
-        self.store = open_store(store) if isinstance(store, str) else store
+        self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
         self.limits = limits or Limits()
         self.shards = shards
@@ -81,6 +82,8 @@ class GradSharding(Strategy):
         """One report a round of training, of the last ``start``."""
         self._run = ""
         self._model: Reference | None = None
+        self._previous: Reference | None = None
+        self._asked: set[int] = set()
         self._direct_nodes: set[int] = set()
         self._traffic = self._before = Traffic()
         self._server_round = 0
@@ -103,12 +106,12 @@ class GradSharding(Strategy):
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
-    ) -> Result:
+    ) -> LazyResult:
         """Run the federation, as ``Strategy.start`` does. ``initial_arrays`` may be a reference (``refer``).
 
         ``evaluate_fn`` gets real arrays, read for each call; the result's ``arrays`` are read when first used.
         """
-        self._run, self.history, self._direct_nodes = uuid.uuid4().hex[:12], [], set()
+        self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
         self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
         watched = WatchedGrid(grid, self._relay)
         self._traffic = watched.traffic
@@ -128,7 +131,9 @@ class GradSharding(Strategy):
         self._server_round, self._refused = server_round, {}
         self._before = replace(self._traffic)
         shown = self._load(arrays) if self._needs_arrays else arrays
-        return self._address(self.inner.configure_train(server_round, shown, config, grid), arrays)
+        messages = self._address(self.inner.configure_train(server_round, shown, config, grid), arrays)
+        self._asked = {message.metadata.dst_node_id for message in messages}
+        return messages
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The same, for evaluation on the clients."""
@@ -140,18 +145,23 @@ class GradSharding(Strategy):
         Too few usable updates, or a failure of the functions, end the round with an error in the log; the run goes on
         with the model it has.
         """
+        if not self._asked:
+            return None, None
         left_out: dict[int, str] = {}
 
         def leave_out(node: int, reason: str) -> None:
             left_out[node] = self._refused.get(node, reason)
             log.warning("aggregate_train: node %d is left out of round %d: %s", node, server_round, left_out[node])
 
-        round_ = self._round(server_round)
-        kept = collect(replies, round_, self.inner.weighted_by_key, leave_out)
+        round_, answers = self._round(server_round), list(replies)
+        for node in sorted(self._asked - {answer.metadata.src_node_id for answer in answers}):
+            leave_out(node, "it did not answer in time")
+        kept = collect(answers, round_, self.inner.weighted_by_key, leave_out)
         try:
             averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
         except GradShardingError as error:
             log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
+            self._forget()
             return None, None
         kept = [one for one in kept if one.node not in left_out]
         log.info("aggregate_train: averaged %d updates in %d slices", len(kept), len(averaged.plan.tasks))
@@ -162,8 +172,8 @@ class GradSharding(Strategy):
             model = self._server_step(server_round, model)
         metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
         self._note(server_round, kept, left_out, averaged)
-        self._forget(model)
-        self._model = model
+        self._previous, self._model = self._model, model
+        self._forget()
         return model.record(), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -201,9 +211,13 @@ class GradSharding(Strategy):
         if not reply.has_content() or not reply.metadata.message_type.startswith(MessageType.TRAIN):
             return
         node, content = reply.metadata.src_node_id, reply.content
-        for key, record in list(content.array_records.items()):
+        records = list(content.array_records.items())
+        for key, record in records:
             if KEY in record:
                 self._direct_nodes.add(node)
+                continue
+            if len(records) > 1:  # no update: it will be refused for that
+                content[key] = ArrayRecord()
                 continue
             try:
                 place = self._round(self._server_round).update_key(client_id(node))
@@ -247,11 +261,10 @@ class GradSharding(Strategy):
             )
         )
 
-    def _forget(self, model: Reference) -> None:
-        """Delete this run's objects but the new model and the one before it, which slow clients may still read."""
+    def _forget(self) -> None:
+        """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
         if self.keep:
             return
-        assert self._model
-        needed = {model.source, self._model.source}
+        needed = {model.source for model in (self._model, self._previous) if model}
         found = [key for key, _ in self.store.list(f"rounds/{self._run}-")]
         self.store.delete(key for key in found if key not in needed)

@@ -1,0 +1,364 @@
+"""Faults: the log names the node, the mean of the others is exact, and the run goes on."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.serverapp.strategy import FedAvg
+
+from flower_federation import (
+    NODES,
+    Train,
+    averaged,
+    client,
+    grid_of,
+    initial,
+    raising,
+    record,
+    reply,
+    sharding,
+    state_of,
+    train,
+    trained,
+    weight_of,
+)
+from gradsharding import DirectoryStore, InlineExecutor, MemoryStore, ObjectStore
+from gradsharding.errors import TaskFailed
+from gradsharding.executor import Progress
+from gradsharding.plan import Job, Limits, Task, TaskReport
+from gradsharding.testing import assert_same
+from gradsharding_flower import upload_mod
+from gradsharding_flower.mod import client_id
+from gradsharding_flower.reference import KEY, STYPE, Reference, find, write
+
+BAD, GOOD = 3, (1, 2, 14)
+
+
+def lines(log: pytest.LogCaptureFixture, level: str = "WARNING") -> list[str]:
+    """Give the log's lines of one level."""
+    return [line.getMessage() for line in log.records if line.levelname == level]
+
+
+def with_state(**changes: Any) -> Train:
+    """Make a client that answers other arrays under some names; None removes a name."""
+
+    def answer(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        state = {**trained(node, server_round, state_of(arrays)), **changes}
+        return reply({name: array for name, array in state.items() if array is not None}, weight_of(node))
+
+    return answer
+
+
+def with_value(name: str, index: tuple[int, ...], value: float) -> Train:
+    """Make a client one of whose numbers is ``value``."""
+
+    def answer(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        state = trained(node, server_round, state_of(arrays))
+        state[name][index] = value
+        return reply(state, weight_of(node))
+
+    return answer
+
+
+def with_weight(weight: Any) -> Train:
+    """Make a client that claims ``weight``."""
+    return lambda node, server_round, arrays: reply(trained(node, server_round, state_of(arrays)), weight)
+
+
+def with_records(change: Callable[[RecordDict], object]) -> Train:
+    """Make a client whose reply is changed at last."""
+
+    def answer(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        change(content := train(node, server_round, arrays))
+        return content
+
+    return answer
+
+
+FAULTS: dict[str, tuple[Train, list[str]]] = {
+    "dtype": (with_state(b=np.zeros((3, 4), np.float64)), ["tensor 'b'", "F32[3, 4]", "F64[3, 4]"]),
+    "shape": (with_state(b=np.zeros((4, 3), np.float32)), ["tensor 'b'", "F32[3, 4]", "F32[4, 3]"]),
+    "broadcast": (with_state(b=np.zeros((1, 4), np.float32)), ["tensor 'b'", "F32[3, 4]", "F32[1, 4]"]),
+    "longer": (with_state(a=np.zeros(8, np.float32)), ["tensor 'a'", "F32[7]", "F32[8]"]),
+    "missing tensor": (with_state(a=None), ["tensor 'a'", "absent"]),
+    "extra tensor": (with_state(z=np.zeros(1, np.float32)), ["tensor 'z'", "absent"]),
+    "unsupported dtype": (with_state(b=np.zeros((3, 4), np.complex64)), ["tensor 'b'", "complex64"]),
+    "zero weight": (with_weight(0), ["weight 0"]),
+    "NaN weight": (with_weight(float("nan")), ["weight nan"]),
+    "negative weight": (with_weight(-1), ["weight -1"]),
+    "infinite weight": (with_weight(float("inf")), ["weight inf"]),
+    "huge weight": (with_weight(2**53 + 2), ["weight 9007199254740994"]),
+    "list weight": (with_weight([1, 2]), ["'num-examples' is [1, 2]"]),
+    "missing weight": (with_records(lambda content: content.metric_records["metrics"].pop("num-examples")), ["'num-examples' is None"]),
+    "NaN": (with_value("b", (1, 2), float("nan")), ["tensor 'b' holds NaN or infinity at [1, 2]"]),
+    "infinity": (with_value("a", (6,), float("-inf")), ["tensor 'a' holds NaN or infinity at [6]"]),
+    "error": (raising, ["OSError: node 3: no space left"]),
+    "two array records": (with_records(lambda content: content.update({"more": record(initial())})), ["2 ArrayRecords"]),
+    "no array record": (with_records(lambda content: content.pop("arrays")), ["0 ArrayRecords"]),
+    "two metric records": (with_records(lambda content: content.update({"more": MetricRecord({"x": 1})})), ["2 MetricRecords"]),
+    "no metric record": (with_records(lambda content: content.pop("metrics")), ["0 MetricRecords"]),
+}
+
+
+@pytest.mark.parametrize("mode", ["direct", "relay"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_client_is_left_out(fault: str, mode: Any, flower_log: pytest.LogCaptureFixture) -> None:
+    """One client's fault is one line of the log that names it; the mean is that of the others, to the bit."""
+    how, words = FAULTS[fault]
+    mods = [upload_mod] if mode == "direct" else []
+    strategy = sharding(MemoryStore(), mode=mode)
+    result = strategy.start(grid_of({BAD: client(how, mods)}, mods=mods), record(initial()), num_rounds=1)
+    [line] = lines(flower_log)
+    assert line.startswith(f"aggregate_train: node {BAD} is left out of round 1: ")
+    assert [] == [word for word in words if word not in line]
+    assert [] == lines(flower_log, "ERROR")
+    assert [BAD] == list(strategy.history[0].left_out)
+    assert GOOD == strategy.history[0].clients
+    assert line.endswith(strategy.history[0].left_out[BAD])
+    assert_same(averaged(GOOD, 1, initial()), state_of(result.arrays))
+
+
+Change = Callable[[ObjectStore, Reference, RecordDict], object]
+"""What befalls a receipt, in its reply, or its object, in the store."""
+
+
+def after_upload(store: ObjectStore, change: Change) -> Sequence[Mod]:
+    """Make the mods of a client to whose receipt ``change`` happens once it has uploaded."""
+
+    def tamper(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        answer = call_next(message, context)
+        if reference := next(map(find, answer.content.array_records.values()), None):
+            change(store, reference, answer.content)
+        return answer
+
+    return [tamper, upload_mod]
+
+
+def point_at(**changes: Any) -> Change:
+    """Change fields of the receipt."""
+    return lambda _, reference, content: content.update({"arrays": reference.model_copy(update=changes).record()})
+
+
+def point_at_another(store: ObjectStore, reference: Reference, content: RecordDict) -> None:
+    """Claim the update of node 1."""
+    point_at(source=reference.source.replace(client_id(BAD), client_id(1)))(store, reference, content)
+
+
+def replaced_by(data: bytes) -> Change:
+    """Replace the receipt's JSON."""
+    return lambda _, __, content: content.update({"arrays": ArrayRecord({KEY: Array("reference", (), STYPE, data)})})
+
+
+def deleted(store: ObjectStore, reference: Reference, _: RecordDict) -> None:
+    """Delete the object."""
+    store.delete([reference.source])
+
+
+def altered(store: ObjectStore, reference: Reference, _: RecordDict) -> None:
+    """Write the object again, with other values of the same layout."""
+    store.delete([reference.source])
+    write(reference.source, record(initial()), store)
+
+
+def garbage(store: ObjectStore, reference: Reference, content: RecordDict) -> None:
+    """Put what is no model in the object's place, and pin that."""
+    store.delete([reference.source])
+    point_at(version=store.put(reference.source, [b"no model at all"]).version)(store, reference, content)
+
+
+RECEIPTS: dict[str, tuple[Change, list[str]]] = {
+    "deleted": (deleted, ["there is no object 'rounds/", f"{client_id(BAD)}.safetensors'"]),
+    "altered": (altered, ["is at version", "as in its receipt"]),
+    "garbage": (garbage, [f"{client_id(BAD)}.safetensors: ", "safetensors"]),
+    "another version": (point_at(version="1"), ["not 1 as in its receipt"]),
+    "another's key": (point_at_another, [f"updates/{client_id(1)}.safetensors, where", f"updates/{client_id(BAD)}.safetensors is due"]),
+    "passwords": (point_at(source="file:///etc/passwd"), ["its receipt is for file:///etc/passwd, where", "is due"]),
+    "upwards": (point_at(source="../../etc/passwd"), ["its receipt is for ../../etc/passwd, where", "is due"]),
+    "other names": (point_at(names=("a", "b", "c")), ["its receipt names 3 tensors, others than the 3"]),
+    "fewer names": (point_at(names=("a", "b")), ["its receipt names 2 tensors"]),
+    "a name twice": (point_at(names=("a", "b", "b")), ["its receipt names 3 tensors"]),
+    "no JSON": (replaced_by(b"{"), ["a malformed reference", "use the same gradsharding on all nodes"]),
+    "no text": (replaced_by(b"\xff\xfe"), ["a malformed reference"]),
+    "missing fields": (replaced_by(b'{"source": "a"}'), ["a malformed reference: Field required"]),
+    "more fields": (replaced_by(b'{"source": "a", "version": "b", "nbytes": 1, "names": [], "x": 1}'), ["a malformed reference: Extra"]),
+    "two receipts": (lambda _, reference, content: content.update({"more": reference.record()}), ["2 ArrayRecords"]),
+}
+
+
+@pytest.mark.parametrize("fault", RECEIPTS)
+def test_a_bad_receipt_is_left_out(fault: str, flower_log: pytest.LogCaptureFixture) -> None:
+    """A receipt that lies, or whose object is gone or changed, is one line of the log; the mean is that of the others."""
+    change, words = RECEIPTS[fault]
+    strategy = sharding(store := MemoryStore())
+    result = strategy.start(grid_of({BAD: client(mods=after_upload(store, change))}), record(initial()), num_rounds=1)
+    [line] = lines(flower_log)
+    assert line.startswith(f"aggregate_train: node {BAD} is left out of round 1: ")
+    assert [] == [word for word in words if word not in line]
+    assert [BAD] == list(strategy.history[0].left_out)
+    assert_same(averaged(GOOD, 1, initial()), state_of(result.arrays))
+
+
+def test_a_foreign_path_is_never_opened(tmp_path: Path) -> None:
+    """A receipt for a file outside its place is refused before the file is opened, however good the file is."""
+    foreign = DirectoryStore(tmp_path / "foreign")
+    write("model.safetensors", record(initial()), foreign)
+    version = foreign.head("model.safetensors").version
+    opened: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open":
+            opened.append(str(arguments[0]))
+
+    sys.addaudithook(watch)  # a hook stays for good: it is told when to be silent
+    try:
+        lie = point_at(source=f"{foreign.url}/model.safetensors", version=version)
+        grid = grid_of({BAD: client(mods=after_upload(foreign, lie))})
+        strategy = sharding(tmp_path / "store")
+        strategy.start(grid, record(initial()), num_rounds=1)
+    finally:
+        watching.clear()
+    assert [BAD] == list(strategy.history[0].left_out)
+    assert [] != [path for path in opened if path.endswith(f"{client_id(1)}.safetensors")]
+    assert [] == [path for path in opened if path.startswith(str(foreign.root))]
+
+
+class Meddling(InlineExecutor):
+    """Changes the store after the updates were checked, once, and before they are read."""
+
+    def __init__(self, meddle: Callable[[Sequence[Task]], None]) -> None:
+        self.meddle: Callable[[Sequence[Task]], None] | None = meddle
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        """Meddle, then run."""
+        meddle, self.meddle = self.meddle, None
+        if meddle:
+            meddle(tasks)
+        return super().run(tasks, job, store, limits, progress)
+
+
+@pytest.mark.parametrize(("again", "words"), [(False, "there is no object"), (True, "it was written again")], ids=["deleted", "altered"])
+def test_an_update_lost_during_aggregation(again: bool, words: str, flower_log: pytest.LogCaptureFixture) -> None:
+    """An update that goes or changes between check and read is left out, and the others are averaged again."""
+    store = MemoryStore()
+
+    def meddle(tasks: Sequence[Task]) -> None:
+        [source] = [term.source for term in tasks[0].terms if term.client == client_id(BAD)]
+        store.delete([source])
+        if again:
+            write(source, record(initial()), store)
+
+    result = sharding(store, executor=Meddling(meddle)).start(grid_of(), record(initial()), num_rounds=1)
+    [line] = lines(flower_log)
+    assert f"node {BAD} is left out of round 1: " in line
+    assert words in line
+    assert_same(averaged(GOOD, 1, initial()), state_of(result.arrays))
+
+
+def test_a_silent_node_is_left_out(flower_log: pytest.LogCaptureFixture) -> None:
+    """A node that does not answer within the timeout is named; the round does without it, and the next one asks it again."""
+    grid = grid_of()
+    grid.silent.add(BAD)
+    strategy = sharding(MemoryStore())
+
+    def speak(server_round: int, arrays: ArrayRecord) -> None:  # noqa: ARG001
+        if server_round == 1:
+            grid.silent.clear()
+
+    result = strategy.start(grid, record(initial()), num_rounds=2, timeout=0.2, evaluate_fn=speak)
+    assert [f"aggregate_train: node {BAD} is left out of round 1: it did not answer in time"] == lines(flower_log)
+    assert [GOOD, (1, 2, 3, 14)] == [report.clients for report in strategy.history]
+    assert_same(averaged(NODES, 2, averaged(GOOD, 1, initial())), state_of(result.arrays))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_two_bad_clients_at_once(shards: int, flower_log: pytest.LogCaptureFixture) -> None:
+    """Two clients with NaN, whether one slice shows both or two slices one each, are both named."""
+    apps = {1: client(with_value("a", (0,), np.nan)), 14: client(with_value("b", (2, 3), np.inf))}
+    strategy = sharding(MemoryStore(), shards=shards)
+    result = strategy.start(grid_of(apps), record(initial()), num_rounds=1)
+    assert [
+        "node 1 is left out of round 1: tensor 'a' holds NaN or infinity at [0]",
+        "node 14 is left out of round 1: tensor 'b' holds NaN or infinity at [2, 3]",
+    ] == sorted(line.removeprefix("aggregate_train: ") for line in lines(flower_log))
+    assert {1, 14} == set(strategy.history[0].left_out)
+    assert_same(averaged((2, 3), 1, initial()), state_of(result.arrays))
+
+
+def test_different_faults_at_once(flower_log: pytest.LogCaptureFixture) -> None:
+    """An error, a wrong shape and a NaN in one round leave the one good client's update, unchanged."""
+    apps = {1: client(raising), 2: client(with_state(a=np.zeros(8, np.float32))), 14: client(with_value("a", (3,), np.nan))}
+    result = sharding(MemoryStore()).start(grid_of(apps), record(initial()), num_rounds=1)
+    assert 3 == len(lines(flower_log))
+    assert_same(averaged((3,), 1, initial()), state_of(result.arrays))
+
+
+@pytest.mark.parametrize("how", [raising, with_value("a", (0,), np.nan), with_weight(0)], ids=["error", "NaN", "weight"])
+def test_a_round_without_a_good_client_is_given_up(how: Train, flower_log: pytest.LogCaptureFixture) -> None:
+    """When no update is usable, one error line says so, the model stays, and the next round works."""
+
+    def first_bad(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        return (how if server_round == 1 else train)(node, server_round, arrays)
+
+    strategy = sharding(MemoryStore())
+    seen = {}
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> None:
+        seen[server_round] = state_of(arrays)
+
+    result = strategy.start(grid_of({node: client(first_bad) for node in NODES}), record(initial()), num_rounds=2, evaluate_fn=evaluate)
+    [line] = lines(flower_log, "ERROR")
+    assert line.startswith("aggregate_train: round 1 is given up, the model stays: 0 usable updates are too few, 1 are needed")
+    assert len(NODES) == len(lines(flower_log))
+    assert_same(initial(), seen[1])
+    assert_same(averaged(NODES, 2, initial()), state_of(result.arrays))
+    assert [2] == [report.server_round for report in strategy.history]
+    assert [2] == list(result.train_metrics_clientapp)
+
+
+def test_a_run_without_a_good_round_ends_with_the_first_model() -> None:
+    """If every round is given up, the result is the model that the run began with."""
+    result = sharding(MemoryStore()).start(grid_of({node: client(raising) for node in NODES}), record(initial()), num_rounds=2)
+    assert_same(initial(), state_of(result.arrays))
+
+
+@pytest.mark.parametrize(("least", "rounds"), [(3, [1]), (4, [])])
+def test_min_replies(least: int, rounds: list[int], flower_log: pytest.LogCaptureFixture) -> None:
+    """A round with fewer usable updates than ``min_replies`` is given up; one with as many is not."""
+    strategy = sharding(MemoryStore(), min_replies=least)
+    result = strategy.start(grid_of({BAD: client(with_value("a", (0,), np.nan))}), record(initial()), num_rounds=1)
+    assert rounds == [report.server_round for report in strategy.history]
+    assert_same(averaged(GOOD, 1, initial()) if rounds else initial(), state_of(result.arrays))
+    assert (not rounds) == any("3 usable updates are too few, 4 are needed" in line for line in lines(flower_log, "ERROR"))
+
+
+def test_a_failure_of_the_functions_gives_the_round_up(flower_log: pytest.LogCaptureFixture) -> None:
+    """When a function breaks, no client is blamed: the round is given up with the reason, and the next one works."""
+
+    def fail(tasks: Sequence[Task]) -> None:
+        raise TaskFailed(f"task {tasks[0].id} failed 3 times")
+
+    strategy = sharding(MemoryStore(), executor=Meddling(fail))
+    result = strategy.start(grid_of(), record(initial()), num_rounds=2)
+    assert ["aggregate_train: round 1 is given up, the model stays: task sharded/0 failed 3 times"] == lines(flower_log, "ERROR")
+    assert [] == lines(flower_log)
+    assert_same(averaged(NODES, 2, initial()), state_of(result.arrays))
+
+
+def test_too_many_shards_are_said(flower_log: pytest.LogCaptureFixture) -> None:
+    """More slices than the model has elements are refused with the numbers."""
+    sharding(MemoryStore(), shards=64).start(grid_of(), record(initial()), num_rounds=1)
+    [line] = lines(flower_log, "ERROR")
+    assert line.endswith("64 shards were asked for but the update has 20 elements; use 1 to 20 shards")
+
+
+def test_no_training_is_no_failure(flower_log: pytest.LogCaptureFixture) -> None:
+    """A strategy that asks nobody to train is not told that it got no answer."""
+    result = sharding(MemoryStore(), FedAvg(fraction_train=0.0)).start(grid_of(), record(initial()), num_rounds=1)
+    assert [] == lines(flower_log, "ERROR")
+    assert_same(initial(), state_of(result.arrays))
