@@ -230,7 +230,7 @@ def test_other_treatment_of_nan() -> None:
     """Parts that were written when NaN might pass are not taken for parts that were checked."""
     store = MemoryStore()
     round_ = Round.create(store, "r")
-    round_.submit("ann", {"w": np.float32([1, np.nan, 3, 4])}, 1)
+    round_.submit("ann", {"w": np.array([1, np.nan, 3, 4], "f4")}, 1)
     broken = Round(FlakyStore(store, {("before", "complete", 1): ConnectionError()}), "r")
     with pytest.raises(ConnectionError):
         aggregate(broken, topology=into(2), nonfinite="propagate")

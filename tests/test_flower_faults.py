@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from flower_federation import (
     NODES,
@@ -28,11 +29,11 @@ from flower_federation import (
     weight_of,
 )
 from gradsharding import DirectoryStore, InlineExecutor, MemoryStore, ObjectStore
-from gradsharding.errors import TaskFailed
+from gradsharding.errors import PlanTooLarge, TaskFailed, UserError
 from gradsharding.executor import Progress
 from gradsharding.plan import Job, Limits, Task, TaskReport
 from gradsharding.testing import assert_same
-from gradsharding_flower import upload_mod
+from gradsharding_flower import from_state_dict, upload_mod
 from gradsharding_flower.mod import client_id
 from gradsharding_flower.reference import KEY, STYPE, Reference, find, write
 
@@ -350,11 +351,40 @@ def test_a_failure_of_the_functions_gives_the_round_up(flower_log: pytest.LogCap
     assert_same(averaged(NODES, 2, initial()), state_of(result.arrays))
 
 
-def test_too_many_shards_are_said(flower_log: pytest.LogCaptureFixture) -> None:
-    """More slices than the model has elements are refused with the numbers."""
-    sharding(MemoryStore(), shards=64).start(grid_of(), record(initial()), num_rounds=1)
-    [line] = lines(flower_log, "ERROR")
-    assert line.endswith("64 shards were asked for but the update has 20 elements; use 1 to 20 shards")
+def test_too_many_shards_are_said() -> None:
+    """More slices than the model has elements are refused with the numbers, before any client trains."""
+    with pytest.raises(PlanTooLarge, match="64 shards were asked for but the update has 20 elements; use 1 to 20 shards"):
+        sharding(MemoryStore(), shards=64).start(grid_of(), record(initial()), num_rounds=1)
+
+
+def test_too_little_memory_is_said() -> None:
+    """A model that no number of slices fits into the allowed memory is refused before any client trains."""
+    with pytest.raises(PlanTooLarge, match="allow more memory"):
+        sharding(MemoryStore(), limits=Limits(memory=1 << 20)).start(grid_of(), record(initial()), num_rounds=1)
+
+
+def test_server_step_on_bfloat16_is_refused() -> None:
+    """A strategy that computes on the server cannot take a bfloat16 model, and says so before any client trains."""
+    half = from_state_dict({"w": torch.zeros(3, dtype=torch.bfloat16)})
+    with pytest.raises(UserError, match="FedAdam takes its step in numpy, which has no bfloat16"):
+        sharding(MemoryStore(), FedAdam()).start(grid_of(), half, num_rounds=1)
+
+
+def test_equally_common_layouts(flower_log: pytest.LogCaptureFixture) -> None:
+    """Where as many clients send one layout as another, the model's own is kept, whichever node sent it."""
+    wide = {"w": np.zeros(2), "b": np.zeros(1)}
+
+    def answer(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:  # noqa: ARG001
+        dtype = "f8" if node == 1 else "f4"
+        sent = ArrayRecord({name: Array(np.full(value.shape, node, dtype)) for name, value in wide.items()})
+        return RecordDict({"arrays": sent, "metrics": MetricRecord({"num-examples": 1})})
+
+    model = ArrayRecord({name: Array(value.astype("f4")) for name, value in wide.items()})
+    strategy = sharding(MemoryStore(), FedAvg(fraction_evaluate=0.0))
+    result = strategy.start(grid_of({node: client(answer) for node in (1, 2)}, nodes=()), model, num_rounds=1)
+    assert np.float32 == result.arrays["w"].numpy().dtype
+    [line] = lines(flower_log, "WARNING")[-1:]
+    assert "node 1 is left out" in line
 
 
 def test_no_training_is_no_failure(flower_log: pytest.LogCaptureFixture) -> None:

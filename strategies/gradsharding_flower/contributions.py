@@ -45,8 +45,11 @@ class Contribution:
         return client_id(self.node)
 
 
-def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, leave_out: LeaveOut) -> list[Contribution]:
-    """Give the usable replies, sorted by node; ``leave_out`` is told of the others."""
+def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, like: str, leave_out: LeaveOut) -> list[Contribution]:
+    """Give the usable replies, sorted by node; ``leave_out`` is told of the others.
+
+    They all have the most common layout; of equally common ones, the one whose digest is ``like``.
+    """
     found = []
     for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
         node = message.metadata.src_node_id
@@ -57,7 +60,7 @@ def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, lea
             found.append(_check(node, message.content, round_, weighted_by_key))
         except GradShardingError as error:
             leave_out(node, error.message)
-    return _alike(found, leave_out)
+    return _alike(found, like, leave_out)
 
 
 def mean(
@@ -108,12 +111,11 @@ def _check(node: int, content: RecordDict, round_: Round, weighted_by_key: str) 
     return Contribution(node, content, weight, reference, update)
 
 
-def _alike(found: Sequence[Contribution], leave_out: LeaveOut) -> list[Contribution]:
-    """Keep the contributions of the most common layout; of equally common ones, that of the lowest node."""
+def _alike(found: Sequence[Contribution], like: str, leave_out: LeaveOut) -> list[Contribution]:
     if not found:
         return []
     counts = Counter(one.update.layout.digest for one in found)
-    model = max(found, key=lambda one: counts[one.update.layout.digest])
+    model = max(found, key=lambda one: (counts[one.update.layout.digest], one.update.layout.digest == like))
     alike = []
     for one in found:
         try:

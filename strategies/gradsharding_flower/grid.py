@@ -21,6 +21,10 @@ class Traffic:
     sent: int = 0
     received: int = 0
 
+    def __sub__(self, before: "Traffic") -> "Traffic":
+        """What came since ``before``."""
+        return Traffic(self.sent - before.sent, self.received - before.received)
+
 
 class WatchedGrid(Grid):
     """Another grid, whose replies pass ``on_reply`` one at a time, as they come in, before they are kept."""

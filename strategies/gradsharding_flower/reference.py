@@ -1,7 +1,7 @@
 """A reference stands in a message where arrays would: it names one safetensors object, pinned by version."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flwr.app import Array, ArrayRecord
 from pydantic import ValidationError
@@ -65,9 +65,10 @@ def describe(source: str, store: ObjectStore, names: tuple[str, ...] | None = No
     return Reference(source=source, version=stat.version, nbytes=layout.nbytes, names=names or tuple(t.name for t in layout.tensors))
 
 
-def refer(path: str | os.PathLike[str], store: ObjectStore) -> ArrayRecord:
+def refer(path: str | os.PathLike[str], store: ObjectStore, names: Sequence[str] = ()) -> ArrayRecord:
     """Make initial arrays of a local safetensors file that all nodes can read, without reading its data.
 
-    Give it to ``GradSharding.start`` as ``initial_arrays``: then no model is ever in the server's memory.
+    Give it to ``GradSharding.start`` as ``initial_arrays``: then no model is ever in the server's memory. ``names`` orders
+    the tensors, for apps that go by their order; without it, that of their bytes in the file holds.
     """
-    return describe(file_reference(path), store).record()
+    return describe(file_reference(path), store, tuple(names)).record()

@@ -1,5 +1,6 @@
 """What a run leaves: a report of each round, and a result whose arrays are read when they are first used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,6 +8,9 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result
 
 from gradsharding import ObjectStore
+from gradsharding import Result as Averaged
+from gradsharding_flower.contributions import Contribution
+from gradsharding_flower.grid import Traffic
 from gradsharding_flower.reference import Reference
 
 
@@ -33,6 +37,27 @@ class RoundReport:
     peak_memory: int
     projected_memory: int
     seconds: float
+
+    @classmethod
+    def of(
+        cls, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged, traffic: Traffic
+    ) -> "RoundReport":
+        """Put a round's figures together."""
+        observed = averaged.reports
+        return cls(
+            server_round=server_round,
+            clients=tuple(one.node for one in kept),
+            left_out=left_out,
+            server_sent=traffic.sent,
+            server_received=traffic.received,
+            uploaded=sum(one.update.stat.size for one in kept),
+            read=sum(report.bytes_read for report in observed),
+            written=averaged.plan.header_bytes + sum(report.bytes_written for report in observed),
+            functions=len(observed),
+            peak_memory=max(report.peak_memory for report in observed),
+            projected_memory=averaged.plan.memory,
+            seconds=sum(report.seconds for report in observed),
+        )
 
 
 class LazyResult(Result):

@@ -3,7 +3,7 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -15,8 +15,13 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
-from gradsharding.errors import GradShardingError, UserError
-from gradsharding_flower.contributions import Contribution, collect, mean
+from gradsharding.errors import GradShardingError, PlanTooLarge, UserError
+from gradsharding.layout import Layout
+from gradsharding.plan import Term
+from gradsharding.round import Manifest
+from gradsharding.topology import Topology
+from gradsharding.update import inspect
+from gradsharding_flower.contributions import collect, mean
 from gradsharding_flower.grid import Traffic, WatchedGrid
 from gradsharding_flower.mod import ORDERS, client_id, orders
 from gradsharding_flower.reference import KEY, Reference, find, write
@@ -81,6 +86,7 @@ class GradSharding(Strategy):
         self.history: list[RoundReport] = []
         """One report a round of training, of the last ``start``."""
         self._run = ""
+        self._layout_digest = ""
         self._model: Reference | None = None
         self._previous: Reference | None = None
         self._asked: set[int] = set()
@@ -113,6 +119,9 @@ class GradSharding(Strategy):
         """
         self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
         self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
+        layout = inspect(self._model.source, self.store).layout
+        self._check(layout)
+        self._layout_digest = layout.digest
         watched = WatchedGrid(grid, self._relay)
         self._traffic = watched.traffic
         result = super().start(
@@ -156,9 +165,11 @@ class GradSharding(Strategy):
         round_, answers = self._round(server_round), list(replies)
         for node in sorted(self._asked - {answer.metadata.src_node_id for answer in answers}):
             leave_out(node, "it did not answer in time")
-        kept = collect(answers, round_, self.inner.weighted_by_key, leave_out)
+        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout_digest, leave_out)
         try:
             averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
+        except PlanTooLarge:  # so would every round be
+            raise
         except GradShardingError as error:
             log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
             self._forget()
@@ -168,10 +179,11 @@ class GradSharding(Strategy):
         record = averaged.record
         names = kept[0].reference.names
         model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=names)
+        self._layout_digest = record.layout.digest
         if self._needs_arrays:
             model = self._server_step(server_round, model)
         metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
-        self._note(server_round, kept, left_out, averaged)
+        self.history.append(RoundReport.of(server_round, kept, left_out, averaged, self._traffic - self._before))
         self._previous, self._model = self._model, model
         self._forget()
         return model.record(), metrics
@@ -182,6 +194,19 @@ class GradSharding(Strategy):
 
     def _round(self, server_round: int) -> Round:
         return Round(self.store, f"{self._run}-{server_round:06d}")
+
+    def _check(self, layout: Layout) -> None:
+        """Refuse, before any client trains, what no round could do."""
+        halves = [tensor.name for tensor in layout.tensors if tensor.dtype == "BF16"]
+        if self._needs_arrays and halves:
+            step = type(self.inner).__name__
+            raise UserError(f"{step} takes its step in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
+        one = Term(client="", source="", version="", base=0, weight=1)
+        manifest = Manifest(round="", layout=layout, terms=(one,))
+        self._topology()(manifest, self.limits, grain=self.store.grain).check(self.limits)
+
+    def _topology(self) -> Topology:
+        return partial(sharded, shards=self.shards)
 
     def _load(self, arrays: ArrayRecord) -> ArrayRecord:
         reference = find(arrays)
@@ -227,7 +252,7 @@ class GradSharding(Strategy):
                 content[key] = ArrayRecord()
 
     def _aggregate(self, round_: Round) -> Averaged:
-        return aggregate(round_, topology=partial(sharded, shards=self.shards), limits=self.limits, executor=self.executor)
+        return aggregate(round_, topology=self._topology(), limits=self.limits, executor=self.executor)
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
         """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
@@ -241,25 +266,6 @@ class GradSharding(Strategy):
             if kind.kind in "iub":
                 stepped[name] = Array(np.asarray(np.rint(array.numpy()), kind))
         return write(self._round(server_round).key("model.safetensors"), stepped, self.store)
-
-    def _note(self, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged) -> None:
-        observed = averaged.reports
-        self.history.append(
-            RoundReport(
-                server_round=server_round,
-                clients=tuple(one.node for one in kept),
-                left_out=left_out,
-                server_sent=self._traffic.sent - self._before.sent,
-                server_received=self._traffic.received - self._before.received,
-                uploaded=sum(one.update.stat.size for one in kept),
-                read=sum(report.bytes_read for report in observed),
-                written=averaged.plan.header_bytes + sum(report.bytes_written for report in observed),
-                functions=len(observed),
-                peak_memory=max(report.peak_memory for report in observed),
-                projected_memory=averaged.plan.memory,
-                seconds=sum(report.seconds for report in observed),
-            )
-        )
 
     def _forget(self) -> None:
         """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
