@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import readme
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCK = re.compile(r"(?P<note><!-- not run: [^\n]+ -->\n)?```python\n(?P<code>.*?)```\n(\n```text\n(?P<output>.*?)```)?", re.DOTALL)
 
@@ -41,6 +43,11 @@ def test_every_block_runs_or_says_why_not() -> None:
 
     assert README.count("```python") == len(blocks)
     assert any(not block["note"] for block in blocks)
+
+
+def test_readme_figures_come_from_the_result_files() -> None:
+    """The README's figures are what ``benchmarks/readme.py`` writes from the committed results."""
+    assert readme.BEGIN + readme.section() + readme.END in README
 
 
 def test_documents_do_not_name_missing_files() -> None:
