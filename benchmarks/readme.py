@@ -32,8 +32,8 @@ def embedded(found: dict[str, Any]) -> str:
         + row("flower", "Flower: read files, then `FedAvg.aggregate_train`")
         + row("numpy", "one numpy loop, the same arithmetic")
         + row("read", "reading the files, one process")
-        + f"\nBeside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it. A single numpy loop "
-        "that does nothing else is as fast and leaner: what it lacks is everything but the arithmetic.\n"
+        + f"\nBeside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it. A single numpy\n"
+        "loop that does nothing else is as fast and leaner: what it lacks is everything but the arithmetic.\n"
     )
 
 
@@ -46,15 +46,15 @@ def flower_round(found: dict[str, Any]) -> str:
 
     peak = "server_app_peak_while_training"
     return (
-        f"**A whole round**: a model of {found['model_bytes'] / 1e6:.0f} MB, SuperLink and 2 SuperNodes on one machine's loopback, the store a "
-        f"directory on its disk. {_origin(found)}\n\n"
+        f"**A whole round**: a model of {found['model_bytes'] / 1e6:.0f} MB, SuperLink and 2 SuperNodes on one machine's loopback,\n"
+        f"the store a directory on its disk. {_origin(found)}\n\n"
         "| | plain FedAvg | direct mode | ratio |\n|---|---|---|---|\n"
         + row("round time, median", "round_seconds", 1, "s")
         + row("messages through the SuperLink", "messages_bytes_per_round", 1e6, "MB")
         + row("bytes over loopback", "loopback_bytes_per_round", 1e6, "MB")
         + row("peak memory of the ServerApp", peak, 1e6, "MB")
-        + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode: it does "
-        "not grow with the model. A directory in the page cache is not S3, and two nodes are not two hundred.\n"
+        + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode:\n"
+        "it does not grow with the model. A directory in the page cache is not S3, and two nodes are not two hundred.\n"
     )
 
 
