@@ -45,9 +45,9 @@ def demo(rounds: int, clients: int, shards: int, seed: int) -> None:
         strategy = GradSharding(_fed_avg(clients), store=directory, shards=shards, executor="processes:2")
         with console.status("starting Flower's simulation engine"):
             sliced = federate(strategy, [upload_mod], clients, rounds, seed, _printer(console, strategy))
-    with console.status("the same with plain Flower FedAvg"):
+    with console.status("the same with plain Flower FedAvg, with the same seeds"):
         plain = federate(_fed_avg(clients), [], clients, rounds, seed, lambda _, __: None)
-    console.print(f"accuracy after {rounds} rounds: gradsharding {sliced:.4f}, plain Flower FedAvg {plain:.4f}, same seeds")
+    console.print(f"accuracy after {rounds} rounds: gradsharding {sliced:.4f}, plain Flower FedAvg {plain:.4f}")
 
 
 def federate(strategy: Strategy, mods: Sequence[Mod], clients: int, rounds: int, seed: int, on_round: OnRound) -> float:
@@ -74,7 +74,7 @@ def federate(strategy: Strategy, mods: Sequence[Mod], clients: int, rounds: int,
 
 def quiet() -> None:
     """Leave the terminal to the demo: Flower and Ray speak of problems only, and report to nobody."""
-    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
+    os.environ.update(FLWR_LOG_LEVEL="ERROR", FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
