@@ -102,3 +102,16 @@ def test_failure_of_a_rival_ends_the_benchmark(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit, match="ended with status 3"):
         in_fresh_process([str(script)])
+
+
+@pytest.mark.flower
+def test_flower_round_compares_real_federations(tmp_path: Path) -> None:
+    """A quick run of ``flower_round.py`` ends with equal results, and in direct mode only kilobytes pass the SuperLink."""
+    command = [sys.executable, str(BENCHMARKS / "flower_round.py"), "--quick", "--rounds", "1", "--dir", str(tmp_path)]
+    subprocess.run([*command, "--output", str(tmp_path / "round.json")], check=True, capture_output=True)
+    found = json.loads((tmp_path / "round.json").read_text())
+
+    assert [tmp_path / "round.json"] == list(tmp_path.iterdir())  # it has cleaned up
+    assert ["plain", "direct", "direct, small model"] == list(found["figures"])
+    assert found["figures"]["plain"]["messages_bytes_per_round"] > 4 * found["model_bytes"]  # two clients, both ways
+    assert found["figures"]["direct"]["messages_bytes_per_round"] < 10_000
