@@ -18,7 +18,7 @@ from gradsharding.errors import InvalidUpdate, LayoutMismatch
 from gradsharding.value import Value
 
 MAX_HEADER = 10_000_000
-"""Bytes: some 100,000 tensors. The reference implementation reads ten times as much, but parsing takes about 35 times a
+"""Bytes: some 100,000 tensors. The reference implementation reads ten times as much, but parsing takes about 30 times a
 header's bytes of memory, and a header may come from anybody."""
 
 ITEM_SIZE = {
