@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gradsharding.errors import MissingObject
+from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.plan import Job, Limits, NonFinitePolicy, Plan, TaskReport
-from gradsharding.round import ResultRecord, Round
+from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import exists, locate
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import inspect, load
@@ -99,15 +99,30 @@ def aggregate(
             return Result(round, round.publish(manifest, target.head(key).version), plan, (), 0)
         round.forget_plan()
         (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
-    target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
     job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)
     reports: list[TaskReport] = []
     tell = progress(plan) if progress else _ignore
-    for stage in plan.stages:
-        missing = [task for task in stage.tasks if task.part not in done]
-        reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
-    stat = target.complete(key, upload, overwrite=overwrite)
+    try:
+        target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
+        for stage in plan.stages:
+            missing = [task for task in stage.tasks if task.part not in done]
+            reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
+        stat = target.complete(key, upload, overwrite=overwrite)
+    except (MissingObject, ObjectExists, IncompleteUpload):
+        if record := round.result() or (None if overwrite else _made_of(upload, round, manifest)):  # another call was faster
+            return Result(round, record, plan, tuple(reports), 1 + begun)
+        raise
     return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 2 + begun)
+
+
+def _made_of(upload: str, round: Round, manifest: Manifest) -> ResultRecord | None:  # noqa: A002
+    """Publish what another call has completed from the same upload; None if it is under way, or nothing came of it."""
+    target, key = locate(round.output, round.store)
+    try:
+        target.parts(key, upload)
+    except MissingObject:
+        return round.publish(manifest, target.head(key).version) if exists(target, key) else None
+    return None
 
 
 def _ignore(report: TaskReport) -> None:

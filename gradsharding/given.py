@@ -10,12 +10,11 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
 from gradsharding.plan import NonFinitePolicy
 from gradsharding.round import Round, check_id, check_weight
-from gradsharding.store import DirectoryStore, MemoryStore, file_reference, open_store
+from gradsharding.store import DirectoryStore, MemoryStore, file_path, file_reference, open_store
 from gradsharding.update import Update, inspect
 
 
@@ -143,7 +142,7 @@ def _readings(text: str) -> Iterator[tuple[str | None, Path, str]]:
 
 
 def _local(text: str) -> Path:
-    return Path(unquote(text.removeprefix("file://")) if text.startswith("file://") else text)
+    return Path(file_path(text) if text.startswith("file://") else text)
 
 
 def _weight(text: str, client: str) -> float:

@@ -23,6 +23,9 @@ BLOCK = 32_768
 SCRATCH = 4 << 20
 """Bytes that bound a fold's temporaries: a handful of blocks."""
 
+RUN_SIZE = 512
+"""Bytes that bound what is kept for a run beside its sums; the scratch has room for the first 2,048 of them."""
+
 SUM_SIZE = 8
 """Bytes of one sum: float64, or int64 where no sum can overflow it."""
 
@@ -49,8 +52,9 @@ def is_wide(dtype: str, total: int) -> bool:
 
 def sum_bytes(runs: Iterable[Run], total: int) -> int:
     """Bytes of the sums of ``runs`` under ``total`` weight, temporaries included."""
-    per_run = (r.length * (SUM_SIZE + is_wide(r.dtype, total) * WIDE_SIZE) for r in runs)
-    return SCRATCH + sum(per_run)
+    kept = tuple(runs)
+    per_run = (r.length * (SUM_SIZE + is_wide(r.dtype, total) * WIDE_SIZE) for r in kept)
+    return SCRATCH + RUN_SIZE * max(0, len(kept) - 2_048) + sum(per_run)
 
 
 class Fold:

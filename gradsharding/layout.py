@@ -21,6 +21,9 @@ MAX_HEADER = 10_000_000
 """Bytes: some 100,000 tensors. The reference implementation reads ten times as much, but parsing takes about 30 times a
 header's bytes of memory, and a header may come from anybody."""
 
+MAX_DIMS = 64
+"""Dimensions of a tensor, as in numpy: so that a hostile shape's product stays a number one can print."""
+
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -194,9 +197,11 @@ def _tensor(name: str, entry: Any) -> Tensor:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, stop], **rest} if not rest:
             numbers = [*shape, start, stop]
-            if all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+            if len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
                 return Tensor(name=name, dtype=dtype, shape=tuple(shape), start=start, stop=stop)
-    raise InvalidUpdate(f"tensor {name!r} has a malformed header entry; it needs dtype, shape and data_offsets")
+    raise InvalidUpdate(
+        f"tensor {name!r} has a malformed header entry; it needs dtype, a shape of at most {MAX_DIMS} extents, and data_offsets"
+    )
 
 
 def _check_tiling(tensors: Sequence[Tensor]) -> None:

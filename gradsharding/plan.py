@@ -18,7 +18,11 @@ RESERVED = 64 << 20
 READ_BUFFER = 4 << 20
 """Bytes that bound what a store holds of one streaming read."""
 
-_FIXED = RESERVED + READ_BUFFER
+TERM_SIZE = 2 << 10
+"""Bytes that bound one term in a worker: its JSON, and the value made of it."""
+
+FREE_TERMS = 8_192
+"""Terms that the reserved memory has room for, 16 MiB of them; more are counted."""
 
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
@@ -74,8 +78,8 @@ class Task(Value):
 
     @property
     def memory(self) -> int:
-        """Projected peak memory in bytes: an upper bound, independent of the number of terms."""
-        return _FIXED + sum_bytes(self.runs, self.weight)
+        """Projected peak memory in bytes: an upper bound. Beyond thousands of clients, the list of their terms counts."""
+        return _fixed(len(self.terms)) + sum_bytes(self.runs, self.weight)
 
 
 class Job(Value):
@@ -175,23 +179,33 @@ class Plan(Value):
             )
 
     def _remedy(self, limits: Limits) -> str:
-        least = _FIXED + sum_bytes((), 1)
+        least = self._fixed + sum_bytes((), 1)
         if limits.memory <= least:
             return f"a function needs {mib(least)} before its first byte: allow more memory"
         shards = self._shards(limits.memory)
         return f"{f'use at least {shards} shards, or ' if shards else ''}allow {mib(self.memory)}"
 
+    @property
+    def _fixed(self) -> int:
+        """Bytes of a function that no number of slices changes."""
+        return _fixed(max(len(task.terms) for task in self.tasks))
+
     def _shards(self, allowed: int) -> int | None:
         """Find a number of slices that fit; None where even the most do not. Bytes alone do not tell: sums may be wide."""
-        last, weight = self.stages[-1].tasks, self.tasks[0].weight
+        last, weight, fixed = self.stages[-1].tasks, self.tasks[0].weight, self._fixed
         runs = join_runs(run for task in last for run in task.runs)
         most = min(sum(run.length for run in runs), MAX_PARTS - 1)
-        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - _FIXED - sum_bytes((), weight)))
+        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - fixed - sum_bytes((), weight)))
         while count <= most:
-            if all(_FIXED + sum_bytes(slice_.runs, weight) <= allowed for slice_ in cut(runs, count)):
+            if all(fixed + sum_bytes(slice_.runs, weight) <= allowed for slice_ in cut(runs, count)):
                 return count
             count += -(-count // 8)
         return None
+
+
+def _fixed(terms: int) -> int:
+    """Bytes that a task of so many terms takes beside its sums."""
+    return RESERVED + READ_BUFFER + TERM_SIZE * max(0, terms - FREE_TERMS)
 
 
 def mib(count: int) -> str:

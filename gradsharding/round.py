@@ -20,7 +20,16 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from gradsharding.errors import ChangedObject, DuplicateClient, InvalidId, InvalidWeight, MissingObject, ObjectExists, TooFewClients
+from gradsharding.errors import (
+    ChangedObject,
+    DuplicateClient,
+    InvalidId,
+    InvalidWeight,
+    MissingObject,
+    ObjectExists,
+    TooFewClients,
+    UserError,
+)
 from gradsharding.kernel import Buffer
 from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy, Plan, Term
@@ -136,6 +145,8 @@ class Round:
         ``version``, DuplicateClient if the client gave another update.
         """
         name, weight = f"receipts/{check_id(client)}.json", check_weight(weight, client)
+        if exists(self.store, self.key("manifest.json")) and not exists(self.store, self.key(name)):
+            raise UserError(f"round {self.id} is sealed, and client {client} is not in it; submit to the next round")
         layout, base, stat = update or inspect(source, self.store)
         if version not in (None, stat.version):
             raise ChangedObject(f"{source} of client {client} is at version {stat.version}, not {version}: it was written again")
@@ -286,8 +297,11 @@ def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
         common = math.gcd(*whole.values())
         whole = {client: weight // (common & -common) for client, weight in whole.items()}
     if sum(whole.values()) > MAX_WEIGHT:
+        middle = sorted(weights.values())[len(weights) // 2]
+        extreme = max(weights, key=lambda client: abs(math.frexp(weights[client])[1] - math.frexp(middle)[1]))
         raise InvalidWeight(
             f"the weights sum to {sum(weights.values()):g} over {len(weights)} clients, from {min(weights.values()):g} "
-            f"to {max(weights.values()):g}; as integers they pass 2**53: use whole numbers of examples"
+            f"to {max(weights.values()):g}; as integers they pass 2**53: use whole numbers of examples",
+            client=extreme,
         )
     return whole

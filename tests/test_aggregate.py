@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,14 @@ def test_lost_upload() -> None:
     result: Result = aggregate(round_, topology=into(3))
     assert 3 == len(result.reports)
     assert WHOLE.digest() == result.digest()
+
+
+def test_two_calls_at_once(tmp_path: Path) -> None:
+    """Two calls on one round at the same time both give the one result."""
+    store = DirectoryStore(tmp_path)
+    submitted(store, SMALL)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: aggregate(Round(store, "r"), topology=into(6)), range(2)))
+
+    assert results[0].record == results[1].record
+    assert_same(reference_mean(SMALL), results[1].arrays())

@@ -392,3 +392,64 @@ def test_no_training_is_no_failure(flower_log: pytest.LogCaptureFixture) -> None
     result = sharding(MemoryStore(), FedAvg(fraction_train=0.0)).start(grid_of(), record(initial()), num_rounds=1)
     assert [] == lines(flower_log, "ERROR")
     assert_same(initial(), state_of(result.arrays))
+
+
+def answering(arrays: Callable[[int], dict[str, Any]], metrics: Callable[[int], dict[str, Any]] = lambda _: {"num-examples": 1}) -> Any:
+    """Make a client that answers with given arrays and metrics, whatever it is asked."""
+
+    def answer(node: int, server_round: int, received: ArrayRecord) -> RecordDict:  # noqa: ARG001
+        sent = ArrayRecord({name: Array(value) for name, value in arrays(node).items()})
+        return RecordDict({"arrays": sent, "metrics": MetricRecord(metrics(node))})
+
+    return client(answer)
+
+
+def federation(app: Any, flower_log: pytest.LogCaptureFixture) -> tuple[dict[str, Any], list[str], tuple[int, ...]]:
+    """Run one round of nodes 1 to 3 on a model of two vectors; give the arrays, the warnings, and who was averaged."""
+    model = ArrayRecord({"b": Array(np.zeros(2, "f4")), "a": Array(np.zeros(3, "f4"))})
+    strategy = sharding(MemoryStore(), FedAvg(fraction_evaluate=0.0), shards=1)
+    result = strategy.start(grid_of(dict.fromkeys((1, 2, 3), app), nodes=()), model, num_rounds=1)
+    averaged_nodes = strategy.history[0].clients if strategy.history else ()
+    return {name: array.numpy() for name, array in result.arrays.items()}, lines(flower_log, "WARNING"), averaged_nodes
+
+
+def model_of(node: int) -> dict[str, Any]:
+    """An honest answer."""
+    return {"b": np.full(2, node, "f4"), "a": np.full(3, node, "f4")}
+
+
+def test_majority_does_not_choose_the_model(flower_log: pytest.LogCaptureFixture) -> None:
+    """Two of three clients that send other tensors than the model has are left out; the model keeps its own."""
+    app = answering(lambda node: model_of(node) if node == 3 else {"zzz": np.ones(4, "f4")})
+    arrays, warnings, nodes = federation(app, flower_log)
+    assert (["b", "a"], (3,)) == (list(arrays), nodes)
+    assert 2 == sum("is left out" in line and "tensor 'a'" in line for line in warnings)
+
+
+def test_clients_do_not_order_the_model(flower_log: pytest.LogCaptureFixture) -> None:
+    """A client that names its tensors in another order does not change the model's."""
+    arrays, _, nodes = federation(answering(lambda node: dict(sorted(model_of(node).items()))), flower_log)
+    assert (["b", "a"], (1, 2, 3)) == (list(arrays), nodes)
+
+
+def test_metrics_of_another_kind(flower_log: pytest.LogCaptureFixture) -> None:
+    """A client whose metrics could not be averaged with the others' is left out, and its metrics are named."""
+    app = answering(model_of, lambda node: {"num-examples": 1, "loss": [1.0, 2.0] if node == 2 else 0.5})
+    _, warnings, nodes = federation(app, flower_log)
+    assert (1, 3) == nodes
+    assert "its metrics are loss[2], num-examples, where loss, num-examples are common" in warnings[-1]
+
+
+@pytest.mark.parametrize("weight", [2**53, 1e-12])
+def test_extreme_weight(flower_log: pytest.LogCaptureFixture, weight: float) -> None:
+    """A weight that does not go together with the others' costs its own client the round, not everybody."""
+    app = answering(model_of, lambda node: {"num-examples": weight if node == 2 else 1.5})
+    _, warnings, nodes = federation(app, flower_log)
+    assert (1, 3) == nodes
+    assert any("node 2 is left out" in line and "the weights sum to" in line for line in warnings)
+
+
+def test_set_up_that_cannot_work_ends_the_run() -> None:
+    """A store that the executor cannot share is said, instead of giving up each round."""
+    with pytest.raises(UserError, match="cannot be shared with worker processes"):
+        sharding(MemoryStore(), executor="processes:1").start(grid_of(), record(initial()), num_rounds=2)

@@ -160,3 +160,12 @@ def test_mismatch_names_the_cause() -> None:
     with pytest.raises(LayoutMismatch, match=r"tensor 'z' is F64\[1\]") as caught:
         ann.require_same(bob, "ann", "bob")
     assert {"tensor": "z"} == caught.value.details
+
+
+def test_hostile_shape() -> None:
+    """A shape of very many or very large extents is refused with a short message, at once."""
+    for shape in ([2**62] * 64, [2] * 65, [1] * 100_000):
+        header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+        with pytest.raises(InvalidUpdate, match="'w'") as caught:
+            Layout.parse(header, 4)
+        assert len(str(caught.value)) < 5_000

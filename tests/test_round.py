@@ -19,6 +19,7 @@ from gradsharding.errors import (
     MissingObject,
     ObjectExists,
     TooFewClients,
+    UserError,
 )
 from gradsharding.plan import Limits
 from gradsharding.round import MAX_WEIGHT, Round, integral_weights
@@ -146,9 +147,9 @@ def test_submit_after_a_crash() -> None:
     """A client that dies at any request of its submission, or loses any answer, may submit again."""
     whole = FlakyStore(MemoryStore(), {})
     Round(whole, "r").submit("ann", W, 3)
-    assert {"put": 2, "head": 1, "get": 1, "any": 4} == whole.calls
+    assert {"put": 2, "head": 2, "get": 1, "any": 5} == whole.calls
 
-    for call in range(1, 5):
+    for call in range(1, 6):
         for when in ("before", "after"):
             store = MemoryStore()
             with pytest.raises(ConnectionError):
@@ -183,11 +184,13 @@ def test_refer_to_nothing(round_: Round) -> None:
 
 
 def test_seal(round_: Round) -> None:
-    """A sealed round holds its clients by id, pinned; whoever comes later is not in it."""
+    """A sealed round holds its clients by id, pinned; whoever comes later is told so."""
     for client, weight in (("bob", 0.5), ("Ann", 1), ("ann", 2.25)):
         round_.submit(client, W, weight)
     manifest = round_.seal()
-    round_.submit("zoe", W, 1)
+    with pytest.raises(UserError, match="round r is sealed, and client zoe is not in it"):
+        round_.submit("zoe", W, 1)
+    assert "bob" == round_.submit("bob", W, 0.5).client  # the same again changes nothing
 
     assert [("Ann", 4), ("ann", 9), ("bob", 2)] == [(term.client, term.weight) for term in manifest.terms]
     assert [round_.store.head(term.source).version for term in manifest.terms] == [term.version for term in manifest.terms]

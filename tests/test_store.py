@@ -311,3 +311,25 @@ def test_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     read(store, "a", 0, 10)
 
     assert [0.75, 0.5, 0.1] == waits
+
+
+def test_what_is_no_file_is_no_object(tmp_path: Path) -> None:
+    """A pipe, a loop of links and a directory under a key are no objects; none of them blocks the reader."""
+    store = DirectoryStore(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "directory").mkdir()
+    for key in ("pipe", "loop", "directory"):
+        with pytest.raises(MissingObject):
+            store.head(key)
+        with pytest.raises(MissingObject):
+            next(iter(store.get(key, 0, 8)))
+
+
+def test_file_urls_name_absolute_paths(tmp_path: Path) -> None:
+    """A file:// URL keeps every byte of its path, and a relative one is refused."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/o\xff #1?")
+    Path(odd).mkdir()
+    assert odd == str(DirectoryStore(odd).root) == str(open_store(DirectoryStore(odd).url).root)  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="names no local path; write file:///absolute/path"):
+        open_store("file://relative/path")

@@ -7,14 +7,26 @@ that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` 
 import os
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.store.directory import DirectoryStore
 from gradsharding.store.memory import MemoryStore
 from gradsharding.store.protocol import ObjectStore, Part, Stat, check_key
 
-__all__ = ["DirectoryStore", "MemoryStore", "ObjectStore", "Part", "Stat", "check_key", "exists", "file_reference", "locate", "open_store"]
+__all__ = [
+    "DirectoryStore",
+    "MemoryStore",
+    "ObjectStore",
+    "Part",
+    "Stat",
+    "check_key",
+    "exists",
+    "file_path",
+    "file_reference",
+    "locate",
+    "open_store",
+]
 
 
 def open_store(url: str | os.PathLike[str]) -> ObjectStore:
@@ -24,7 +36,7 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
         return DirectoryStore(text)
     scheme = urlsplit(text).scheme
     if scheme == "file":
-        return DirectoryStore(unquote(urlsplit(text).path) or "/")
+        return DirectoryStore(file_path(text))
     if scheme == "memory":
         try:
             return MemoryStore.known[text]
@@ -47,7 +59,15 @@ def locate(reference: str, home: ObjectStore) -> tuple[ObjectStore, str]:
     if "://" not in reference:
         return home, reference
     base, _, key = reference.rpartition("/")
-    return _open_once(base), unquote(key)
+    return _open_once(base), os.fsdecode(unquote_to_bytes(key))
+
+
+def file_path(url: str) -> str:
+    """Give the local path that a ``file://`` URL names, whatever its bytes; raise UserError unless it is absolute."""
+    path = os.fsdecode(unquote_to_bytes(url.removeprefix("file://"))) or "/"
+    if not path.startswith("/"):
+        raise UserError(f"{url!r} names no local path; write file:///absolute/path")
+    return path
 
 
 def file_reference(path: str | os.PathLike[str]) -> str:

@@ -8,7 +8,7 @@ import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from stat import S_ISDIR
+from stat import S_ISREG
 from typing import IO
 
 from gradsharding.errors import InvalidId, MissingObject
@@ -35,17 +35,19 @@ class DirectoryStore:
         self._hidden = self.root / ".gradsharding"
 
     def head(self, key: str) -> Stat:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            stat = self._path(key).stat()
-            if not S_ISDIR(stat.st_mode):
+        path = self._path(key)
+        with contextlib.suppress(OSError):  # no such file, a loop of links, a directory that may not be entered
+            stat = path.stat()
+            if S_ISREG(stat.st_mode):
                 return _stat(stat)
         raise missing(key, self.url)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        self.head(key)  # what is not a regular file, such as a pipe, could block for ever
         try:
             file = self._path(key).open("rb", buffering=0)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise missing(key, self.url) from None
+        except OSError as error:
+            raise missing(key, self.url, error.strerror) from None
         with file:
             self._require(key, file.fileno(), version)
             buffer = memoryview(bytearray(max(0, min(CHUNK, stop - start))))
@@ -97,21 +99,30 @@ class DirectoryStore:
             _write(file.fileno(), data, offset)
         mark = self._upload(upload) / "parts" / f"{number:05d}"
         draft = mark.with_suffix(f".{uuid.uuid4().hex}")
-        draft.write_text(f"{offset} {memoryview(data).nbytes} {zlib.crc32(data)}")
-        draft.replace(mark)
+        try:
+            draft.write_text(f"{offset} {memoryview(data).nbytes} {zlib.crc32(data)}")
+            draft.replace(mark)
+        except FileNotFoundError:  # completed or aborted meanwhile
+            raise no_upload(key, upload) from None
 
     def parts(self, key: str, upload: str) -> dict[int, Part]:
         # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
         with self._data(key, upload) as file:
-            return {n: part for n, (part, crc) in self._marks(upload).items() if _crc(file.fileno(), part) == crc}
+            try:
+                return {n: part for n, (part, crc) in self._marks(upload).items() if _crc(file.fileno(), part) == crc}
+            except FileNotFoundError:  # completed or aborted by another meanwhile
+                raise no_upload(key, upload) from None
 
     def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
         data = self._upload(upload) / "data"
-        with self._data(key, upload) as file:
-            end = check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
-            os.ftruncate(file.fileno(), end)  # the last part may have been longer before it was written again
-            os.fsync(file.fileno())
-        stat = self._publish(key, data, self._path(key), overwrite=overwrite)
+        try:
+            with self._data(key, upload) as file:
+                end = check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
+                os.ftruncate(file.fileno(), end)  # the last part may have been longer before it was written again
+                os.fsync(file.fileno())
+            stat = self._publish(key, data, self._path(key), overwrite=overwrite)
+        except FileNotFoundError:  # completed or aborted by another meanwhile
+            raise no_upload(key, upload) from None
         self.abort(key, upload)
         return stat
 

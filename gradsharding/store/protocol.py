@@ -78,7 +78,7 @@ def check_key(key: str) -> str:
     """Give ``key`` back if it is a plain relative path; raise InvalidId."""
     segments = key.split("/")
     if any(s in ("", ".", "..") for s in segments) or "\0" in key or "\\" in key or segments[0] == ".gradsharding":
-        raise InvalidId(f"{key!r} is not a key; use a relative path without empty, '.' or '..' segments")
+        raise InvalidId(f"{key!r} is not a key; use a relative path without empty, '.' or '..' segments or backslashes")
     return key
 
 
@@ -92,9 +92,9 @@ def check_tiling(key: str, parts: dict[int, Part]) -> int:
     return end
 
 
-def missing(key: str, url: str) -> MissingObject:
-    """The error for a key without an object."""
-    return MissingObject(f"there is no object {key!r} in {url}", key=key)
+def missing(key: str, url: str, why: str | None = None) -> MissingObject:
+    """The error for a key without an object, or with one that cannot be read."""
+    return MissingObject(f"there is no object {key!r} in {url}" + (f" that can be read ({why})" if why else ""), key=key)
 
 
 def taken(key: str, url: str) -> ObjectExists:

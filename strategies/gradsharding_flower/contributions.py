@@ -45,10 +45,11 @@ class Contribution:
         return client_id(self.node)
 
 
-def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, like: str, leave_out: LeaveOut) -> list[Contribution]:
+def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, like: Layout, leave_out: LeaveOut) -> list[Contribution]:
     """Give the usable replies, sorted by node; ``leave_out`` is told of the others.
 
-    They all have the most common layout; of equally common ones, the one whose digest is ``like``.
+    They hold the tensors of ``like``, the model that was sent, if any reply does; all have the most common dtypes and
+    the most common metrics.
     """
     found = []
     for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
@@ -60,7 +61,7 @@ def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, lik
             found.append(_check(node, message.content, round_, weighted_by_key))
         except GradShardingError as error:
             leave_out(node, error.message)
-    return _alike(found, like, leave_out)
+    return _alike(_with_common_metrics(found, leave_out), like, leave_out)
 
 
 def mean(
@@ -111,11 +112,33 @@ def _check(node: int, content: RecordDict, round_: Round, weighted_by_key: str) 
     return Contribution(node, content, weight, reference, update)
 
 
-def _alike(found: Sequence[Contribution], like: str, leave_out: LeaveOut) -> list[Contribution]:
+def _with_common_metrics(found: Sequence[Contribution], leave_out: LeaveOut) -> list[Contribution]:
+    """Keep the replies whose metrics have the most common names and lengths: others could not be averaged with them."""
+    kinds = {one.node: _metrics(one) for one in found}
+    common = max(kinds.values(), key=Counter(kinds.values()).__getitem__, default=())
+    for one in found:
+        if kinds[one.node] != common:
+            leave_out(one.node, f"its metrics are {_names(kinds[one.node])}, where {_names(common)} are common")
+    return [one for one in found if kinds[one.node] == common]
+
+
+def _metrics(one: Contribution) -> tuple[tuple[str, int | None], ...]:
+    """Name each metric, with its length if it is a list."""
+    (metrics,) = one.content.metric_records.values()
+    return tuple(sorted((name, len(value) if isinstance(value, list) else None) for name, value in metrics.items()))
+
+
+def _names(kinds: Iterable[tuple[str, int | None]]) -> str:
+    return ", ".join(name if length is None else f"{name}[{length}]" for name, length in kinds)
+
+
+def _alike(found: Sequence[Contribution], like: Layout, leave_out: LeaveOut) -> list[Contribution]:
     if not found:
         return []
-    counts = Counter(one.update.layout.digest for one in found)
-    model = max(found, key=lambda one: (counts[one.update.layout.digest], one.update.layout.digest == like))
+    shapes = {tensor.name: tensor.shape for tensor in like.tensors}
+    fitting = [one for one in found if {t.name: t.shape for t in one.update.layout.tensors} == shapes] or found
+    counts = Counter(one.update.layout.digest for one in fitting)
+    model = max(fitting, key=lambda one: (counts[one.update.layout.digest], one.update.layout.digest == like.digest))
     alike = []
     for one in found:
         try:

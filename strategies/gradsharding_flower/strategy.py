@@ -86,7 +86,7 @@ class GradSharding(Strategy):
         self.history: list[RoundReport] = []
         """One report a round of training, of the last ``start``."""
         self._run = ""
-        self._layout_digest = ""
+        self._layout = Layout(tensors=())
         self._model: Reference | None = None
         self._previous: Reference | None = None
         self._asked: set[int] = set()
@@ -119,9 +119,8 @@ class GradSharding(Strategy):
         """
         self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
         self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
-        layout = inspect(self._model.source, self.store).layout
-        self._check(layout)
-        self._layout_digest = layout.digest
+        self._layout = inspect(self._model.source, self.store).layout
+        self._check(self._layout)
         watched = WatchedGrid(grid, self._relay)
         self._traffic = watched.traffic
         result = super().start(
@@ -165,21 +164,21 @@ class GradSharding(Strategy):
         round_, answers = self._round(server_round), list(replies)
         for node in sorted(self._asked - {answer.metadata.src_node_id for answer in answers}):
             leave_out(node, "it did not answer in time")
-        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout_digest, leave_out)
+        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout, leave_out)
         try:
             averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
-        except PlanTooLarge:  # so would every round be
-            raise
         except GradShardingError as error:
+            if isinstance(error, PlanTooLarge) or type(error) is UserError:  # a mistake in the set-up: so would every round end
+                raise
             log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
             self._forget()
             return None, None
         kept = [one for one in kept if one.node not in left_out]
         log.info("aggregate_train: averaged %d updates in %d slices", len(kept), len(averaged.plan.tasks))
         record = averaged.record
-        names = kept[0].reference.names
+        names = self._names(kept[0].reference.names)
         model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=names)
-        self._layout_digest = record.layout.digest
+        self._layout = record.layout
         if self._needs_arrays:
             model = self._server_step(server_round, model)
         metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
@@ -204,6 +203,11 @@ class GradSharding(Strategy):
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
         self._topology()(manifest, self.limits, grain=self.store.grain).check(self.limits)
+
+    def _names(self, received: tuple[str, ...]) -> tuple[str, ...]:
+        """Order the result's tensors as the model does; a client's order holds only for names the model does not have."""
+        assert self._model
+        return self._model.names if sorted(self._model.names) == sorted(received) else received
 
     def _topology(self) -> Topology:
         return partial(sharded, shards=self.shards)
