@@ -81,8 +81,8 @@ def aggregate(
     Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
     tasks whose parts are missing. ``overwrite`` lets the result replace an object that is there.
 
-    Raise TooFewClients, LayoutMismatch or PlanTooLarge before any data is read; NonFinite, MissingObject,
-    ChangedObject or OutOfMemory from a task, with nothing published.
+    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge or ObjectExists (the output is taken) before any data is
+    read; NonFinite, MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published.
     """
     limits = limits or Limits()
     manifest = round.seal()
@@ -95,8 +95,8 @@ def aggregate(
     try:
         done = target.parts(key, upload)
     except MissingObject:  # completed by a call that died before it could say so, or lost
-        if not overwrite and exists(target, key):
-            return Result(round, round.publish(manifest, target.head(key).version), plan, (), 0)
+        if record := None if overwrite else _made_of(upload, round, manifest):
+            return Result(round, record, plan, (), 0)
         round.forget_plan()
         (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
     job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)

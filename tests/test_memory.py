@@ -15,8 +15,8 @@ import pytest
 from gradsharding.aggregate import aggregate
 from gradsharding.executor import ProcessExecutor
 from gradsharding.kernel import NUMPY, is_wide
-from gradsharding.layout import Layout
-from gradsharding.plan import RESERVED, Limits
+from gradsharding.layout import ITEM_SIZE, Layout, Run
+from gradsharding.plan import RESERVED, Job, Limits, Task, Term
 from gradsharding.round import MAX_WEIGHT, Round
 from gradsharding.store import DirectoryStore, file_reference
 from gradsharding.testing import read
@@ -59,6 +59,25 @@ def test_projected_covers_measured(tmp_path: Path, dtype: str, elements: int) ->
     assert max(peaks.values()) <= bound
     assert bound - 32 * MIB < min(peaks.values())
     assert max(peaks.values()) <= 1.05 * min(peaks.values())
+
+
+@pytest.mark.parametrize(("clients", "tensors"), [(20_000, 1), (2, 60_000)], ids=["many clients", "many runs"])
+def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int) -> None:
+    """A small model with very many clients, or with very many changes of dtype, keeps within its projection too."""
+    dtypes = ("F32", "F16")
+    sizes = [ITEM_SIZE[dtypes[i % 2]] for i in range(tensors)]
+    path = tmp_path / "update"
+    path.write_bytes(bytes(sum(sizes)))
+    runs = tuple(Run(dtypes[i % 2], 1) for i in range(tensors))
+    source, version = file_reference(path), DirectoryStore(tmp_path).head("update").version
+    terms = tuple(Term(client=f"client-{i:06d}", source=source, version=version, base=0, weight=1) for i in range(clients))
+    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, part=1, offset=0)
+    store = DirectoryStore(tmp_path / "store")
+    job = Job(store=store.url, output="result", upload=store.begin("result"))
+    [report] = ProcessExecutor(1).run([task], job, store, Limits(memory=task.memory), lambda _: None)
+
+    assert clients == report.gets
+    assert report.peak_memory <= task.memory
 
 
 @pytest.mark.slow
