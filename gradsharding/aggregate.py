@@ -9,14 +9,12 @@ import numpy.typing as npt
 
 from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists
 from gradsharding.executor import Executor, InlineExecutor, Progress
-from gradsharding.plan import Job, Limits, NonFinitePolicy, Plan, TaskReport
+from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, TaskReport
+from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import exists, locate
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import inspect, load
-
-HEADER_PART = 1
-"""The result's first part is its header; the slices follow."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ def aggregate(
     """
     limits = limits or Limits()
     manifest = round.seal()
-    plan = topology(manifest, limits, grain=round.store.grain)
+    target, key = locate(round.output, round.store)
+    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round, manifest))
     plan.check(limits)
     if record := round.result():
         return Result(round, record, plan, (), 0)
-    target, key = locate(round.output, round.store)
     upload, begun = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite)
     try:
         done = target.parts(key, upload)
@@ -105,14 +103,21 @@ def aggregate(
     try:
         target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
         for stage in plan.stages:
-            missing = [task for task in stage.tasks if task.part not in done]
+            missing = [task for task in stage.tasks if done.get(task.part) != task.nbytes]
             reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
-        stat = target.complete(key, upload, overwrite=overwrite)
+        stat = target.complete(key, upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
         if record := round.result() or (None if overwrite else _made_of(upload, round, manifest)):  # another call was faster
             return Result(round, record, plan, tuple(reports), 1 + begun)
         raise
     return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 2 + begun)
+
+
+def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
+    """How the tasks should read: what the stores of the inputs, the output and the round itself want."""
+    places = {term.source.rpartition("/")[0] if "://" in term.source else "" for term in manifest.terms}
+    stores = [locate(f"{place}/-" if place else "-", round.store)[0] for place in places]
+    return combined(store.reading for store in (*stores, round.store, locate(round.output, round.store)[0]))
 
 
 def _made_of(upload: str, round: Round, manifest: Manifest) -> ResultRecord | None:  # noqa: A002

@@ -207,7 +207,7 @@ def plan_command(
     """  # noqa: D301 - \b tells click to keep the lines that follow
     limits, manifest = Limits(memory=memory), _manifest(updates, size, clients)
     makers = {name: _topology(name, shards if name == "sharded" else None) for name in TOPOLOGIES}
-    plans = {name: make(manifest, limits, grain=DirectoryStore.grain) for name, make in makers.items()}
+    plans = {name: make(manifest, limits, grain=DirectoryStore.grain, reading=DirectoryStore.reading) for name, make in makers.items()}
     refusals = {name: _refusal(plan, limits) for name, plan in plans.items()}
     if as_json:
         figures = ({column.name: column.value(plan) for column in COLUMNS} for plan in plans.values())

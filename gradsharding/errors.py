@@ -9,11 +9,13 @@
     │   ├── DuplicateClient               one client, two different updates
     │   ├── NonFinite                     NaN or infinity in an update
     │   ├── TooFewClients                 nothing, or not enough, to aggregate
-    │   └── PlanTooLarge                  the plan breaks a limit; nothing has been read
+    │   ├── PlanTooLarge                  the plan breaks a limit; nothing has been read
+    │   └── StoreRefused                  no credentials, no such bucket, another region, access denied
     ├── MissingObject (FileNotFoundError) no object under this key
     ├── ObjectExists (FileExistsError)    create-if-absent found one
     ├── ChangedObject                     the object is not the version that was sealed
     ├── IncompleteUpload                  parts are missing; the object was not published
+    ├── StoreFailed                       a store could not be reached, or failed, after several attempts
     └── TaskFailed                        a function broke, with its task's name
         └── OutOfMemory (MemoryError)     it outgrew the allowed memory
 
@@ -73,6 +75,10 @@ class PlanTooLarge(UserError):
     """A plan needs more than its limits allow."""
 
 
+class StoreRefused(UserError):
+    """A store or service does not let us: credentials, bucket, region or permission are not right."""
+
+
 class MissingObject(GradShardingError, FileNotFoundError):
     """There is no object under this key."""
 
@@ -87,6 +93,10 @@ class ChangedObject(GradShardingError):
 
 class IncompleteUpload(GradShardingError):
     """A multipart upload was completed with parts missing or overlapping."""
+
+
+class StoreFailed(GradShardingError):
+    """A store or service could not be reached, or failed, after several attempts."""
 
 
 class TaskFailed(GradShardingError):

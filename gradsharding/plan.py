@@ -1,6 +1,7 @@
 """A plan knows its memory, requests and bytes before anything runs; every byte count is made here."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -9,20 +10,21 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import sum_bytes
 from gradsharding.layout import Run, join_runs
+from gradsharding.reading import Reading
 from gradsharding.sharding import cut
 from gradsharding.value import Value
 
 RESERVED = 64 << 20
 """Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
 
-READ_BUFFER = 4 << 20
-"""Bytes that bound what a store holds of one streaming read."""
-
 TERM_SIZE = 2 << 10
 """Bytes that bound one term in a worker: its JSON, and the value made of it."""
 
 FREE_TERMS = 8_192
 """Terms that the reserved memory has room for, 16 MiB of them; more are counted."""
+
+HEADER_PART = 1
+"""The result's first part is its header, written by the caller; the slices follow."""
 
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
@@ -65,6 +67,7 @@ class Task(Value):
     terms: tuple[Term, ...]
     part: int
     offset: int
+    reading: Reading
 
     @property
     def weight(self) -> int:
@@ -79,7 +82,12 @@ class Task(Value):
     @property
     def memory(self) -> int:
         """Projected peak memory in bytes: an upper bound. Beyond thousands of clients, the list of their terms counts."""
-        return _fixed(len(self.terms)) + sum_bytes(self.runs, self.weight)
+        return _fixed(len(self.terms)) + self.reading.memory(self.nbytes) + sum_bytes(self.runs, self.weight)
+
+    @property
+    def gets(self) -> int:
+        """GET requests."""
+        return len(self.terms) * self.reading.requests(self.nbytes)
 
 
 class Job(Value):
@@ -146,12 +154,17 @@ class Plan(Value):
     @property
     def gets(self) -> int:
         """GET requests of all tasks."""
-        return sum(len(task.terms) for task in self.tasks)
+        return sum(task.gets for task in self.tasks)
 
     @property
     def puts(self) -> int:
         """PUT-class requests: a part for each task, one for the header, and the upload's begin and end."""
         return len(self.tasks) + 3
+
+    @property
+    def parts(self) -> dict[int, int]:
+        """Bytes of each part of the result, by number."""
+        return {HEADER_PART: self.header_bytes} | {task.part: task.nbytes for task in self.stages[-1].tasks}
 
     @property
     def bytes_read(self) -> int:
@@ -179,7 +192,7 @@ class Plan(Value):
             )
 
     def _remedy(self, limits: Limits) -> str:
-        least = self._fixed + sum_bytes((), 1)
+        least = self._fixed + self._reading.memory(0) + sum_bytes((), 1)
         if limits.memory <= least:
             return f"a function needs {mib(least)} before its first byte: allow more memory"
         shards = self._shards(limits.memory)
@@ -190,22 +203,30 @@ class Plan(Value):
         """Bytes of a function that no number of slices changes."""
         return _fixed(max(len(task.terms) for task in self.tasks))
 
+    @property
+    def _reading(self) -> Reading:
+        return self.stages[-1].tasks[0].reading
+
     def _shards(self, allowed: int) -> int | None:
         """Find a number of slices that fit; None where even the most do not. Bytes alone do not tell: sums may be wide."""
-        last, weight, fixed = self.stages[-1].tasks, self.tasks[0].weight, self._fixed
+        last, weight = self.stages[-1].tasks, self.tasks[0].weight
+
+        def memory(runs: Sequence[Run], nbytes: int) -> int:
+            return self._fixed + self._reading.memory(nbytes) + sum_bytes(runs, weight)
+
         runs = join_runs(run for task in last for run in task.runs)
         most = min(sum(run.length for run in runs), MAX_PARTS - 1)
-        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - fixed - sum_bytes((), weight)))
+        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - memory((), 0)))
         while count <= most:
-            if all(fixed + sum_bytes(slice_.runs, weight) <= allowed for slice_ in cut(runs, count)):
+            if all(memory(slice_.runs, slice_.stop - slice_.start) <= allowed for slice_ in cut(runs, count)):
                 return count
             count += -(-count // 8)
         return None
 
 
 def _fixed(terms: int) -> int:
-    """Bytes that a task of so many terms takes beside its sums."""
-    return RESERVED + READ_BUFFER + TERM_SIZE * max(0, terms - FREE_TERMS)
+    """Bytes that a task of so many terms takes beside what it reads and sums."""
+    return RESERVED + TERM_SIZE * max(0, terms - FREE_TERMS)
 
 
 def mib(count: int) -> str:

@@ -158,7 +158,8 @@ class Round:
     def receipts(self) -> list[Receipt]:
         """All receipts, sorted by client."""
         keys = [key for key, _ in self.store.list(self.key("receipts/"))]
-        return sorted((self._read(key, Receipt) for key in keys), key=lambda receipt: receipt.client)
+        found = (Receipt.model_validate_json(data) for _, data in self.store.fetch(keys))
+        return sorted(found, key=lambda receipt: receipt.client)
 
     def seal(self, *, leave_out: Iterable[str] = ()) -> Manifest:
         """Freeze the set of contributions; a sealed round stays as it is.
@@ -255,8 +256,8 @@ class Round:
             return None
 
     def _read(self, key: str, kind: type[_V]) -> _V:
-        stat = self.store.head(key)
-        return kind.model_validate_json(b"".join(bytes(b) for b in self.store.get(key, 0, stat.size)))
+        [(_, data)] = self.store.fetch([key])
+        return kind.model_validate_json(data)
 
 
 def _digest(data: Iterable[Buffer]) -> bytes:

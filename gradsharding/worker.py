@@ -12,12 +12,15 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, to_wire
 from gradsharding.kernel import Buffer, Fold, first_nonfinite
 from gradsharding.plan import Job, Task, TaskReport, Term, mib
+from gradsharding.reading import Request, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
 
 
@@ -30,9 +33,10 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     started = time.perf_counter()
     watch = _Watch()
     fold = Fold(task.runs, task.weight)
-    for term in task.terms:
-        with _naming(term):
-            fold.add(watch.reading(_chunks(task, term, store)), term.weight)
+    with contextlib.closing(_slices(task, store)) as slices:
+        for term, chunks in zip(task.terms, slices, strict=True):
+            with _naming(term):
+                fold.add(watch.reading(chunks), term.weight)
     result = fold.mean()
     if not fold.finite and job.nonfinite == "raise":
         raise _nonfinite(task, store)
@@ -43,7 +47,7 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     return TaskReport(
         task=task.id,
         worker=str(os.getpid()),
-        gets=len(task.terms),
+        gets=task.gets,
         puts=1,
         bytes_read=watch.count,
         bytes_written=len(result),
@@ -95,9 +99,26 @@ class _Watch:
             yield chunk
 
 
-def _chunks(task: Task, term: Term, store: ObjectStore) -> Iterator[Buffer]:
+def _slices(task: Task, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
+    """Give the chunks of each term's slice, one term after another, read as the plan says."""
+    if not task.reading.chunk:
+        yield from (_chunks(task.start, task.stop, term, store) for term in task.terms)
+        return
+    count, size = task.reading.requests(task.nbytes), task.reading.piece(task.nbytes)
+    starts = [task.start + i * size for i in range(count)]
+    requests = (
+        Request(min(size, task.stop - start), partial(_chunks, start, min(start + size, task.stop), term, store))
+        for term in task.terms
+        for start in starts
+    )
+    with contextlib.closing(read_ahead(requests, task.reading, size)) as pieces:
+        yield from (islice(pieces, count) for _ in task.terms)
+
+
+def _chunks(start: int, stop: int, term: Term, store: ObjectStore) -> Iterator[Buffer]:
+    """Stream bytes ``start`` to ``stop`` of a term's vector; nothing is asked before the first is wanted."""
     source, key = locate(term.source, store)
-    return source.get(key, term.base + task.start, term.base + task.stop, version=term.version)
+    yield from source.get(key, term.base + start, term.base + stop, version=term.version)
 
 
 @contextlib.contextmanager
@@ -113,7 +134,7 @@ def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:
     """Read the slice once more to say whose value it is; only a failing task pays for this."""
     found: list[list[str | int]] = []  # as JSON has it, so that it is the same on either side of the wire
     for term in task.terms:
-        byte = first_nonfinite(task.runs, _chunks(task, term, store))
+        byte = first_nonfinite(task.runs, _chunks(task.start, task.stop, term, store))
         if byte is not None:
             found.append([term.client, task.start + byte])
     if not found:

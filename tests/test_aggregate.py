@@ -299,7 +299,7 @@ def test_lost_upload() -> None:
     """A round whose upload was aborted, by a lifecycle rule say, begins again."""
     store = MemoryStore()
     round_ = submitted(store, SMALL)
-    upload, _ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain))
+    upload, _ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain, reading=store.reading))
     store.abort(round_.output, upload)
 
     result: Result = aggregate(round_, topology=into(3))

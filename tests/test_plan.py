@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import SCRATCH
 from gradsharding.layout import ITEM_SIZE, Layout
-from gradsharding.plan import MAX_PARTS, READ_BUFFER, RESERVED, Limits, Plan, Term, mib
+from gradsharding.plan import MAX_PARTS, RESERVED, Limits, Plan, Term, mib
+from gradsharding.reading import STAGING
 from gradsharding.round import Manifest
 from gradsharding.topology import flat, sharded
 
-FIXED = RESERVED + READ_BUFFER + SCRATCH
+FIXED = RESERVED + STAGING + SCRATCH
 MIB = 1 << 20
 
 

@@ -7,18 +7,18 @@ that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` 
 import os
 from functools import lru_cache
 from pathlib import Path
+from pkgutil import resolve_name
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.store.directory import DirectoryStore
 from gradsharding.store.memory import MemoryStore
-from gradsharding.store.protocol import ObjectStore, Part, Stat, check_key
+from gradsharding.store.protocol import ObjectStore, Stat, check_key
 
 __all__ = [
     "DirectoryStore",
     "MemoryStore",
     "ObjectStore",
-    "Part",
     "Stat",
     "check_key",
     "exists",
@@ -29,8 +29,12 @@ __all__ = [
 ]
 
 
+ELSEWHERE = {"s3": "gradsharding.aws.s3:S3Store"}
+"""Stores that the core does not import, by the scheme of their URLs."""
+
+
 def open_store(url: str | os.PathLike[str]) -> ObjectStore:
-    """Open a store from ``file:///directory``, ``memory://name`` (this process only) or a directory's path."""
+    """Open a store from ``file:///directory``, ``memory://name`` (this process only), ``s3://bucket/prefix`` or a directory's path."""
     text = os.fspath(url)
     if "://" not in text:
         return DirectoryStore(text)
@@ -42,7 +46,14 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
             return MemoryStore.known[text]
         except KeyError:
             raise UserError(f"{text} lives in another process, or is gone; use a file:// store to share between processes") from None
-    raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name or a directory's path")
+    if scheme in ELSEWHERE:
+        try:
+            kind = resolve_name(ELSEWHERE[scheme])
+        except ImportError as error:
+            raise UserError(f"{text} needs more than is installed here ({error}); install gradsharding[aws]") from error
+        store: ObjectStore = kind(text)
+        return store
+    raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name, s3://bucket/prefix or a directory's path")
 
 
 def exists(store: ObjectStore, key: str) -> bool:

@@ -6,17 +6,26 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO
+from typing import IO, NamedTuple
 
 from gradsharding.errors import InvalidId, MissingObject
 from gradsharding.kernel import Buffer
-from gradsharding.store.protocol import Part, Stat, changed, check_key, check_tiling, missing, no_upload, taken
+from gradsharding.reading import STREAM
+from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 
 CHUNK = 1 << 20
 """Bytes of a read buffer: fits the second-level cache."""
+
+
+class _Mark(NamedTuple):
+    """A part that was written: its place in the object and its bytes' checksum."""
+
+    offset: int
+    size: int
+    crc: int
 
 
 class DirectoryStore:
@@ -27,6 +36,7 @@ class DirectoryStore:
     """
 
     grain = 8 << 20
+    reading = STREAM
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Use ``root``, which is made when the first object is."""
@@ -87,6 +97,13 @@ class DirectoryStore:
                 path.unlink()
             self._prune(path.parent)
 
+    def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        for key in keys:
+            try:
+                yield key, self._path(key).read_bytes()
+            except OSError as error:
+                raise missing(key, self.url, error.strerror) from None
+
     def begin(self, key: str) -> str:
         self._path(key)
         upload = uuid.uuid4().hex
@@ -105,20 +122,20 @@ class DirectoryStore:
         except FileNotFoundError:  # completed or aborted meanwhile
             raise no_upload(key, upload) from None
 
-    def parts(self, key: str, upload: str) -> dict[int, Part]:
+    def parts(self, key: str, upload: str) -> dict[int, int]:
         # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
         with self._data(key, upload) as file:
             try:
-                return {n: part for n, (part, crc) in self._marks(upload).items() if _crc(file.fileno(), part) == crc}
+                return {n: mark.size for n, mark in self._marks(upload).items() if _crc(file.fileno(), mark) == mark.crc}
             except FileNotFoundError:  # completed or aborted by another meanwhile
                 raise no_upload(key, upload) from None
 
-    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
+    def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
         data = self._upload(upload) / "data"
         try:
             with self._data(key, upload) as file:
-                end = check_tiling(key, {n: part for n, (part, _) in self._marks(upload).items()})
-                os.ftruncate(file.fileno(), end)  # the last part may have been longer before it was written again
+                check_arrived(key, sizes, {n: mark.size for n, mark in self._marks(upload).items()})
+                os.ftruncate(file.fileno(), sum(sizes.values()))  # the last part may have been longer before it was written again
                 os.fsync(file.fileno())
             stat = self._publish(key, data, self._path(key), overwrite=overwrite)
         except FileNotFoundError:  # completed or aborted by another meanwhile
@@ -145,13 +162,11 @@ class DirectoryStore:
         except FileNotFoundError:
             raise no_upload(key, upload) from None
 
-    def _marks(self, upload: str) -> dict[int, tuple[Part, int]]:
-        """The parts that were written, each with the checksum of its bytes."""
+    def _marks(self, upload: str) -> dict[int, _Mark]:
         found = {}
         for mark in sorted((self._upload(upload) / "parts").iterdir()):
             if not mark.suffix:
-                offset, size, crc = map(int, mark.read_text().split())
-                found[int(mark.name)] = Part(offset, size), crc
+                found[int(mark.name)] = _Mark(*map(int, mark.read_text().split()))
         return found
 
     def _require(self, key: str, file: int, version: str | None) -> None:
@@ -197,8 +212,8 @@ def _write(file: int, data: Buffer, offset: int | None = None) -> None:
         view, offset = view[count:], None if offset is None else offset + count
 
 
-def _crc(file: int, part: Part) -> int:
-    crc, offset, end = 0, part.offset, part.offset + part.size
+def _crc(file: int, mark: _Mark) -> int:
+    crc, offset, end = 0, mark.offset, mark.offset + mark.size
     while offset < end and (data := os.pread(file, min(CHUNK, end - offset), offset)):
         crc, offset = zlib.crc32(data, crc), offset + len(data)
     return crc

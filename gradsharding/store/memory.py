@@ -3,12 +3,13 @@
 import threading
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
 from gradsharding.errors import UserError
 from gradsharding.kernel import Buffer
-from gradsharding.store.protocol import Part, Stat, changed, check_key, check_tiling, missing, no_upload, taken
+from gradsharding.reading import STREAM
+from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 
 
 class MemoryStore:
@@ -16,12 +17,13 @@ class MemoryStore:
 
     known: ClassVar["weakref.WeakValueDictionary[str, MemoryStore]"] = weakref.WeakValueDictionary()
     grain = 8 << 20
+    reading = STREAM
 
     def __init__(self, name: str | None = None) -> None:
         """Make an empty store that ``open_store("memory://NAME")`` finds within this process."""
         self.url = f"memory://{name or uuid.uuid4().hex}"
         self._objects: dict[str, tuple[bytes, str]] = {}
-        self._uploads: dict[str, dict[int, tuple[int, bytes]]] = {}
+        self._uploads: dict[str, dict[int, bytes]] = {}
         self._lock = threading.Lock()
         self.known[self.url] = self
 
@@ -47,6 +49,9 @@ class MemoryStore:
         for key in keys:
             self._objects.pop(check_key(key), None)
 
+    def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        return ((key, self._object(key)[0]) for key in keys)
+
     def begin(self, key: str) -> str:
         check_key(key)
         upload = uuid.uuid4().hex
@@ -54,14 +59,14 @@ class MemoryStore:
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
-        self._parts(key, upload)[number] = offset, bytes(data)
+        self._parts(key, upload)[number] = bytes(data)
 
-    def parts(self, key: str, upload: str) -> dict[int, Part]:
-        return {n: Part(offset, len(data)) for n, (offset, data) in sorted(self._parts(key, upload).items())}
+    def parts(self, key: str, upload: str) -> dict[int, int]:
+        return {number: len(data) for number, data in self._parts(key, upload).items()}
 
-    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
-        check_tiling(key, self.parts(key, upload))
-        data = b"".join(data for _, data in sorted(self._parts(key, upload).values()))
+    def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
+        check_arrived(key, sizes, self.parts(key, upload))
+        data = b"".join(data for _, data in sorted(self._parts(key, upload).items()))
         stat = self._publish(key, data, overwrite=overwrite)
         self.abort(key, upload)
         return stat
@@ -79,7 +84,7 @@ class MemoryStore:
         except KeyError:
             raise missing(key, self.url) from None
 
-    def _parts(self, key: str, upload: str) -> dict[int, tuple[int, bytes]]:
+    def _parts(self, key: str, upload: str) -> dict[int, bytes]:
         try:
             return self._uploads[upload]
         except KeyError:

@@ -1,10 +1,11 @@
 """What a store promises: few verbs, one call is one request, objects are created once and never change."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
 from gradsharding.kernel import Buffer
+from gradsharding.reading import Reading
 
 
 class Stat(NamedTuple):
@@ -14,20 +15,15 @@ class Stat(NamedTuple):
     version: str
 
 
-class Part(NamedTuple):
-    """A part that has arrived: its place in the object, in bytes."""
-
-    offset: int
-    size: int
-
-
 class ObjectStore(Protocol):
     """What the engine asks of a store. ``gradsharding.testing.StoreContract`` states it as tests."""
 
     url: str
     """Text from which ``open_store`` opens the same store again."""
     grain: int
-    """Bytes that one read should carry, so that asking for them costs next to nothing."""
+    """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
+    reading: Reading
+    """How a function should read from it."""
 
     def head(self, key: str) -> Stat:
         """Tell an object's size and version; raise MissingObject."""
@@ -53,20 +49,27 @@ class ObjectStore(Protocol):
         """Remove objects; those that are missing are passed over."""
         ...
 
+    def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Read many small objects, whole, in the order of ``keys``; raise MissingObject."""
+        ...
+
     def begin(self, key: str) -> str:
         """Begin an object that will be written in parts; give the upload's id."""
         ...
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
-        """Write one part at its ``offset``; writing it again replaces it."""
+        """Write one part at its ``offset``; writing it again replaces it. Numbers, 1 to 10,000, ascend with offsets."""
         ...
 
-    def parts(self, key: str, upload: str) -> dict[int, Part]:
-        """Tell which parts have arrived, by number; raise MissingObject if there is no such upload."""
+    def parts(self, key: str, upload: str) -> dict[int, int]:
+        """Tell which parts have arrived, and their bytes, by number; raise MissingObject if there is no such upload."""
         ...
 
-    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
-        """Publish the object once its parts tile it; raise IncompleteUpload or ObjectExists."""
+    def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
+        """Publish the object that parts of ``sizes`` bytes, by number, make end to end.
+
+        Raise IncompleteUpload unless just these have arrived, ObjectExists unless ``overwrite``.
+        """
         ...
 
     def abort(self, key: str, upload: str) -> None:
@@ -82,14 +85,14 @@ def check_key(key: str) -> str:
     return key
 
 
-def check_tiling(key: str, parts: dict[int, Part]) -> int:
-    """Give the size of the object that ``parts`` make; raise IncompleteUpload unless they lie end to end from byte 0."""
-    end = 0
-    for number, part in sorted(parts.items(), key=lambda item: (item[1].offset, item[1].size)):
-        if part.offset != end:
-            raise IncompleteUpload(f"{key}: part {number} is at byte {part.offset}, where byte {end} is due; write the missing parts")
-        end += part.size
-    return end
+def check_arrived(key: str, sizes: Mapping[int, int], arrived: Mapping[int, int]) -> None:
+    """Raise IncompleteUpload unless the parts that have ``arrived`` are those of ``sizes`` bytes."""
+    for number in sorted({*sizes, *arrived}):
+        due, found = sizes.get(number), arrived.get(number)
+        if due != found:
+            seen = "has not arrived" if found is None else f"has {found} bytes"
+            wanted = "none of that number is due" if due is None else f"{due} bytes are due"
+            raise IncompleteUpload(f"{key}: part {number} {seen}, where {wanted}; write the parts anew", key=key)
 
 
 def missing(key: str, url: str, why: str | None = None) -> MissingObject:

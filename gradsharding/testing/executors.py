@@ -125,5 +125,5 @@ class Started(NamedTuple):
 
     def complete(self) -> dict[str, Array]:
         """Publish the result and read it."""
-        self.round.store.complete(self.job.output, self.job.upload)
+        self.round.store.complete(self.job.output, self.job.upload, self.plan.parts)
         return load(self.job.output, self.round.store)

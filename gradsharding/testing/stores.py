@@ -1,5 +1,6 @@
 """What every ObjectStore promises, stated as tests to inherit."""
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
-from gradsharding.store import ObjectStore, Part, open_store
+from gradsharding.store import ObjectStore, open_store
 
 
 class StoreContract:
@@ -139,7 +140,8 @@ class StoreContract:
             lambda: read(store, "b/c/d", 0, 1),
             lambda: store.put_part("a", upload, 1, 0, b"x"),
             lambda: store.parts("a", upload),
-            lambda: store.complete("a", upload),
+            lambda: store.complete("a", upload, {1: 1}),
+            lambda: list(store.fetch(["b/c", "a"])),
         ):
             with pytest.raises(MissingObject):
                 ask()
@@ -157,8 +159,17 @@ class StoreContract:
             with pytest.raises(InvalidId, match="is not a key"):
                 ask()
 
+    def test_fetch(self, store: ObjectStore) -> None:
+        """Fetch reads many whole objects, in the order they are named."""
+        objects = {f"{i % 7}/{i}": b"%d" % i * i for i in range(40)}
+        for key, data in objects.items():
+            self.raw_put(store, key, data)
+
+        assert [*objects.items()][::-1] == list(store.fetch([*objects][::-1]))
+        assert [] == list(store.fetch([]))
+
     def test_parts(self, store: ObjectStore) -> None:
-        """Parts come in any order and again; they are told with their places, and complete publishes them at once."""
+        """Parts come in any order and again; they are told with their bytes, and complete publishes them at once."""
         upload, other = store.begin("a"), store.begin("a")
         store.put_part("a", upload, 3, 5, memoryview(b"fghi"))
         store.put_part("a", upload, 1, 0, b"xxx")
@@ -167,30 +178,59 @@ class StoreContract:
         store.put_part("a", upload, 3, 5, b"fg")
         store.put_part("a", upload, 4, 7, b"")
 
-        assert {1: Part(0, 3), 2: Part(3, 2), 3: Part(5, 2), 4: Part(7, 0)} == store.parts("a", upload)
+        assert {1: 3, 2: 2, 3: 2, 4: 0} == store.parts("a", upload)
         assert {} == store.parts("a", other)
         assert [] == list(store.list(""))
 
-        stat = store.complete("a", upload)
+        stat = store.complete("a", upload, {1: 3, 2: 2, 3: 2, 4: 0})
         assert (7, stat) == (stat.size, store.head("a"))
         assert b"abcdefg" == self.raw_get(store, "a")
         with pytest.raises(MissingObject):
             store.parts("a", upload)
 
-    @pytest.mark.parametrize(("offset", "mend", "expected"), [(5, (2, 3, b"de"), b"abcdefg"), (2, (1, 0, b"ab"), b"abfg")])
-    def test_parts_that_do_not_tile(self, store: ObjectStore, offset: int, mend: tuple[int, int, bytes], expected: bytes) -> None:
-        """Complete raises IncompleteUpload for a gap and for an overlap, and publishes nothing until it is mended."""
+    @pytest.mark.parametrize(
+        ("sizes", "problem", "mend", "expected"),
+        [
+            ({1: 3, 2: 2, 3: 2}, "part 2 has not arrived, where 2 bytes are due", (2, 3, b"de"), b"abcdefg"),
+            ({1: 2, 3: 2}, "part 1 has 3 bytes, where 2 bytes are due", (1, 0, b"ab"), b"abfg"),
+            ({1: 3, 3: 4}, "part 3 has 2 bytes, where 4 bytes are due", (3, 3, b"fghi"), b"abcfghi"),
+        ],
+    )
+    def test_incomplete(
+        self, store: ObjectStore, sizes: dict[int, int], problem: str, mend: tuple[int, int, bytes], expected: bytes
+    ) -> None:
+        """Complete raises IncompleteUpload for a part that is missing or of another length, and publishes nothing until it is mended."""
         upload = store.begin("a")
         store.put_part("a", upload, 1, 0, b"abc")
-        store.put_part("a", upload, 3, offset, b"fg")
+        store.put_part("a", upload, 3, sum(size for number, size in sizes.items() if number < 3), b"fg")
 
-        with pytest.raises(IncompleteUpload, match=f"part 3 is at byte {offset}, where byte 3 is due"):
-            store.complete("a", upload)
+        with pytest.raises(IncompleteUpload, match=problem):
+            store.complete("a", upload, sizes)
         assert [] == list(store.list(""))
 
         store.put_part("a", upload, *mend)
-        store.complete("a", upload)
+        store.complete("a", upload, sizes)
         assert expected == self.raw_get(store, "a")
+
+    def test_part_too_many(self, store: ObjectStore) -> None:
+        """Complete raises IncompleteUpload for a part that is not due."""
+        upload = store.begin("a")
+        store.put_part("a", upload, 1, 0, b"abc")
+        store.put_part("a", upload, 2, 3, b"de")
+
+        with pytest.raises(IncompleteUpload, match="part 2 has 2 bytes, where none of that number is due"):
+            store.complete("a", upload, {1: 3})
+
+    def test_large_parts(self, store: ObjectStore) -> None:
+        """Parts of any size, small ones before large ones and after, make one object."""
+        sizes = [300, 7_000_000, 0, 6_500_000, 6_500_001, 5_400_000, 10]
+        data, upload = [os.urandom(size) for size in sizes], store.begin("a")
+        for number, part in enumerate(data, 1):
+            store.put_part("a", upload, number, sum(sizes[: number - 1]), part)
+        assert dict(enumerate(sizes, 1)) == store.parts("a", upload)
+
+        store.complete("a", upload, dict(enumerate(sizes, 1)))
+        assert b"".join(data) == self.raw_get(store, "a")
 
     def test_complete_creates(self, store: ObjectStore) -> None:
         """Complete raises ObjectExists over an object, which stays, and replaces it when told to."""
@@ -199,10 +239,10 @@ class StoreContract:
         store.put_part("a", upload, 1, 0, b"new")
 
         with pytest.raises(ObjectExists, match="'a'"):
-            store.complete("a", upload)
+            store.complete("a", upload, {1: 3})
         assert (b"old", old) == (self.raw_get(store, "a"), store.head("a"))
 
-        assert old != store.complete("a", upload, overwrite=True)
+        assert old != store.complete("a", upload, {1: 3}, overwrite=True)
         assert b"new" == self.raw_get(store, "a")
 
     def test_open(self, store: ObjectStore) -> None:
@@ -212,8 +252,8 @@ class StoreContract:
         again = open_store(store.url)
         again.put_part("b", upload, 1, 0, b"def")
 
-        assert (b"abc", {1: Part(0, 3)}) == (read(again, "a"), store.parts("b", upload))
-        assert (again.grain, again.url) == (store.grain, store.url)
+        assert (b"abc", {1: 3}) == (read(again, "a"), store.parts("b", upload))
+        assert (again.grain, again.reading, again.url) == (store.grain, store.reading, store.url)
 
 
 def read(store: ObjectStore, key: str, start: int = 0, stop: int = 1 << 40, version: str | None = None) -> bytes:

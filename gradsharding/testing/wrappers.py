@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 from gradsharding.kernel import Buffer
-from gradsharding.store import ObjectStore, Part, Stat
+from gradsharding.store import ObjectStore, Stat
 
 _T = TypeVar("_T")
 
@@ -17,7 +17,7 @@ class _Wrapper:
     """Passes each request on. ``_ask`` sees every request, ``_received`` every count of bytes that come back."""
 
     def __init__(self, store: ObjectStore) -> None:
-        self.store, self.url, self.grain = store, store.url, store.grain
+        self.store, self.url, self.grain, self.reading = store, store.url, store.grain, store.reading
         self._lock = threading.Lock()
 
     def _ask(self, verb: str, key: str, request: Callable[[], _T], sent: int = 0) -> _T:  # noqa: ARG002
@@ -44,17 +44,23 @@ class _Wrapper:
         gone = [*keys]
         self._ask("delete", gone[0] if gone else "", lambda: self.store.delete(gone))
 
+    def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        for key in keys:
+            [found] = self._ask("get", key, lambda key=key: [*self.store.fetch([key])])  # type: ignore[misc]
+            self._received(key, len(found[1]))
+            yield found
+
     def begin(self, key: str) -> str:
         return self._ask("begin", key, lambda: self.store.begin(key))
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
         self._ask("put_part", key, lambda: self.store.put_part(key, upload, number, offset, data), memoryview(data).nbytes)
 
-    def parts(self, key: str, upload: str) -> dict[int, Part]:
+    def parts(self, key: str, upload: str) -> dict[int, int]:
         return self._ask("parts", key, lambda: self.store.parts(key, upload))
 
-    def complete(self, key: str, upload: str, *, overwrite: bool = False) -> Stat:
-        return self._ask("complete", key, lambda: self.store.complete(key, upload, overwrite=overwrite))
+    def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
+        return self._ask("complete", key, lambda: self.store.complete(key, upload, sizes, overwrite=overwrite))
 
     def abort(self, key: str, upload: str) -> None:
         self._ask("abort", key, lambda: self.store.abort(key, upload))

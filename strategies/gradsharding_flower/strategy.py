@@ -202,7 +202,7 @@ class GradSharding(Strategy):
             raise UserError(f"{step} takes its step in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
-        self._topology()(manifest, self.limits, grain=self.store.grain).check(self.limits)
+        self._topology()(manifest, self.limits, grain=self.store.grain, reading=self.store.reading).check(self.limits)
 
     def _names(self, received: tuple[str, ...]) -> tuple[str, ...]:
         """Order the result's tensors as the model does; a client's order holds only for names the model does not have."""
