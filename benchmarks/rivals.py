@@ -40,7 +40,7 @@ def ours(directory: Path) -> None:
     from gradsharding.plan import Job, Limits, Task, TaskReport
     from gradsharding.store import ObjectStore, file_reference
 
-    class Timed:
+    class Timed(ProcessExecutor):
         """Notes when the tasks began, when each worker began its first one, and when all had ended."""
 
         def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
@@ -50,14 +50,14 @@ def ours(directory: Path) -> None:
 
             self.ready: dict[str, float] = {}
             self.began = time.perf_counter()
-            reports = ProcessExecutor(WORKERS).run(tasks, job, store, limits, note)
+            reports = super().run(tasks, job, store, limits, note)
             self.ended = time.perf_counter()
             return reports
 
     round_ = Round.create(DirectoryStore(directory / "ours"), "vgg16")
     for path, weight in zip(updates(directory), WEIGHTS, strict=True):
         round_.refer(path.stem, file_reference(path), weight)
-    timed = Timed()
+    timed = Timed(WORKERS)
     started = time.perf_counter()
     result = aggregate(round_, executor=timed)
     ended = time.perf_counter()

@@ -82,7 +82,8 @@ def aggregate(
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge or ObjectExists (the output is taken) before any data is
     read; NonFinite, MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published.
     """
-    limits = limits or Limits()
+    executor = executor or InlineExecutor()
+    limits = executor.limits(limits)
     manifest = round.seal()
     target, key = locate(round.output, round.store)
     plan = topology(manifest, limits, grain=target.grain, reading=_reading(round, manifest))
@@ -104,7 +105,7 @@ def aggregate(
         target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
         for stage in plan.stages:
             missing = [task for task in stage.tasks if done.get(task.part) != task.nbytes]
-            reports += (executor or InlineExecutor()).run(missing, job, round.store, limits, tell)
+            reports += executor.run(missing, job, round.store, limits, tell)
         stat = target.complete(key, upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
         if record := round.result() or (None if overwrite else _made_of(upload, round, manifest)):  # another call was faster

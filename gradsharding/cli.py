@@ -127,9 +127,18 @@ def cli() -> None:
 @click.option("-o", "--output", required=True, metavar="PATH", help="Where the average goes; a file there is replaced, at the very end.")
 @shards_option
 @click.option("--topology", type=click.Choice([*TOPOLOGIES]), default="sharded", show_default=True, help="How the work is divided.")
-@memory_option
-@click.option("--executor", "where", metavar="KIND", default="processes", show_default=True, help="inline, processes[:N] or threads[:N].")
-@click.option("--store", metavar="DIR", help="Keep the round's records there, so that it can be resumed.  [default: keep none]")
+@click.option(
+    "--memory", type=_size, metavar="SIZE", help="Memory that one function may use.  [default: 512MiB, or what a Lambda function has]"
+)
+@click.option(
+    "--executor",
+    "where",
+    metavar="KIND",
+    default="processes",
+    show_default=True,
+    help="inline, processes[:N], threads[:N] or lambda:FUNCTION[:QUALIFIER].",
+)
+@click.option("--store", metavar="URL", help="Keep the round's records there, so that it can be resumed.  [default: keep none]")
 @click.option(
     "--nonfinite", type=click.Choice(get_args(NonFinitePolicy)), default="raise", show_default=True, help="What NaN or infinity does."
 )
@@ -139,7 +148,7 @@ def aggregate_command(
     output: str,
     shards: int | None,
     topology: str,
-    memory: int,
+    memory: int | None,
     where: str,
     store: str | None,
     nonfinite: NonFinitePolicy,
@@ -153,23 +162,28 @@ def aggregate_command(
       gradsharding aggregate a=run1/model.safetensors b=run2/model.safetensors -o mean.safetensors
       gradsharding aggregate *.safetensors -o out/mean.safetensors --memory 128MiB --report report.json
       gradsharding aggregate *.safetensors -o out/mean.safetensors --store work
+      gradsharding aggregate s3://bucket/a.safetensors:120 s3://bucket/b.safetensors:80 -o s3://bucket/mean.safetensors \\
+        --executor lambda:gradsharding
 
-    PATH is a local path or a file:// URL. ID names the client; without it, the file's name does, less its ending. WEIGHT is
+    PATH is a local path, a file:// URL or an s3:// URL. ID names the client; without it, the file's name does, less its ending. WEIGHT is
     a positive number, such as the client's number of examples; without it, 1. A PATH may itself hold ':' and '=': of all
     ways to read an update, the one whose file exists is meant; if several exist, that is an error.
 
     By default functions are worker processes, one for each CPU, each held to --memory. processes:N starts N of them;
-    inline runs all in this process, which starts sooner and holds nobody to anything.
+    inline runs all in this process, which starts sooner and holds nobody to anything. lambda:FUNCTION runs them on AWS
+    Lambda, where all that is read and written must be in S3. Endpoint, region and credentials are those of the usual AWS
+    environment variables and profiles.
 
     The output is complete or not there. If the command is stopped, even by kill -9, the same command with the same --store
     goes on where it stopped; without --store it begins anew.
     """  # noqa: D301 - \b tells click to keep the lines that follow
     started = time.perf_counter()
     given = read_updates(updates)
-    inputs = [update.path for update in given]
+    inputs = [update.place for update in given]
     out = writable(output, inputs)
-    report_path = writable(report, [*inputs, out]) if report else None
-    divide, limits, runner = _topology(topology, shards), Limits(memory=memory), executor.open_executor(where)
+    report_path = writable(report, [*inputs, out]).path if report else None
+    divide, runner = _topology(topology, shards), executor.open_executor(where)
+    limits = runner.limits(Limits(memory=memory) if memory else None)
     with open_round(store, given, out, nonfinite) as round_, _progress_bar() as bar:
         try:
             result = aggregate(round_, topology=divide, limits=limits, executor=runner, nonfinite=nonfinite, progress=bar, overwrite=True)

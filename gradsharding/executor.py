@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor as Pool
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from pkgutil import resolve_name
 from typing import Any, Protocol, Self
 
 from gradsharding import worker
@@ -18,12 +19,19 @@ from gradsharding.errors import OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.plan import Job, Limits, Task, TaskReport, mib
 from gradsharding.store import ObjectStore
 
+ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
+"""Executors that the core does not import, by the first word of their specification."""
+
 Progress = Callable[[TaskReport], None]
 """Called after each task, from one thread at a time."""
 
 
 class Executor(Protocol):
     """Where tasks run. ``gradsharding.testing.ExecutorContract`` states it as tests."""
+
+    def limits(self, limits: Limits | None) -> Limits:
+        """Narrow what is allowed to what its functions have; None allows all they have, or a default."""
+        ...
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         """Run all tasks, in any order, and give their reports in the order of ``tasks``.
@@ -33,7 +41,14 @@ class Executor(Protocol):
         ...
 
 
-class InlineExecutor:
+class _Local:
+    """Functions on this machine have what they are allowed."""
+
+    def limits(self, limits: Limits | None) -> Limits:
+        return limits or Limits()
+
+
+class InlineExecutor(_Local):
     """One task after another, in this process."""
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
@@ -44,7 +59,7 @@ class InlineExecutor:
         return reports
 
 
-class FuturesExecutor:
+class FuturesExecutor(_Local):
     """Tasks on any ``concurrent.futures.Executor``: threads, mpi4py's MPIPoolExecutor, dask's ``client.get_executor()``.
 
     A pool of other processes needs a store that they can open too, such as a directory.
@@ -62,7 +77,7 @@ class FuturesExecutor:
             wait(future for future in futures if not future.cancelled())  # none may still write when this call has ended
 
 
-class ProcessExecutor:
+class ProcessExecutor(_Local):
     """Tasks in ``count`` fresh worker processes, each held to the allowed memory.
 
     A worker that outgrows it is stopped: by a cgroup where one can be made, otherwise by a limit on what it may
@@ -215,14 +230,21 @@ class _Worker:
 
 
 def open_executor(spec: str) -> Executor:
-    """Make an executor from ``inline``, ``processes``, ``processes:N`` or ``threads:N``."""
+    """Make an executor from ``inline``, ``processes``, ``processes:N``, ``threads:N`` or ``lambda:FUNCTION[:QUALIFIER]``."""
     name, _, number = spec.partition(":")
     if re.fullmatch(r"inline|(processes|threads)(:[1-9][0-9]{0,3})?", spec):
         count = int(number) if number else None
         if name == "processes":
             return ProcessExecutor(count)
         return FuturesExecutor(ThreadPoolExecutor(count)) if name == "threads" else InlineExecutor()
-    raise UserError(f"no executor is known for {spec!r}; use inline, processes:N or threads:N")
+    if name in ELSEWHERE and number:
+        try:
+            kind = resolve_name(ELSEWHERE[name])
+        except ImportError as error:
+            raise UserError(f"{spec} needs more than is installed here ({error}); install gradsharding[aws]") from error
+        executor: Executor = kind(number)
+        return executor
+    raise UserError(f"no executor is known for {spec!r}; use inline, processes:N, threads:N or lambda:FUNCTION")
 
 
 def _collect(futures: Sequence["Future[TaskReport]"], progress: Progress) -> list[TaskReport]:

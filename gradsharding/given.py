@@ -1,4 +1,4 @@
-"""What a user names, by paths and URLs of this machine, becomes a round. Nothing here parses options or prints."""
+"""What a user names, by paths and URLs, becomes a round. Nothing here parses options or prints."""
 
 import contextlib
 import hashlib
@@ -8,32 +8,62 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+from urllib.parse import unquote
 
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
 from gradsharding.plan import NonFinitePolicy
 from gradsharding.round import Round, check_id, check_weight
-from gradsharding.store import DirectoryStore, MemoryStore, file_path, file_reference, open_store
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, exists, file_path, file_reference, locate, open_store
 from gradsharding.update import Update, inspect
+
+NOWHERE = MemoryStore()
+"""The store at hand, where there are only URLs."""
 
 
 class Given(NamedTuple):
     """An update as a user named it, its header read."""
 
     client: str
-    path: Path
+    place: "Place"
     weight: float
     header: Update
 
-    @property
-    def reference(self) -> str:
-        """The update's name for any store."""
-        return file_reference(self.path)
-
     def refer(self, round_: Round) -> None:
         """Record the update in a round; its data stay where they are."""
-        round_.refer(self.client, self.reference, self.weight, update=self.header)
+        round_.refer(self.client, self.place.reference, self.weight, update=self.header)
+
+
+class Place(NamedTuple):
+    """An object as a user named it: a local file, or an object in a remote store."""
+
+    text: str
+    reference: str
+    """The same, for any store."""
+    path: Path | None
+    """The file, if it is one of this machine."""
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read a local path, a ``file://`` URL, or the URL of an object in a store."""
+        if re.match("[a-z][a-z0-9+.-]*://", text) and not text.startswith("file://"):
+            return cls(text, text, None)
+        path = Path(file_path(text) if text.startswith("file://") else text)
+        return cls(str(path), file_reference(path), path)
+
+    @property
+    def beside(self) -> str:
+        """URL of the store that it lies in."""
+        return self.reference.rpartition("/")[0]
+
+    def exists(self) -> bool:
+        """Tell whether there is something."""
+        if self.path:
+            return os.path.exists(self.path)  # noqa: PTH110 - Path.exists raises for a name too long
+        store, key = locate(self.reference, NOWHERE)
+        return bool(key) and exists(store, key)
 
 
 def read_updates(texts: Sequence[str]) -> list[Given]:
@@ -43,20 +73,33 @@ def read_updates(texts: Sequence[str]) -> list[Given]:
     Raise UserError for no such file, or several; InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient.
     """
     given: dict[str, Given] = {}
-    for text in texts:
-        update = _read_update(text)
+    with ThreadPoolExecutor(16) as pool:  # remote ones take some round trips each
+        updates = [*(pool.map if any("://" in text for text in texts) else map)(_read_update, texts)]
+    for update in updates:
         if other := given.get(update.client):
-            raise DuplicateClient(f"client {update.client!r} is given twice, {other.path} and {update.path}; name each with ID=PATH")
+            raise DuplicateClient(
+                f"client {update.client!r} is given twice, {other.place.text} and {update.place.text}; name each with ID=PATH"
+            )
         given[update.client] = update
     return list(given.values())
 
 
-def writable(text: str, taken: Sequence[Path]) -> Path:
-    """Read the path of a file to write; raise UserError, before any work is done, if that cannot be done.
+def writable(text: str, taken: Sequence[Place]) -> Place:
+    """Read the place of an object to write; raise UserError, before any work is done, if that cannot be done.
 
-    ``taken`` are the files that it must not be.
+    ``taken`` are the objects that it must not be.
     """
-    path = _local(text)
+    place = Place.of(text)
+    if not place.path and not locate(place.reference, NOWHERE)[1]:
+        raise UserError(f"{text} names no object; write {text}mean.safetensors, say")
+    if place.reference in (other.reference for other in taken):
+        raise UserError(f"{text} is one of this command's other files; write to another place")
+    if path := place.path:
+        _check_writable(path, [other.path for other in taken if other.path])
+    return place
+
+
+def _check_writable(path: Path, taken: Sequence[Path]) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a directory or special file; name a regular file, new or to be replaced")
     if not path.parent.is_dir():
@@ -67,7 +110,6 @@ def writable(text: str, taken: Sequence[Path]) -> Path:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from None
-    return path
 
 
 def replace(path: Path, text: str) -> None:
@@ -81,14 +123,14 @@ def replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def open_round(store: str | None, given: Sequence[Given], output: Path, nonfinite: NonFinitePolicy) -> Iterator[Round]:
+def open_round(store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy) -> Iterator[Round]:
     """Give the one round of these inputs and this output: in ``store``, where it can be resumed, or in a temporary place.
 
     A round that nobody can or should resume leaves nothing behind.
     """
     with contextlib.ExitStack() as stack:
-        home = open_store(store) if store else DirectoryStore(stack.enter_context(_directory_beside(output)))
-        round_ = Round.create(home, _round_id(given, output, nonfinite), output=file_reference(output))
+        home = open_store(store) if store else stack.enter_context(_store_beside(output))
+        round_ = Round.create(home, _round_id(given, output, nonfinite), output=output.reference)
         try:
             for update in given:
                 update.refer(round_)
@@ -107,42 +149,38 @@ def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:
     places = []
     for client, byte in found[:3]:
         tensor, index = updates[client].header.layout.locate(byte)
-        places.append(f"{updates[client].path} at {tensor.name!r}{list(index)}")
+        places.append(f"{updates[client].place.text} at {tensor.name!r}{list(index)}")
     more = f", and in {len(found) - 3} more" if len(found) > 3 else ""
     return NonFinite(f"NaN or infinity in {', '.join(places)}{more}; mend or leave out the update", **error.details)
 
 
 def _read_update(text: str) -> Given:
-    found = [reading for reading in _readings(text) if os.path.exists(reading[1])]  # noqa: PTH110 - Path.exists raises for a name too long
+    found = [reading for reading in _readings(text) if reading[1].exists()]
     if not found:
-        raise UserError(f"there is no file for {text!r}; an update is [ID=]PATH[:WEIGHT], its PATH a local path or a file:// URL")
+        raise UserError(f"there is no file for {text!r}; an update is [ID=]PATH[:WEIGHT], its PATH a local path or a file:// or s3:// URL")
     if len(found) > 1:
-        paths = " and ".join(repr(str(path)) for _, path, _ in found)
+        paths = " and ".join(repr(place.text) for _, place, _ in found)
         raise UserError(f"{text!r} can be read in several ways, for {paths} exist; rename one of them")
-    client, path, weight = found[0]
-    if not path.is_file():
-        raise UserError(f"{path} is a directory or special file; name a safetensors file")
+    client, place, weight = found[0]
+    if place.path and not place.path.is_file():
+        raise UserError(f"{place.text} is a directory or special file; name a safetensors file")
     try:
-        name = check_id(path.stem if client is None else client)
-        return Given(name, path, _weight(weight, name), inspect(file_reference(path), MemoryStore()))
+        name = check_id(Path(place.path or unquote(place.text)).stem if client is None else client)
+        return Given(name, place, _weight(weight, name), inspect(place.reference, NOWHERE))
     except InvalidId as error:
         raise InvalidId(f"{text!r}: {error.message}; name the client with ID=PATH") from None
     except InvalidUpdate as error:
-        raise InvalidUpdate(error.message.replace(file_reference(path), str(path), 1)) from None
+        raise InvalidUpdate(error.message.replace(place.reference, place.text, 1)) from None
 
 
-def _readings(text: str) -> Iterator[tuple[str | None, Path, str]]:
-    """All ways to read an update, as (id, path, weight)."""
+def _readings(text: str) -> Iterator[tuple[str | None, Place, str]]:
+    """All ways to read an update, as (id, place, weight)."""
     client, equals, rest = text.partition("=")
     for name, place in [(None, text), (client, rest)][: 1 + bool(equals)]:
         head, colon, weight = place.rpartition(":")
         for path, number in [(place, "1"), (head, weight)][: 1 + bool(colon and "/" not in weight)]:
             if path:
-                yield name, _local(path), number
-
-
-def _local(text: str) -> Path:
-    return Path(file_path(text) if text.startswith("file://") else text)
+                yield name, Place.of(path), number
 
 
 def _weight(text: str, client: str) -> float:
@@ -154,11 +192,21 @@ def _weight(text: str, client: str) -> float:
         raise InvalidWeight(f"client {client} has weight {text!r}; use a positive number, such as its number of examples") from None
 
 
-def _directory_beside(output: Path) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix=".gradsharding-", dir=output.parent, ignore_cleanup_errors=True)
+@contextlib.contextmanager
+def _store_beside(output: Place) -> Iterator[ObjectStore]:
+    """Give a store for one round, near the output, of which nothing stays."""
+    if output.path:
+        with tempfile.TemporaryDirectory(prefix=".gradsharding-", dir=output.path.parent, ignore_cleanup_errors=True) as directory:
+            yield DirectoryStore(directory)
+        return
+    store = open_store(f"{output.beside}/gradsharding-{uuid.uuid4().hex}")
+    try:
+        yield store
+    finally:
+        store.delete(key for key, _ in store.list(""))
 
 
-def _round_id(given: Sequence[Given], output: Path, nonfinite: NonFinitePolicy) -> str:
+def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy) -> str:
     """Derive an id from all that decides the result, so that the same call finds its round again."""
-    inputs = sorted([u.client, u.reference, u.header.stat.version, u.weight] for u in given)
-    return "r-" + hashlib.sha256(json.dumps([inputs, file_reference(output), nonfinite]).encode()).hexdigest()[:32]
+    inputs = sorted([u.client, u.place.reference, u.header.stat.version, u.weight] for u in given)
+    return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite]).encode()).hexdigest()[:32]

@@ -46,6 +46,9 @@ class Limits(Value):
     memory: Bytes = 512 << 20
     """Allowed memory of one function, in bytes, the interpreter included."""
 
+    concurrency: int | None = None
+    """Functions that may run at once; None where nothing bounds them."""
+
 
 class Term(Value):
     """One weighted input: the data section of ``source`` begins at its byte ``base``."""
@@ -99,6 +102,22 @@ class Job(Value):
     nonfinite: NonFinitePolicy = "raise"
 
 
+class Invocation(Value):
+    """What the platform reported of the invocation that carried a task, maybe with others; memory in bytes."""
+
+    request: str
+    """The platform's id of it."""
+    attempts: int
+    """How often it was asked for."""
+    tasks: int
+    """How many tasks it carried."""
+    billed_seconds: float
+    memory_size: int
+    max_memory: int
+    init_seconds: float | None
+    """Of a cold start; None for a warm one."""
+
+
 class TaskReport(Value):
     """What one task did: requests, bytes, seconds, and the peak memory of its process in bytes."""
 
@@ -112,6 +131,7 @@ class TaskReport(Value):
     seconds: float
     read_seconds: float
     write_seconds: float
+    invocation: Invocation | None = None
 
 
 class Stage(Value):
@@ -176,8 +196,14 @@ class Plan(Value):
         """Bytes of the result, its header included."""
         return self.header_bytes + self.result_bytes
 
+    def waves(self, limits: Limits) -> int:
+        """How many times over the functions that may run at once must run, one stage after another."""
+        return sum(-(-len(stage.tasks) // (limits.concurrency or len(stage.tasks))) for stage in self.stages)
+
     def check(self, limits: Limits) -> None:
         """Raise PlanTooLarge, with the numbers and the remedy, if a task cannot keep the limits."""
+        if limits.concurrency == 0:
+            raise PlanTooLarge("no function may run: their concurrency is 0; raise it for the function, or in the account")
         if len(self.tasks) + 1 > MAX_PARTS:
             raise PlanTooLarge(
                 f"{len(self.tasks)} shards make {len(self.tasks) + 1} parts; an object has at most {MAX_PARTS}. "

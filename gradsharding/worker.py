@@ -151,10 +151,11 @@ def main() -> None:
     store = open_store(job.store)
     for line in sys.stdin:
         forget_peak()
-        print(_answer(Task.model_validate_json(line), job, store), flush=True)
+        print(answer(Task.model_validate_json(line), job, store), flush=True)
 
 
-def _answer(task: Task, job: Job, store: ObjectStore) -> str:
+def answer(task: Task, job: Job, store: ObjectStore) -> str:
+    """Run a task; give its report, or what it raised, as JSON."""
     try:
         return run(task, job, store).model_dump_json()
     except MemoryError:

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -9,6 +10,9 @@ from hypothesis import settings
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 pytest.register_assert_rewrite("gradsharding.testing")
+
+from gradsharding.aws.s3 import S3Store  # noqa: E402 - its asserts are rewritten first
+from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
 
 # A loaded machine is slow, not wrong: no example has a deadline.
 settings.register_profile("gradsharding", deadline=None)
@@ -25,3 +29,37 @@ def flower_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """Capture Flower's log from INFO on."""
     caplog.set_level("INFO", logger="flwr")
     return caplog
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[S3Server]:
+    """Moto's S3, in this process, for the whole session."""
+    with moto_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """Ceph's S3, a production server, for the whole session."""
+    if why := ceph_missing():
+        pytest.skip(why)
+    with ceph_server() as running:
+        yield running
+
+
+def _store(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    return S3Store(f"s3://{server.make_bucket()}/some prefix")
+
+
+@pytest.fixture
+def moto_store(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """Give an empty store on moto, to which the environment leads."""
+    return _store(moto, monkeypatch)
+
+
+@pytest.fixture
+def ceph_store(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """Give an empty store on Ceph, to which the environment leads."""
+    return _store(ceph.server, monkeypatch)

@@ -577,7 +577,7 @@ def test_reading_whose_file_exists_is_meant(
 
     (update,) = read_updates([text])
 
-    assert expected == (update.client, str(update.path), update.weight)
+    assert expected == (update.client, update.place.text, update.weight)
 
 
 def test_whole_weights_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

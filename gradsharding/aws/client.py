@@ -1,0 +1,120 @@
+"""One client for each service and account, made as the standard AWS environment says; what AWS refuses is said in a sentence."""
+
+import os
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    NoRegionError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
+
+if TYPE_CHECKING:
+    from mypy_boto3_lambda import LambdaClient
+    from mypy_boto3_s3 import S3Client
+
+CONNECTIONS = 64
+"""Connections that one client keeps open at most."""
+
+S3_CONFIG: dict[str, Any] = {
+    # A body is signed by its SHA-256 otherwise, at 4 CPU seconds a gigabyte; TLS and a CRC-32C that we send protect it.
+    "s3": {"addressing_style": "path", "payload_signing_enabled": False},
+    "signature_version": "s3v4",
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+    "retries": {"mode": "standard", "total_max_attempts": 6},
+    "max_pool_connections": CONNECTIONS,
+    "connect_timeout": 10,
+    "read_timeout": 60,
+    "tcp_keepalive": True,
+}
+"""Botocore's settings for S3, also aiobotocore's: six attempts, with jitter between them, on 5xx, throttling and lost connections."""
+
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role is attached"
+
+_REFUSALS = {
+    "InvalidAccessKeyId": f"there is no such access key; {_CREDENTIALS}",
+    "SignatureDoesNotMatch": f"the secret key does not belong to the access key; {_CREDENTIALS}",
+    "ExpiredToken": "the session has expired; renew the credentials",
+    "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
+    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
+    "KeyTooLongError": "the key is longer than 1,024 bytes; use shorter names",
+}
+
+_DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AllAccessDisabled", "403", "Forbidden"}
+
+_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "BadRequest"}
+
+
+def s3_client() -> "S3Client":
+    """Give the S3 client of the environment as it is now; threads may share it."""
+    return _s3_client(_environment())
+
+
+def lambda_client(read_timeout: float = 60) -> "LambdaClient":
+    """Give a Lambda client of the environment as it is now. It never tries again by itself: who calls it knows what may run twice."""
+    return _lambda_client(_environment(), read_timeout)
+
+
+def code_of(error: Exception) -> str:
+    """AWS's name for what went wrong, such as NoSuchKey; "" if AWS did not answer."""
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
+
+
+def explained(error: BotoCoreError | ClientError, doing: str) -> GradShardingError:
+    """Say what AWS refused, or that it did not answer, and what to do; ``doing`` is what was asked for, such as "GetObject of s3://b/k"."""
+    match error:
+        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
+            return StoreRefused(f"{doing}: there are no AWS credentials; {_CREDENTIALS}")
+        case NoRegionError():
+            return StoreRefused(f"{doing}: no AWS region is chosen; set AWS_REGION")
+        case ProfileNotFound():
+            return StoreRefused(f"{doing}: {error}; set AWS_PROFILE to one that exists")
+        case ClientError():
+            return _refused(error, doing)
+    return StoreFailed(f"{doing}: no answer after several attempts ({error}); check the network and the endpoint, then run it again")
+
+
+def _refused(error: ClientError, doing: str) -> GradShardingError:
+    code, answer = code_of(error), error.response
+    meta: Any = answer.get("ResponseMetadata", {})
+    status, region = meta.get("HTTPStatusCode", 0), meta.get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    region = region or answer.get("Error", {}).get("Region")
+    if code in _REFUSALS:
+        return StoreRefused(f"{doing}: {_REFUSALS[code]}", code=code)
+    if code in _ELSEWHERE and (region or code != "BadRequest"):
+        return StoreRefused(f"{doing}: it lies in {f'region {region}' if region else 'another region'}; set AWS_REGION to that", code=code)
+    if code in _DENIED:
+        return StoreRefused(f"{doing}: access is denied ({code}); allow these credentials this action there, or use others", code=code)
+    message = answer.get("Error", {}).get("Message", "")
+    return StoreFailed(f"{doing}: AWS answered {status} {code} {message}".rstrip() + "; run it again", code=code)
+
+
+@lru_cache(maxsize=8)
+def _s3_client(environment: tuple[tuple[str, str], ...]) -> "S3Client":  # noqa: ARG001 - what the client depends on
+    return boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
+
+
+@lru_cache(maxsize=8)
+def _lambda_client(environment: tuple[tuple[str, str], ...], read_timeout: float) -> "LambdaClient":  # noqa: ARG001
+    config = Config(
+        retries={"total_max_attempts": 1},
+        max_pool_connections=1_000,
+        connect_timeout=10,
+        read_timeout=read_timeout,
+        tcp_keepalive=True,  # a network may forget a connection that is silent for minutes
+    )
+    return boto3.session.Session().client("lambda", config=config)
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))

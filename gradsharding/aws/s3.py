@@ -1,0 +1,344 @@
+"""S3 as a store: one verb is one request, and S3's own rules (5 MiB parts, empty ranges, lost answers) end here."""
+
+import contextlib
+import hashlib
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote
+
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+from urllib3.exceptions import HTTPError
+
+from gradsharding.aws.body import Body
+from gradsharding.aws.client import code_of, explained, s3_client
+from gradsharding.aws.compose import MINIMUM, Composed, compose, is_kept
+from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
+from gradsharding.kernel import Buffer
+from gradsharding.reading import Reading, connections
+from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import PartTypeDef
+
+CHUNK = 8 << 20
+"""Bytes of one ranged GET: AWS advises 8 to 16 MB (https://docs.aws.amazon.com/whitepapers/latest/s3-optimizing-performance-best-practices)."""
+
+PARALLEL = connections(bandwidth=150e6, latency=0.05, rate=90e6, chunk=CHUNK)
+"""Requests at once that fill twice the 75 MB/s reported for a Lambda function, at S3's usual latency and rate of a connection."""
+
+RESIDENT = 48 << 20
+"""Bytes that bound boto3 with its S3 client in a function. ``tests/test_memory.py`` measures it."""
+
+STAGE = 256 << 10
+"""Bytes of a read buffer: fits the second-level cache."""
+
+LARGEST_PUT = 5 << 30
+"""Bytes that S3 takes in one PUT or one part."""
+
+ATTEMPTS = 6
+"""How often a read that breaks off goes on, and a conditional write in conflict is tried."""
+
+
+LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
+"""What completing an upload must say of each part."""
+
+
+class S3Store:
+    """Objects in a bucket, below a prefix: ``s3://bucket/prefix``. Endpoint, region and credentials come from the AWS environment.
+
+    Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads.
+    """
+
+    grain = 32 << 20
+    reading = Reading(chunk=CHUNK, parallel=PARALLEL, resident=RESIDENT)
+
+    def __init__(self, url: str) -> None:
+        """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket."""
+        bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
+        if not url.startswith("s3://") or not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+            raise UserError(f"{url!r} names no bucket; write s3://bucket or s3://bucket/prefix")
+        self.bucket = bucket
+        self.prefix = f"{check_key(unquote(prefix))}/" if prefix else ""
+        self.url = f"s3://{bucket}/{quote(self.prefix)}".rstrip("/")
+
+    def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
+        """Another process opens it anew."""
+        return S3Store, (self.url,)
+
+    @property
+    def client(self) -> "S3Client":
+        """boto3's client of the environment as it is now."""
+        return s3_client()
+
+    def place(self, key: str) -> str:
+        """S3's own key for a key of this store; raise InvalidId."""
+        with contextlib.suppress(UnicodeEncodeError):
+            if len((self.prefix + check_key(key)).encode()) <= 1024:
+                return self.prefix + key
+        raise InvalidId(f"{key!r} is not a key for S3; with its prefix it must be UTF-8 of at most 1,024 bytes")
+
+    def head(self, key: str) -> Stat:
+        with self._asking("HeadObject", key):
+            found = self.client.head_object(Bucket=self.bucket, Key=self.place(key))
+        return Stat(found["ContentLength"], _quoted(found["ETag"]))
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        place, buffer = self.place(key), memoryview(bytearray(max(0, min(STAGE, stop - start))))
+        failures = 0
+        while start < stop:
+            condition: Any = {"IfMatch": version} if version else {}
+            try:
+                answer = self.client.get_object(Bucket=self.bucket, Key=place, Range=f"bytes={start}-{stop - 1}", **condition)
+            except (BotoCoreError, ClientError) as error:
+                if code_of(error) == "InvalidRange":  # all of it lies beyond the end
+                    return
+                raise self._error(error, "GetObject", key, version=version) from error
+            version, stop = answer["ETag"], min(stop, int(answer["ContentRange"].rpartition("/")[2]))
+            try:
+                with contextlib.closing(answer["Body"]) as body:
+                    while start < stop and (count := body.readinto(cast("IO[bytes]", buffer))):
+                        yield buffer[:count]
+                        start += count
+            except (
+                HTTPClientError,
+                IncompleteReadError,
+                HTTPError,
+                OSError,
+            ) as error:  # what has come is good: the rest is asked for again
+                failures += 1
+                if failures == ATTEMPTS:
+                    raise StoreFailed(
+                        f"GetObject of {self.url}/{key} broke off {ATTEMPTS} times ({error}); run it again", key=key
+                    ) from error
+                _pause(failures)
+
+    def put(self, key: str, data: Sequence[Buffer]) -> Stat:
+        body = Body(data)
+        if len(body) > LARGEST_PUT:
+            return self._put_in_parts(key, body)
+        crc = body.crc32c()
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                written = self.client.put_object(
+                    Bucket=self.bucket, Key=self.place(key), Body=cast("IO[bytes]", body), IfNoneMatch="*", ChecksumCRC32C=crc
+                )
+                return Stat(len(body), _quoted(written["ETag"]))
+            except (BotoCoreError, ClientError) as error:
+                code = code_of(error)
+                if code == "ConditionalRequestConflict" and attempt < ATTEMPTS:  # who wins is not decided yet
+                    _pause(attempt)
+                    continue
+                tried_again = isinstance(error, ClientError) and error.response["ResponseMetadata"]["RetryAttempts"]
+                if code == "PreconditionFailed" and tried_again and (ours := self._written(key, body)):
+                    return ours
+                raise self._error(error, "PutObject", key) from error
+        raise AssertionError("unreachable")
+
+    def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        for place, stat in self._list(self.prefix + prefix):
+            with contextlib.suppress(InvalidId):  # hidden, or a console's "folder"
+                yield check_key(place.removeprefix(self.prefix)), stat
+
+    def delete(self, keys: Iterable[str]) -> None:
+        self._delete([self.place(key) for key in keys])
+
+    def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        wanted = [*keys]
+        if len(wanted) > 8:  # an event loop and a client of its own pay off
+            from gradsharding.aws.fanout import read_all  # noqa: PLC0415 - a function does without aiobotocore
+
+            found = read_all(self.bucket, [self.place(key) for key in wanted])
+            for key, answer in zip(wanted, found, strict=True):
+                with self._asking("GetObject", key):
+                    if isinstance(answer, Exception):
+                        raise answer
+                yield key, answer
+            return
+        for key in wanted:
+            with self._asking("GetObject", key):
+                yield key, self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"].read()
+
+    def begin(self, key: str) -> str:
+        with self._asking("CreateMultipartUpload", key):
+            return self.client.create_multipart_upload(Bucket=self.bucket, Key=self.place(key), ChecksumAlgorithm="CRC32C")["UploadId"]
+
+    def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        body = Body([data])
+        if len(body) > LARGEST_PUT:
+            raise UserError(f"part {number} of {key} has {len(body)} bytes; S3 takes {LARGEST_PUT} in one part: use more shards")
+        if not is_kept(offset, len(body)):
+            self._upload_part(key, upload, number, body)
+            return
+        with self._asking("ListParts", key, upload=upload):  # raises if there is no such upload
+            self.client.list_parts(Bucket=self.bucket, Key=self.place(key), UploadId=upload, MaxParts=1)
+        with self._asking("PutObject", key):
+            self.client.put_object(
+                Bucket=self.bucket, Key=self._keeping(upload, number), Body=cast("IO[bytes]", body), ChecksumCRC32C=body.crc32c()
+            )
+
+    def parts(self, key: str, upload: str) -> dict[int, int]:
+        written, kept = self._arrived(key, upload)
+        return {number: part["Size"] for number, part in written.items()} | kept
+
+    def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
+        written, kept = self._arrived(key, upload)
+        check_arrived(key, sizes, {number: part["Size"] for number, part in written.items()} | kept)
+        if not overwrite and self._is_there(key):  # Ceph before 20 does not know the condition below
+            raise taken(key, self.url)
+        composed = compose(sizes, kept)
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-compose") as pool:
+            [*pool.map(partial(self._compose, key, upload), composed)]
+        final = (sizes.keys() - kept.keys()) | {part.number for part in composed}
+        written, _ = self._arrived(key, upload)
+        listed: Any = [{name: value for name, value in written[number].items() if name in LISTED} for number in sorted(final)]
+        condition: Any = {} if overwrite else {"IfNoneMatch": "*"}
+        with self._asking("CompleteMultipartUpload", key, upload=upload):
+            done = self.client.complete_multipart_upload(
+                Bucket=self.bucket, Key=self.place(key), UploadId=upload, MultipartUpload={"Parts": listed}, **condition
+            )
+        self._forget(upload)
+        if not done["ETag"].strip('"'):  # Ceph 16 does not tell
+            return self.head(key)
+        return Stat(sum(sizes.values()), _quoted(done["ETag"]))
+
+    def abort(self, key: str, upload: str) -> None:
+        with contextlib.suppress(MissingObject), self._asking("AbortMultipartUpload", key, upload=upload):
+            self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.place(key), UploadId=upload)
+        self._forget(upload)
+
+    def _asking(self, verb: str, key: str, *, upload: str | None = None) -> "contextlib.AbstractContextManager[None]":
+        """Turn what AWS answers into our errors."""
+        return _translating(lambda error: self._error(error, verb, key, upload=upload))
+
+    def _error(
+        self, error: BotoCoreError | ClientError, verb: str, key: str, *, version: str | None = None, upload: str | None = None
+    ) -> Exception:
+        match code_of(error):
+            case "NoSuchBucket":
+                return StoreRefused(f"there is no bucket {self.bucket!r}; check its name and the region, or create it", key=key)
+            case "NoSuchUpload" if upload:
+                return no_upload(key, upload)
+            case "NoSuchKey" | "404":
+                return missing(key, self.url)
+            case "PreconditionFailed" | "412" if verb.startswith("Get"):
+                return changed(key, version, "another")
+            case "PreconditionFailed" | "ConditionalRequestConflict":
+                return taken(key, self.url)
+        return explained(error, f"{verb} of {self.url}/{key}")
+
+    def _is_there(self, key: str) -> bool:
+        with contextlib.suppress(MissingObject):
+            return bool(self.head(key))
+        return False
+
+    def _written(self, key: str, body: Body) -> Stat | None:
+        """What is under ``key``, if it is ``body``: an answer that was lost on its way said that it has been written."""
+        stat, sent = self.head(key), hashlib.sha256()
+        for buffer in body.buffers:
+            sent.update(buffer)
+        found = hashlib.sha256()
+        for chunk in self.get(key, 0, stat.size, version=stat.version):
+            found.update(chunk)
+        return stat if found.digest() == sent.digest() else None
+
+    def _put_in_parts(self, key: str, body: Body) -> Stat:
+        """Create an object that is too large for one PUT."""
+        size = max(64 << 20, -(-len(body) // 9_000))
+        starts = dict(enumerate(range(0, len(body), size), 1))
+        upload = self.begin(key)
+        try:
+            for number, start in starts.items():
+                self._upload_part(key, upload, number, body.part(start, start + size))
+            return self.complete(key, upload, {number: min(size, len(body) - start) for number, start in starts.items()})
+        except BaseException:
+            self.abort(key, upload)
+            raise
+
+    def _upload_part(self, key: str, upload: str, number: int, body: Body) -> None:
+        with self._asking("UploadPart", key, upload=upload):
+            self.client.upload_part(
+                Bucket=self.bucket,
+                Key=self.place(key),
+                UploadId=upload,
+                PartNumber=number,
+                Body=cast("IO[bytes]", body),
+                ChecksumCRC32C=body.crc32c(),
+            )
+
+    def _compose(self, key: str, upload: str, part: Composed) -> None:
+        """Write a part that is made of kept ones: by S3 itself if it lies in one of them, else through here."""
+        spans = [(self._keeping(upload, span.number), f"bytes={span.start}-{span.stop - 1}", span) for span in part.spans]
+        if len(spans) == 1 and part.nbytes >= MINIMUM:
+            place, wanted, _ = spans[0]
+            with self._asking("UploadPartCopy", key, upload=upload):
+                self.client.upload_part_copy(
+                    Bucket=self.bucket,
+                    Key=self.place(key),
+                    UploadId=upload,
+                    PartNumber=part.number,
+                    CopySource={"Bucket": self.bucket, "Key": place},
+                    CopySourceRange=wanted,
+                )
+            return
+        data = []
+        for place, wanted, span in spans:
+            if span.stop > span.start:
+                with self._asking("GetObject", key):
+                    data.append(self.client.get_object(Bucket=self.bucket, Key=place, Range=wanted)["Body"].read())
+        self._upload_part(key, upload, part.number, Body(data))
+
+    def _arrived(self, key: str, upload: str) -> "tuple[dict[int, PartTypeDef], dict[int, int]]":
+        """The parts that S3 has, and the bytes of those that are kept as objects."""
+        with self._asking("ListParts", key, upload=upload):
+            pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=self.place(key), UploadId=upload)
+            written = {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+        kept = {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
+        return written, kept
+
+    def _keeping(self, upload: str, number: int | None = None) -> str:
+        """Place of a part that is kept as an object, or of all of an upload."""
+        place = f"{self.prefix}.gradsharding/uploads/{hashlib.sha256(upload.encode()).hexdigest()[:32]}/"
+        return place if number is None else f"{place}{number:05d}"
+
+    def _forget(self, upload: str) -> None:
+        self._delete([place for place, _ in self._list(self._keeping(upload))])
+
+    def _list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        """Give S3's own keys that begin with ``prefix``."""
+        with self._asking("ListObjectsV2", prefix):
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
+                for found in page.get("Contents", []):
+                    yield found["Key"], Stat(found["Size"], _quoted(found["ETag"]))
+
+    def _delete(self, places: Sequence[str]) -> None:
+        for i in range(0, len(places), 1000):
+            batch: Any = {"Objects": [{"Key": place} for place in places[i : i + 1000]], "Quiet": True}
+            with self._asking("DeleteObjects", places[i]):
+                answer = self.client.delete_objects(Bucket=self.bucket, Delete=batch)
+            for failed in answer.get("Errors", []):
+                meta = {"Error": {"Code": failed.get("Code", ""), "Message": failed.get("Message", "")}, "ResponseMetadata": {}}
+                raise self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", failed.get("Key", ""))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _translating(translate: Callable[[BotoCoreError | ClientError], Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise translate(error) from error
+
+
+def _quoted(etag: str) -> str:
+    """An ETag as HTTP writes it; some servers omit the quotes in XML."""
+    return etag if etag.startswith('"') else f'"{etag}"'
+
+
+def _pause(failures: int) -> None:
+    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
+    time.sleep(random.uniform(0, 0.1 * 2**failures))

@@ -1,0 +1,331 @@
+"""S3 is a store like any other, on moto and on Ceph, whatever the network does to it."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import uuid
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsharding.aggregate import aggregate
+from gradsharding.aws.body import Body
+from gradsharding.aws.compose import LARGE, MINIMUM, Composed, compose, is_kept
+from gradsharding.aws.s3 import S3Store
+from gradsharding.errors import (
+    ChangedObject,
+    IncompleteUpload,
+    InvalidId,
+    MissingObject,
+    ObjectExists,
+    StoreFailed,
+    StoreRefused,
+    UserError,
+)
+from gradsharding.executor import InlineExecutor, ProcessExecutor
+from gradsharding.plan import Limits
+from gradsharding.round import Round
+from gradsharding.store import DirectoryStore, locate, open_store
+from gradsharding.testing import StoreContract, assert_same, read, reference_mean, sample_updates
+from gradsharding.testing.proxy import Path, Proxy
+from gradsharding.testing.s3 import Ceph, S3Server
+from gradsharding.topology import Topology, sharded
+from gradsharding.update import encode
+
+MIB = 1 << 20
+
+
+class _OnS3(StoreContract):
+    def raw_get(self, store: Any, key: str) -> bytes:
+        """Read by boto3 alone."""
+        data: bytes = store.client.get_object(Bucket=store.bucket, Key=store.prefix + key)["Body"].read()
+        return data
+
+    def raw_put(self, store: Any, key: str, data: bytes) -> None:
+        """Write by boto3 alone."""
+        store.client.put_object(Bucket=store.bucket, Key=store.prefix + key, Body=data)
+
+
+class TestMoto(_OnS3):
+    """The contract on moto."""
+
+    @pytest.fixture
+    def store(self, moto_store: S3Store) -> Any:
+        """Give an empty store."""
+        return moto_store
+
+
+class TestCeph(_OnS3):
+    """The contract on Ceph."""
+
+    @pytest.fixture
+    def store(self, ceph_store: S3Store) -> Any:
+        """Give an empty store."""
+        return ceph_store
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://A", "s3://ab", "s3://a_b/c", "s3:/abc"])
+def test_bad_urls(url: str) -> None:
+    """A URL without a bucket's name is refused with an example."""
+    with pytest.raises(UserError, match="write s3://bucket or s3://bucket/prefix"):
+        S3Store(url)
+
+
+def test_urls() -> None:
+    """A store is found again by its URL, by a reference into it, and after a journey to another process."""
+    store = open_store("s3://bucket/some%20prefix/")
+    assert isinstance(store, S3Store)
+
+    assert ("bucket", "some prefix/", "s3://bucket/some%20prefix") == (store.bucket, store.prefix, store.url)
+    assert store.url == pickle.loads(pickle.dumps(store)).url  # noqa: S301 - our own bytes
+    other, key = locate("s3://bucket/some%20prefix/a%20b", DirectoryStore("."))
+    assert (store.url, "a b") == (other.url, key)
+
+
+@pytest.mark.parametrize("key", ["x" * 1025, "\ud800"])
+def test_keys_for_s3(key: str) -> None:
+    """A key that S3 cannot have is refused before it is sent."""
+    with pytest.raises(InvalidId, match="is not a key for S3"):
+        S3Store("s3://bucket").head(key)
+
+
+def _into(shards: int) -> Topology:
+    return partial(sharded, shards=shards)
+
+
+def _composed(due: dict[int, int], kept: set[int]) -> list[Composed]:
+    with contextlib.suppress(IncompleteUpload):
+        return compose(due, kept)
+    return []
+
+
+@given(st.lists(st.one_of(st.integers(0, 9), st.integers(MINIMUM - 2, LARGE + 2), st.just(3 * LARGE)), min_size=1, max_size=12))
+def test_compose(sizes: list[int]) -> None:
+    """Whatever the sizes, what is composed and what is not tile the object in order, and only the last is small; or it says why not."""
+    due = dict(enumerate(sizes, 1))
+    starts = {number: sum(sizes[: number - 1]) for number in due}
+    kept = {number for number, size in due.items() if is_kept(starts[number], size)}
+    if not (composed := _composed(due, kept)):
+        assert not kept or max(sizes) - min(sizes) > LARGE - MINIMUM
+        return
+    places = {number: (starts[number], due[number]) for number in due if number not in kept}
+    for part in composed:
+        spans = [range(starts[span.number] + span.start, starts[span.number] + span.stop) for span in part.spans]
+        assert all(a.stop == b.start for a, b in pairwise(spans))
+        places[part.number] = spans[0].start, part.nbytes
+    ordered = [places[number] for number in sorted(places)]
+    ends = [0]
+    for start, size in ordered:
+        assert start == ends[-1]
+        ends.append(start + size)
+    assert sum(sizes) == ends[-1]
+    assert all(size >= MINIMUM for _, size in ordered[:-1])
+
+
+@given(st.lists(st.binary(max_size=9), max_size=5), st.integers(0, 40), st.integers(0, 40), st.integers(1, 7))
+def test_body(buffers: list[bytes], start: int, stop: int, count: int) -> None:
+    """A body reads as its buffers joined, from any place, and so does a part of it."""
+    whole = b"".join(buffers)
+    for body, data in ((Body(buffers), whole), (Body(buffers).part(start, max(start, stop)), whole[start : max(start, stop)])):
+        assert len(body) == len(data)
+        body.seek(min(start, len(data)))
+        assert data[start:] == b"".join(iter(lambda body=body: body.read(count), b""))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [{1: "503", 2: "503"}, {1: "500"}, {1: "429"}, {1: "reset"}, {1: "lost"}, {1: "cut:1000000", 2: "cut:1", 3: "cut:2500000"}],
+    ids=["503", "500", "429", "reset", "lost", "cut"],
+)
+def test_reads_go_on(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, faults: dict[int, str]) -> None:
+    """A read that is refused for a while, or breaks off, goes on where it was, and gives the bytes once."""
+    data = os.urandom(5 * MIB)
+    moto_store.put("a", [data])
+    with Proxy(moto.endpoint, Path(faults=faults)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        assert data == read(moto_store, "a")
+        assert len(faults) + 1 == proxy.requests
+
+
+def test_replaced_between_two_attempts(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that goes on never mixes two versions, even if none was asked for."""
+    moto_store.put("a", [b"o" * 3 * MIB])
+    with Proxy(moto.endpoint, Path(faults={1: "cut:1000000"})) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        chunks = moto_store.get("a", 0, 3 * MIB)
+        next(chunks)
+        moto_store.delete(["a"])
+        moto_store.put("a", [b"n" * 3 * MIB])
+        with pytest.raises(ChangedObject, match="'a'"):
+            list(chunks)
+
+
+@pytest.mark.parametrize(("fault", "seen"), [("503", b"ours"), ("reset", b"ours"), ("lost", b"ours")])
+def test_writes_are_tried_again(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, fault: str, seen: bytes) -> None:
+    """A write whose answer is lost is ours when our bytes are found there, and not if they are another's."""
+    moto_store.put("theirs", [b"theirs"])
+    with Proxy(moto.endpoint, Path(faults={1: fault})) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        stat = moto_store.put("ours", [b"ou", b"rs"])
+        assert proxy.requests > 1
+    with Proxy(moto.endpoint, Path(faults={1: fault})) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with pytest.raises(ObjectExists, match="'theirs'"):
+            moto_store.put("theirs", [b"ours"])
+    assert (seen, stat, b"theirs") == (read(moto_store, "ours"), moto_store.head("ours"), read(moto_store, "theirs"))
+
+
+def test_gives_up(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that breaks off again and again raises StoreFailed, and says how often it was tried."""
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    moto_store.put("a", [b"x" * MIB])
+    with Proxy(moto.endpoint, Path(faults=dict.fromkeys(range(1, 99), "cut:7"))) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        with pytest.raises(StoreFailed, match="broke off 6 times"):
+            read(moto_store, "a")
+
+
+def test_nobody_there(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not answer is StoreFailed, after some attempts."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(StoreFailed, match=r"no answer after several attempts.*check the network and the endpoint"):
+        moto_store.head("a")
+
+
+def test_no_credentials(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without credentials the error says how to give some."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StoreRefused, match="there are no AWS credentials; set AWS_ACCESS_KEY_ID"):
+        moto_store.head("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("AWS_ACCESS_KEY_ID", "NOBODY", "there is no such access key"),
+        ("AWS_SECRET_ACCESS_KEY", "wrong", "the secret key does not belong to the access key"),
+    ],
+)
+def test_wrong_credentials(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str) -> None:
+    """Wrong credentials are told apart from a lack of permission."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StoreRefused, match=problem):
+        ceph_store.put("a", [b"x"])
+
+
+def test_denied(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these credentials may not do is StoreRefused, and says what was asked for."""
+    for name, value in ceph.user(f"u{uuid.uuid4().hex}").environment().items():
+        monkeypatch.setenv(name, value)
+    for ask, verb in (
+        (lambda: ceph_store.put("a", [b"x"]), "PutObject"),
+        (lambda: ceph_store.head("a"), "HeadObject"),
+        (lambda: read(ceph_store, "a"), "GetObject"),
+        (lambda: list(ceph_store.list("")), "ListObjectsV2"),
+        (lambda: ceph_store.begin("a"), "CreateMultipartUpload"),
+        (lambda: ceph_store.delete(["a"]), "DeleteObjects"),
+    ):
+        with pytest.raises(StoreRefused, match=f"{verb} of s3://.*: access is denied"):
+            ask()
+
+
+@pytest.mark.usefixtures("moto_store")
+def test_no_bucket() -> None:
+    """A bucket that is not there is named."""
+    store = S3Store("s3://there-is-no-such-bucket/x")
+    for ask in (lambda: store.put("a", [b"x"]), lambda: list(store.list("")), lambda: store.begin("a")):
+        with pytest.raises(StoreRefused, match="there is no bucket 'there-is-no-such-bucket'"):
+            ask()
+
+
+def test_fetch_of_what_is_missing(moto_store: S3Store) -> None:
+    """Of many small objects, one that is missing is named."""
+    for i in range(20):
+        moto_store.put(f"{i}", [b"%d" % i])
+    with pytest.raises(MissingObject, match="'nothing'"):
+        list(moto_store.fetch([*map(str, range(20)), "nothing"]))
+
+
+def test_put_in_parts(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object larger than S3 takes at once is put in parts, and created once all the same."""
+    monkeypatch.setattr("gradsharding.aws.s3.LARGEST_PUT", MIB)
+    data = os.urandom(70 * MIB)
+    stat = moto_store.put("a", [data[:10], data[10:]])
+
+    assert (70 * MIB, stat) == (stat.size, moto_store.head("a"))
+    assert data == read(moto_store, "a")
+    with pytest.raises(ObjectExists):
+        moto_store.put("a", [data])
+    assert [] == moto_store.client.list_multipart_uploads(Bucket=moto_store.bucket).get("Uploads", [])
+
+
+@pytest.mark.parametrize("shards", [1, 4, 30])
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
+def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
+    """A round on S3 has the bits of the reference, makes the requests that were planned, and leaves nothing hidden behind."""
+    draw = np.random.default_rng(0)
+    updates = sample_updates(3) if shards > 4 else {c: ({"w": draw.normal(size=8 * MIB).astype("f4")}, i + 1) for i, c in enumerate("abc")}
+    round_ = Round.create(ceph_store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    result = aggregate(round_, topology=_into(shards), executor=executor)
+
+    assert_same(reference_mean(updates), result.arrays())
+    assert result.plan.gets == sum(report.gets for report in result.reports)
+    listed = ceph_store.client.list_objects_v2(Bucket=ceph_store.bucket)["Contents"]
+    assert not [found["Key"] for found in listed if ".gradsharding" in found["Key"]]
+    assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
+
+
+def test_resumed(ceph_store: S3Store) -> None:
+    """A round whose caller was killed goes on with the parts that S3 has, kept ones too."""
+    updates = {c: ({"w": np.full(8 * MIB, i, "f4")}, 1) for i, c in enumerate("ab")}
+    round_ = Round.create(ceph_store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+
+    class Killed(InlineExecutor):
+        def run(self, tasks: Any, *args: Any) -> Any:
+            super().run(tasks[:2], *args)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aggregate(round_, topology=_into(4), executor=Killed())
+    result = aggregate(round_, topology=_into(4))
+
+    assert ["sharded/2", "sharded/3"] == [report.task for report in result.reports]
+    assert_same(reference_mean(updates), result.arrays())
+
+
+def test_command_line(ceph_store: S3Store, tmp_path: Any) -> None:
+    """``gradsharding aggregate`` reads and writes s3:// URLs, and leaves nothing but the output."""
+    for i, client in enumerate(("ann", "bob")):
+        ceph_store.put(f"in/{client}.safetensors", encode({"w": np.full(5, i, "f4")})[1])
+    place = ceph_store.url
+    command = [sys.executable, "-m", "gradsharding", "aggregate", f"{place}/in/ann.safetensors:1", f"bob={place}/in/bob.safetensors:3"]
+
+    done = subprocess.run([*command, "-o", f"{place}/mean.safetensors"], capture_output=True, text=True, check=False)
+    assert (0, "") == (done.returncode, done.stderr)
+    subprocess.run([*command, "-o", str(tmp_path / "mean.safetensors")], capture_output=True, check=True)
+    assert (tmp_path / "mean.safetensors").read_bytes() == read(ceph_store, "mean.safetensors")
+    assert ["in/ann.safetensors", "in/bob.safetensors", "mean.safetensors"] == [key for key, _ in ceph_store.list("")]
+    assert b"\x00\x00@?" == read(ceph_store, "mean.safetensors")[-4:]
+
+    missing = subprocess.run([*command, f"{place}/in/cid.safetensors", "-o", f"{place}/x"], capture_output=True, text=True, check=False)
+    assert (2, True) == (missing.returncode, "there is no file for" in missing.stderr)
+
+
+def test_limits_shape_the_plan(ceph_store: S3Store) -> None:
+    """The buffers of parallel reads are within the memory that is allowed."""
+    round_ = Round.create(ceph_store, "r")
+    round_.submit("a", {"w": np.ones(16 * MIB, "f4")}, 1)
+    result = aggregate(round_, limits=Limits(memory=192 * MIB), executor=ProcessExecutor(1))
+
+    assert max(report.peak_memory for report in result.reports) <= result.plan.memory <= 192 * MIB
