@@ -1,0 +1,260 @@
+"""Tasks as invocations of a Lambda function: bounded in number, and asked for again, by their identity, until each has answered."""
+
+import base64
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError
+
+from gradsharding.aws.call import pack
+from gradsharding.aws.client import code_of, explained, lambda_client
+from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
+from gradsharding.executor import Progress
+from gradsharding.plan import Invocation, Job, Limits, Task, TaskReport, mib
+from gradsharding.store import ObjectStore
+
+CONCURRENCY = 100
+"""Invocations at once, where the account does not say what it allows."""
+
+RUNTIME = 24 << 20
+"""Bytes that bound Lambda's own runtime beside our code, within the function's memory. ``tests/test_lambda.py`` measures it."""
+
+PATIENCE = 900.0
+"""Seconds that throttled tasks wait for their turn before the round is given up."""
+
+_THROTTLED = {"TooManyRequestsException", "EC2ThrottledException", "ThrottlingException", "429"}
+
+_KILLED = ("OutOfMemory", "signal: killed", "exited without providing a reason")
+
+_REPORT = re.compile(
+    r"REPORT RequestId: (?P<request>\S+)\s.*?Billed Duration: (?P<billed>[0-9.]+) ms\s+Memory Size: (?P<size>\d+) MB\s+"
+    r"Max Memory Used: (?P<used>\d+) MB(?:\s+Init Duration: (?P<init>[0-9.]+) ms)?"
+)
+
+
+class Settings(NamedTuple):
+    """What the account says of a function; None where it does not tell."""
+
+    memory: int | None
+    """Bytes."""
+    timeout: int | None
+    """Seconds."""
+    concurrency: int | None
+    """Invocations at once."""
+
+
+class LambdaExecutor:
+    """Tasks on the AWS Lambda function that ``gradsharding deploy`` puts up; its handler is ``gradsharding.aws.handler.handler``."""
+
+    def __init__(self, function: str, *, concurrency: int | None = None, attempts: int = 3) -> None:
+        """Use ``function``: a name, ``name:qualifier`` or ARN. ``concurrency`` bounds its invocations; else, what the account allows."""
+        self.function = function
+        self.concurrency = concurrency
+        self.attempts = attempts
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the account says of the function, as far as these credentials may ask; raise StoreRefused if there is none."""
+        client, name = lambda_client(), self.function
+        unqualified = re.sub(r"^((?:arn:[^:]*:lambda:[^:]*:[^:]*:function:)?[^:]+):[^:]+$", r"\1", name)
+        config = self._told(lambda: client.get_function_configuration(FunctionName=name)) or {}
+        reserved = self._told(lambda: client.get_function_concurrency(FunctionName=unqualified)) or {}
+        account = self._told(client.get_account_settings) or {}
+        free = account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions")
+        memory = config.get("MemorySize")
+        return Settings(memory and memory << 20, config.get("Timeout"), reserved.get("ReservedConcurrentExecutions", free))
+
+    def limits(self, limits: Limits | None) -> Limits:
+        """What the function has, if it is less than what is allowed."""
+        memory, _, most = self.settings
+        room = memory - RUNTIME if memory else Limits().memory
+        counts = [count for count in (most, self.concurrency, limits.concurrency if limits else None) if count is not None]
+        return Limits(memory=min(room, limits.memory) if limits else room, concurrency=min(counts) if counts else None)
+
+    def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
+        sources = {term.source for task in tasks for term in task.terms}
+        for url in (job.store, *(reference for reference in (job.output, *sources) if "://" in reference)):
+            if not url.startswith("s3://"):
+                raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
+        if not tasks:
+            return []
+        most = self.limits(limits).concurrency
+        count = min(len(tasks), CONCURRENCY if most is None else max(most, 1))
+        run = _Run(self, job, limits)
+        with ThreadPoolExecutor(count, thread_name_prefix="gradsharding-lambda") as pool:
+            futures = [pool.submit(run.batch, tasks[i::count]) for i in range(count)]
+            found: dict[str, TaskReport] = {}
+            try:
+                for future in as_completed(futures):
+                    for report in future.result():
+                        found[report.task] = report
+                        progress(report)
+            except BaseException:
+                run.given_up.set()  # what is under way ends by itself: none may still write when this call has ended
+                raise
+        return [found[task.id] for task in tasks]
+
+    def _told(self, ask: Callable[[], Any]) -> Any:
+        """What the account says; None if these credentials may not ask. Raise StoreRefused for a function that is not there."""
+        try:
+            return ask()
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) == "ResourceNotFoundException":
+                raise self._absent() from error
+            if code_of(error) in {"AccessDeniedException", "AccessDenied"}:
+                return None
+            raise explained(error, f"settings of function {self.function}") from error
+
+    def _absent(self) -> StoreRefused:
+        return StoreRefused(f"there is no function {self.function!r} in this account and region; put it up with: gradsharding deploy")
+
+
+class _Throttled(Exception):
+    """There was no room for the invocation: nothing ran."""
+
+
+class _Failed(Exception):
+    """The invocation may be tried again."""
+
+    def __init__(self, error: GradShardingError) -> None:
+        self.error = error
+
+
+class _Run:
+    """One call of ``LambdaExecutor.run``: what its invocations share."""
+
+    def __init__(self, executor: LambdaExecutor, job: Job, limits: Limits) -> None:
+        self.given_up = threading.Event()
+        self._executor = executor
+        self._job = job
+        self._limits = limits
+        self._client = lambda_client(read_timeout=(executor.settings.timeout or 900) + 30)
+
+    def batch(self, tasks: Sequence[Task]) -> list[TaskReport]:
+        """Run tasks, in as few invocations as it takes, until each has its report; raise what ended it."""
+        left, done = {task.id: task for task in tasks}, list[TaskReport]()
+        size, asked, failures, waited = len(tasks), 0, 0, 0.0
+        while left and not self.given_up.is_set():
+            some = [*left.values()][:size]
+            try:
+                data = pack(self._job, some)
+            except UserError:
+                if len(some) == 1:
+                    raise
+                size = len(some) // 2
+                continue
+            asked += 1
+            try:
+                reports = self._invoke(data, some, asked)
+            except _Throttled:
+                waited += _pause(asked)
+                if waited > PATIENCE:
+                    raise TaskFailed(
+                        f"task {some[0].id} was throttled for {waited:.0f} s: other work takes the account's concurrency; "
+                        "raise it, or reserve some for the function",
+                        task=some[0].id,
+                    ) from None
+                continue
+            except _Failed as failed:
+                failures += 1
+                if failures == self._executor.attempts:
+                    raise type(failed.error)(f"{failed.error.message} ({failures} times)", **failed.error.details) from None
+                size = 1  # so that one task does not take others down with it
+                _pause(failures)
+                continue
+            for report in reports:
+                del left[report.task]
+            done += reports
+            asked, failures = 0, 0
+        return done
+
+    def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int) -> list[TaskReport]:
+        """Ask once: give the reports of the tasks that were done, at least one. Raise _Throttled, _Failed, or what tries cannot mend."""
+        name, first = self._executor.function, tasks[0].id
+        try:
+            answer = self._client.invoke(FunctionName=name, Payload=data, LogType="Tail")
+            payload = answer["Payload"].read()
+        except ClientError as error:
+            if code_of(error) in _THROTTLED:
+                raise _Throttled from error
+            if code_of(error) == "ResourceNotFoundException":
+                raise self._executor._absent() from error  # noqa: SLF001 - the same module
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                raise explained(error, f"invocation of function {name}") from error
+            raise _Failed(TaskFailed(f"task {first} failed: Lambda answered {code_of(error)}; run it again", task=first)) from error
+        except (BotoCoreError, HTTPError, OSError) as error:
+            if isinstance(error, BotoCoreError) and isinstance(refused := explained(error, f"invocation of function {name}"), StoreRefused):
+                raise refused from error
+            raise _Failed(TaskFailed(f"task {first} failed: its answer was lost ({error}); run it again", task=first)) from error
+        log = base64.b64decode(answer.get("LogResult", "")).decode(errors="replace")
+        told = _figures(log, asked, len(tasks))
+        if "FunctionError" in answer:
+            raise self._broken(tasks[0], payload.decode(errors="replace"), told)
+        found: dict[str, Any] = json.loads(payload)
+        reports = [
+            TaskReport.model_validate_json(json.dumps(report)).model_copy(update={"invocation": told}) for report in found["reports"]
+        ]
+        if reports or "error" not in found:
+            return reports
+        error = from_wire(found)
+        if isinstance(error, OutOfMemory):
+            raise self._too_small(tasks[0], error.message)
+        raise _Failed(error) if type(error) in (TaskFailed, StoreFailed) else error
+
+    def _broken(self, task: Task, answer: str, told: Invocation | None) -> Exception:
+        """Tell apart what ended a function before it could answer."""
+        why = re.sub(r"^RequestId: \S+ (Error: )?", "", _message(answer))
+        killed = any(sign in answer for sign in _KILLED)
+        if killed and told and told.max_memory >= 0.95 * told.memory_size:
+            return self._too_small(task, f"Lambda ended it at {mib(told.max_memory)}")
+        if "Task timed out" in answer:
+            advice = "use more shards, or give the function more time, or more memory, which makes it faster"
+        elif killed:
+            advice = "it may have outgrown its memory: use more shards, or give the function more"
+        else:
+            advice = "its log in CloudWatch says more"
+        return _Failed(TaskFailed(f"task {task.id} failed: {why}; {advice}", task=task.id))
+
+    def _too_small(self, task: Task, how: str) -> OutOfMemory:
+        return OutOfMemory(
+            f"task {task.id} outgrew the {mib(self._limits.memory)} that function {self._executor.function} has for it, though "
+            f"{mib(task.memory)} were projected: {how}; use more shards, or give the function more memory",
+            task=task.id,
+        )
+
+
+def _message(answer: str) -> str:
+    try:
+        return str(json.loads(answer).get("errorMessage", answer))
+    except (ValueError, AttributeError):
+        return answer
+
+
+def _figures(log: str, asked: int, tasks: int) -> Invocation | None:
+    """Read the REPORT line that Lambda writes at the end of an invocation's log."""
+    if not (found := _REPORT.search(log)):
+        return None
+    return Invocation(
+        request=found["request"],
+        attempts=asked,
+        tasks=tasks,
+        billed_seconds=float(found["billed"]) / 1000,
+        memory_size=int(found["size"]) << 20,
+        max_memory=int(found["used"]) << 20,
+        init_seconds=float(found["init"]) / 1000 if found["init"] else None,
+    )
+
+
+def _pause(times: int) -> float:
+    """Wait before asking again, longer each time up to 20 s, at random so that many do not come back together; give the seconds."""
+    seconds = random.uniform(0, min(20.0, 0.1 * 2**times))
+    time.sleep(seconds)
+    return seconds
