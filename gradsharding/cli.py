@@ -86,8 +86,8 @@ class Contributed(click.Command):
         try:
             command = self.entry.load()
         except ImportError as error:
-            ours = self.package.startswith("gradsharding_")
-            needed = f"gradsharding[{self.name}]" if ours else self.package  # an extra for each command of ours
+            ours = {"gradsharding_flower.demo": "gradsharding[demo]", "gradsharding.aws.commands": "gradsharding[aws]"}
+            needed = ours.get(self.entry.module, self.package)
             raise UserError(f"{self.name} needs more than is installed here ({error}); install {needed}") from error
         assert isinstance(command, click.Command)
         return command

@@ -5,7 +5,6 @@ The polynomial is Castagnoli's (RFC 3720, 12.1). Bits are reflected: in a regist
 
 import base64
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +46,7 @@ def by_numpy(view: memoryview, crc: int = 0) -> int:
     head[-first:] = np.frombuffer(view[:first], np.uint8)
     head[-first:][:4] ^= np.frombuffer((crc ^ _ONES).to_bytes(4, "little"), np.uint8)
     body = np.frombuffer(view[first:], "<u4").reshape(-1, lanes)
-    low, high = _halves(_power(32 * lanes))
+    low, high = _tables(_power(32 * lanes), 16)
     sums, part, index = np.zeros(lanes, np.uint32), np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
     for words in (*head.view("<u4").reshape(-1, lanes), *body):
         np.bitwise_and(sums, 0xFFFF, out=index)
@@ -76,19 +75,21 @@ def _byte_table() -> list[int]:
 
 def _times(words: Words, factor: int) -> Words:
     """Multiply each word by ``factor``, modulo the polynomial."""
-    low, high = _halves(factor)
-    product: Words = low[words & 0xFFFF] ^ high[words >> 16]
+    tables = _tables(factor, 8)
+    product: Words = tables[0][words & 0xFF]
+    for place in (1, 2, 3):
+        product ^= tables[place][words >> (8 * place) & 0xFF]
     return product
 
 
 @cache
-def _halves(factor: int) -> tuple[Words, Words]:
-    """Products of ``factor`` with all words of 16 low bits, and with all of 16 high bits."""
-    tables: Any = [np.zeros(1, np.uint32), np.zeros(1, np.uint32)]
+def _tables(factor: int, bits: int) -> tuple[Words, ...]:
+    """Products of ``factor`` with all values of each ``bits`` of a word, the lowest first."""
+    tables: list[Words] = [np.zeros(1, np.uint32) for _ in range(32 // bits)]
     for bit in range(32):
-        known = tables[bit // 16]
-        tables[bit // 16] = np.concatenate([known, known ^ np.uint32(_product(1 << bit, factor))])
-    return tables[0], tables[1]
+        known = tables[bit // bits]
+        tables[bit // bits] = np.concatenate([known, known ^ np.uint32(_product(1 << bit, factor))])
+    return tuple(tables)
 
 
 @cache
