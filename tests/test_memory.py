@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gradsharding.aggregate import aggregate
+from gradsharding.aws.s3 import RESIDENT, S3Store
 from gradsharding.executor import ProcessExecutor
 from gradsharding.kernel import NUMPY, is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
@@ -33,6 +34,43 @@ def test_idle_worker() -> None:
     peak = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment).stdout)
 
     assert RESERVED // 2 < peak <= RESERVED
+
+
+def test_client_of_s3(ceph_store: S3Store) -> None:
+    """boto3 with a client that threads ask for at once takes less than what is counted for it, and is made once."""
+    script = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from gradsharding.worker import peak_memory; idle = peak_memory();"
+        "from gradsharding.store import open_store; store = open_store(sys.argv[1]); pool = ThreadPoolExecutor(8);"
+        "clients = {id(client) for client in pool.map(lambda _: store.client, range(8))}; [*store.list('')];"
+        "print(len(clients), peak_memory() - idle)"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    told = subprocess.run([sys.executable, "-c", script, ceph_store.url], check=True, capture_output=True, env=environment).stdout
+    clients, taken = map(int, told.split())
+
+    assert 1 == clients
+    assert RESIDENT // 2 < taken <= RESIDENT
+
+
+@pytest.mark.parametrize(("dtype", "elements"), [("F32", 16 * MIB), ("BF16", 2 * MIB)])
+def test_projected_covers_measured_on_s3(ceph_store: S3Store, dtype: str, elements: int) -> None:
+    """Reading ahead from S3 keeps within the projection, which counts its buffers and its client, for 4 and for 16 clients."""
+    data = np.random.default_rng(0).integers(0, 64, elements).astype(NUMPY[dtype]).tobytes()
+    ceph_store.put("update", [Layout.of({"w": (dtype, (elements,))}).header(), data])
+    peaks, projected = list[int](), set()
+    for clients in (4, 16):
+        round_ = Round.create(ceph_store, f"r{clients}")
+        for i in range(clients):
+            round_.refer(f"c{i}", "update", 1)
+        result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
+        peaks.append(result.reports[0].peak_memory)
+        projected.add(result.plan.memory)
+        assert data == read(ceph_store, round_.output)[-len(data) :]
+
+    (bound,) = projected
+    assert max(peaks) <= bound
+    assert bound - 64 * MIB < min(peaks)
+    assert max(peaks) <= 1.1 * min(peaks)
 
 
 @pytest.mark.parametrize(

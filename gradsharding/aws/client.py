@@ -1,6 +1,7 @@
 """One client for each service and account, made as the standard AWS environment says; what AWS refuses is said in a sentence."""
 
 import os
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,20 @@ _DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "Al
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "BadRequest"}
 
 
+_MAKING = threading.Lock()
+"""A cache lets threads that ask at once each make a client, and a client takes 15 MiB while it is made."""
+
+
 def s3_client() -> "S3Client":
     """Give the S3 client of the environment as it is now; threads may share it."""
-    return _s3_client(_environment())
+    with _MAKING:
+        return _s3_client(_environment())
 
 
 def lambda_client(read_timeout: float = 60) -> "LambdaClient":
     """Give a Lambda client of the environment as it is now. It never tries again by itself: who calls it knows what may run twice."""
-    return _lambda_client(_environment(), read_timeout)
+    with _MAKING:
+        return _lambda_client(_environment(), read_timeout)
 
 
 def code_of(error: Exception) -> str:

@@ -114,7 +114,7 @@ class Started(NamedTuple):
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
-        plan = sharded(manifest, Limits(), shards=shards)
+        plan = sharded(manifest, Limits(), shards=shards, reading=store.reading)
         job = Job(store=store.url, output=round_.output, upload=round_.begin(plan)[0])
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())
         return cls(round_, plan, job)
