@@ -3,10 +3,11 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+CEPH = ceph-mon ceph-osd radosgw ceph-common
 export FLWR_TELEMETRY_ENABLED = 0
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test test-all lint types docs bench
+.PHONY: demo test test-all rig lint types docs bench
 
 demo: .venv/.ready # real federated training, on real images, on this machine
 	$(BIN)/gradsharding demo
@@ -16,6 +17,8 @@ test: .venv/.ready # what takes seconds
 
 test-all: .venv/.ready # and what takes minutes or gigabytes
 	$(BIN)/pytest
+
+rig: .venv/.rig # what the cloud's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack
 
 lint: types # style, types, and who may import whom
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
@@ -35,4 +38,14 @@ bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for a quarter of an hour
 	$(PYTHON) -m venv .venv || (apt-get -q update && apt-get -qy install python3-venv && $(PYTHON) -m venv .venv)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+# Each in an environment of its own: their pins are not ours. Ceph comes from Debian; who is not root is told what to install.
+.venv/.rig: .venv/.ready
+	command -v radosgw >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get -q update && apt-get -qy install --no-install-recommends $(CEPH))
+	command -v radosgw >/dev/null || echo "without Ceph, its tests are skipped: apt-get install --no-install-recommends $(CEPH)"
+	$(PYTHON) -m venv .venv/sam && .venv/sam/bin/pip install --quiet aws-sam-cli cfn-lint
+	$(PYTHON) -m venv .venv/ministack && .venv/ministack/bin/pip install --quiet 'ministack>=1.5' aws-sam-translator google-crc32c
+	cp .venv/sam/lib/python3*/site-packages/samcli/local/rapid/aws-lambda-rie-$$(uname -m | sed s/aarch64/arm64/) $(BIN)/aws-lambda-rie
+	chmod +x $(BIN)/aws-lambda-rie
 	touch $@

@@ -91,8 +91,10 @@ def destroy(name: str, *, yes: bool) -> None:
     account = Account()
     held = contents(account, name)
     what = f"bucket {held.bucket} with {held.objects} objects ({mib(held.nbytes)})" if held.bucket else "what is left of it"
-    if not yes:
-        click.confirm(f"Delete stack {name} in account {account.number}, {account.region}: {what}, the function and its log?", abort=True)
+    where = f"account {account.number}, {account.region}"
+    if not yes and not click.confirm(f"Delete stack {name} in {where}: {what}, the function and its log?"):
+        click.echo("nothing was deleted")
+        raise click.exceptions.Exit(1)
     if left := take_down(account, name, _tell):
         raise GradShardingError(f"still there: {', '.join(left)}; run it again, or delete it in the console")
     click.echo(f"stack {name} is gone; nothing that is billed is left")

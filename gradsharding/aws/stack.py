@@ -1,6 +1,7 @@
 """One CloudFormation stack is all there is: put up from the template, found again by its name, taken down without a rest.
 
-The function's code has to lie in S3 before the stack is made, so it lies in a bucket of its own, ``gradsharding-code-ACCOUNT-REGION``.
+The function's code has to lie in S3 before the stack is made, so it lies in a bucket beside it, ``gradsharding-code-ACCOUNT-REGION``,
+below the stack's name; the last stack that is taken down takes that bucket along.
 """
 
 import hashlib
@@ -93,7 +94,7 @@ def put_up(account: Account, name: str, parameters: Mapping[str, str], tell: Tel
         )
         raise UserError(f"stack {name} is in state {found.status}; {advice}")
     known = {**(found.parameters if found else {}), **parameters}
-    code = _upload_code(account, known.get("Architecture", "arm64"), known.get("Runtime", "python3.13"), tell)
+    code = _upload_code(account, name, known.get("Architecture", "arm64"), known.get("Runtime", "python3.13"), tell)
     body = next(path for path in TEMPLATES if path.exists()).read_text().replace("CodeUri: function/", f"CodeUri: {code}")
     tell(f"{'changing' if found else 'making'} stack {name}")
     change = f"gradsharding-{int(time.time())}"
@@ -131,37 +132,39 @@ def contents(account: Account, name: str) -> Contents:
 
 
 def take_down(account: Account, name: str, tell: Tell) -> list[str]:
-    """Delete the stack, its bucket with all objects, its logs and the code bucket; give what is still there: nothing, if all went well."""
-    bucket = contents(account, name).bucket
+    """Delete the stack, its bucket with all objects, its logs and its code; give what is still there: nothing, if all went well."""
+    bucket, code = contents(account, name).bucket, account.code_bucket
     try:
-        for one in filter(None, (bucket, account.code_bucket)):
-            tell(f"emptying {one}")
-            _empty(account, one)
+        for one, prefix in ((bucket, ""), (code, f"{name}/")):
+            if one:
+                tell(f"emptying {one}/{prefix}")
+                _empty(account, one, prefix)
         tell(f"deleting stack {name}")
         account.formation.delete_stack(StackName=name)
         account.formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 2, "MaxAttempts": 450})
         with suppress(account.logs.exceptions.ResourceNotFoundException):
             account.logs.delete_log_group(logGroupName=_log_group(name))
-        with suppress(account.s3.exceptions.NoSuchBucket):
-            account.s3.delete_bucket(Bucket=account.code_bucket)
+        if _bucket_exists(account, code) and not _objects(account, code):  # else, another stack's code lies there
+            account.s3.delete_bucket(Bucket=code)
     except WaiterError as error:
         raise StackFailed(f"stack {name}: {_reason(account, name) or error}") from error
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name}") from error
-    left = [one for one in (bucket, account.code_bucket) if one and _bucket_exists(account, one)]
+    left = [bucket] if bucket and _bucket_exists(account, bucket) else []
+    left += [f"{code}/{name}/"] if _objects(account, code, f"{name}/") else []
     groups = account.logs.describe_log_groups(logGroupNamePrefix=_log_group(name))["logGroups"]
     stack = account.find(name)
     return [*left, *(group["logGroupName"] for group in groups if group["logGroupName"] == _log_group(name)), *([name] if stack else [])]
 
 
-def _upload_code(account: Account, architecture: str, runtime: str, tell: Tell) -> str:
-    """Build the bundle and put it into the code bucket, under its own digest; give its s3:// URL."""
+def _upload_code(account: Account, name: str, architecture: str, runtime: str, tell: Tell) -> str:
+    """Build the bundle and put it into the code bucket, under the stack's name and its own digest; give its s3:// URL."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"))
         path = Path(scratch) / "bundle.zip"
         size = bundle.zip(path)
         tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB")
-        key = f"{hashlib.sha256(path.read_bytes()).hexdigest()}.zip"
+        key = f"{name}/{hashlib.sha256(path.read_bytes()).hexdigest()}.zip"
         try:
             if not _bucket_exists(account, account.code_bucket):
                 where: Any = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
@@ -199,22 +202,22 @@ def _reason(account: Account, name: str) -> str:
     return ""
 
 
-def _objects(account: Account, bucket: str) -> list[tuple[Mapping[str, str], int]]:
-    """Every version and delete marker of a bucket, with its bytes."""
+def _objects(account: Account, bucket: str, prefix: str = "") -> list[tuple[Mapping[str, str], int]]:
+    """Every version and delete marker below a prefix of a bucket, with its bytes."""
     found: list[Any] = []
     with suppress(account.s3.exceptions.NoSuchBucket):
-        for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket):
+        for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
             found += (*page.get("Versions", []), *page.get("DeleteMarkers", []))
     return [({"Key": one["Key"], "VersionId": one["VersionId"]}, one.get("Size", 0)) for one in found]
 
 
-def _empty(account: Account, bucket: str) -> None:
-    """Delete all objects and all unfinished uploads of a bucket."""
-    objects: Any = [one for one, _ in _objects(account, bucket)]
+def _empty(account: Account, bucket: str, prefix: str) -> None:
+    """Delete all objects and all unfinished uploads below a prefix of a bucket."""
+    objects: Any = [one for one, _ in _objects(account, bucket, prefix)]
     for i in range(0, len(objects), 1000):
         account.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects[i : i + 1000], "Quiet": True})
     with suppress(account.s3.exceptions.NoSuchBucket):
-        for page in account.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket):
+        for page in account.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", []):
                 account.s3.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
 

@@ -6,7 +6,6 @@ import http.client
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -25,6 +24,7 @@ from typing import Any, Literal, Self
 from urllib.parse import unquote
 
 from gradsharding.cgroup import MemoryCgroup
+from gradsharding.testing.s3 import free_port
 
 Fault = Literal["raise", "kill", "timeout", "lost", "throttle", "twice", "error"]
 """What goes wrong with an invocation.
@@ -38,18 +38,15 @@ PAYLOAD = 6 << 20
 
 
 def emulator() -> str | None:
-    """Path of the runtime interface emulator: ``$GRADSHARDING_RIE``, on the PATH, or in an installed aws-sam-cli; None if there is none."""
-    arch = "arm64" if platform.machine() == "aarch64" else "x86_64"
-    spec = importlib.util.find_spec("samcli")
-    sam = Path(spec.origin or "").parent / f"local/rapid/aws-lambda-rie-{arch}" if spec else None
-    found = os.environ.get("GRADSHARDING_RIE") or shutil.which("aws-lambda-rie") or (str(sam) if sam and sam.exists() else None)
-    return found if found and Path(found).exists() else None
+    """Path of the runtime interface emulator: ``$GRADSHARDING_RIE``, on the PATH, or beside this Python; None if there is none."""
+    found = os.environ.get("GRADSHARDING_RIE") or shutil.which("aws-lambda-rie") or str(Path(sys.executable).with_name("aws-lambda-rie"))
+    return found if Path(found).exists() else None
 
 
 def emulator_missing() -> str | None:
     """Why functions cannot run here; None if they can."""
     if not emulator():
-        return "no aws-lambda-rie: install aws-sam-cli, which brings it, or set GRADSHARDING_RIE to its path"
+        return "no aws-lambda-rie: make rig, or set GRADSHARDING_RIE to the one that comes with aws-sam-cli"
     return None if importlib.util.find_spec("awslambdaric") else "no awslambdaric: pip install awslambdaric"
 
 
@@ -216,7 +213,7 @@ class _Environment:
         self._log.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        function, (port, api) = self._function, (_free_port(), _free_port())
+        function, (port, api) = self._function, (free_port(), free_port())
         code = str(function.code or Path(__file__).parents[2])
         env = {
             **os.environ,
@@ -339,9 +336,3 @@ def _error(status: int, kind: str, message: str) -> tuple[int, dict[str, str], b
 
 def _unqualified(name: str) -> str:
     return unquote(name).split(":")[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -116,7 +116,7 @@ def ceph_server(*, day: int | None = None, certificate: tuple[Path, Path] | None
     """
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - sockets' paths must be short, too
     with tempfile.TemporaryDirectory(prefix="ceph-", dir=base, ignore_cleanup_errors=True) as name, contextlib.ExitStack() as stack:
-        directory, port, tls = Path(name), _free_port(), _free_port()
+        directory, port, tls = Path(name), free_port(), free_port()
         configuration = directory / "ceph.conf"
         settings = _settings(directory, port, tls, day, certificate)
         configuration.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
@@ -174,7 +174,7 @@ def _key() -> str:
     return secrets.token_hex(10).upper()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that the kernel gives to clients, one of which might otherwise take it first."""
     for port in (20_000 + secrets.randbelow(12_000) for _ in range(100)):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ def _settings(directory: Path, port: int, tls: int, day: int | None, certificate
     secure = f" ssl_endpoint=127.0.0.1:{tls} ssl_certificate={certificate[0]} ssl_private_key={certificate[1]}" if certificate else ""
     return {
         "fsid": uuid.uuid4(),
-        "mon host": f"[v2:127.0.0.1:{_free_port()},v1:127.0.0.1:{_free_port()}]",
+        "mon host": f"[v2:127.0.0.1:{free_port()},v1:127.0.0.1:{free_port()}]",
         "public network": "127.0.0.0/8",
         "ms bind ipv6": "false",
         "auth cluster required": "none",

@@ -1,0 +1,185 @@
+"""The template is sound, builds, goes up on an account that executes it, works there, and comes down without a rest."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, probe
+from gradsharding.aws.stack import Account, contents
+from gradsharding.errors import UserError
+from gradsharding.testing.stack import account_missing, local_account, tool
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
+NO_SAM = None if tool("sam") else "no sam: make rig"
+OFFLINE = {"SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+def _gradsharding(*words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("gradsharding")), *words]
+    return subprocess.run(command, input=answer, capture_output=True, text=True, check=False, timeout=300)
+
+
+def _run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command], cwd=cwd, env={**os.environ, **OFFLINE, **env}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The function's code, for this machine."""
+    return build(tmp_path_factory.mktemp("bundle"), *HERE)
+
+
+def test_bundle_holds_what_the_function_needs(bundle: Bundle) -> None:
+    """A fresh process imports the handler from the bundle, and nothing that is in neither the bundle nor the Lambda runtime."""
+    seen = probe(bundle)
+    print(f"{bundle.unzipped / 1e6:.1f} MB unzipped; import {seen.seconds:.2f} s, {seen.resident / 1e6:.1f} MB resident")  # noqa: T201 - pytest -s
+
+    assert {"numpy", "pydantic", "boto3"} <= seen.imports <= GIVEN | WANTED
+    assert 0 < seen.seconds
+    assert 20e6 < seen.resident < 100e6
+    assert {path.name for path in bundle.directory.iterdir() if not path.name.endswith(".dist-info")} <= WANTED | {
+        "numpy.libs",
+        "typing_extensions.py",
+    }
+
+
+def test_bundle_is_small_and_the_same_each_time(bundle: Bundle, tmp_path: Path) -> None:
+    """The bundle is far below Lambda's limit, and the same files give the same zip."""
+    one, two = tmp_path / "one.zip", tmp_path / "two.zip"
+
+    assert bundle.zip(one) == bundle.zip(two) == one.stat().st_size
+    assert one.read_bytes() == two.read_bytes()
+    assert bundle.unzipped == sum(entry.file_size for entry in zipfile.ZipFile(one).infolist())
+    assert bundle.unzipped < 100e6
+
+
+def test_bundle_that_imports_more_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    """A handler that imports what a function does not have is found out before it is sent."""
+    copy = Bundle(tmp_path / "bundle", bundle.unzipped)
+    shutil.copytree(bundle.directory, copy.directory)
+    with (copy.directory / "gradsharding/aws/handler.py").open("a") as file:
+        file.write("\nimport click\n")
+    with pytest.raises(UserError, match="the handler imports click, which a function does not have"):
+        probe(copy)
+    (copy.directory / "gradsharding/aws/handler.py").write_text("import gradsharding.cli")
+    with pytest.raises(UserError, match=r"the handler cannot be imported from .*No module named 'gradsharding.cli'"):
+        probe(copy)
+
+
+def test_bundle_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle beyond Lambda's limit is refused with the numbers."""
+    monkeypatch.setattr("gradsharding.aws.bundle.UNZIPPED", 1000)
+    with pytest.raises(UserError, match=r"the bundle has \d+ bytes; Lambda takes 1000"):
+        build(tmp_path, *HERE)
+    with pytest.raises(UserError, match=r"pip found no numpy and pydantic for arm64, Python 2\.7"):
+        build(tmp_path / "old", "arm64", "2.7")
+
+
+@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+@pytest.mark.parametrize("command", [["cfn-lint"], ["sam", "validate", "--lint", "--template"]], ids=" ".join)
+def test_template_is_sound(command: list[str]) -> None:
+    """CloudFormation's linter and SAM's validator find nothing to say."""
+    ended = _run(tool(command[0]) or "", *command[1:], DEPLOY / "template.yaml", cwd=DEPLOY)
+    assert 0 == ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+def test_sam_builds_it(tmp_path: Path) -> None:
+    """``sam build`` makes the same bundle as ``deploy`` does."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    overrides = f"Architecture={HERE[0]} Runtime=python{HERE[1]}"
+    env = {"PATH": path, "GRADSHARDING_ARCHITECTURE": HERE[0], "GRADSHARDING_PYTHON": HERE[1]}
+    ended = _run(tool("sam") or "", "build", "--parameter-overrides", overrides, cwd=tmp_path / "deploy", **env)
+    built = tmp_path / "deploy/.aws-sam/build/Function"
+
+    assert 0 == ended.returncode, ended.stdout + ended.stderr
+    assert WANTED <= {path.name.removesuffix(".py") for path in built.iterdir()}
+    assert not (built / "gradsharding/cli.py").exists()
+    probe(Bundle(built, 0))
+
+
+@pytest.fixture(scope="module")
+def account() -> Iterator[Mapping[str, str]]:
+    """Give the environment that leads to an account."""
+    if why := account_missing():
+        pytest.skip(why)
+    with local_account() as environment:
+        yield environment
+
+
+@pytest.fixture
+def command(account: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line on that account."""
+    for name, value in account.items():
+        monkeypatch.setenv(name, value)
+
+    return _gradsharding
+
+
+@pytest.mark.slow
+def test_deploy_smoke_destroy(command: Any) -> None:
+    """A stack goes up, averages with every element right, changes when it is told to, and leaves nothing behind."""
+    ours = ["--architecture", HERE[0], "--runtime", f"python{HERE[1]}"]
+    up = command("deploy", "--name", "one", *ours, "--memory", "512")
+    assert 0 == up.returncode, up.stderr
+    assert "executor: lambda:one" in up.stdout
+    smoked = command("smoke", "--name", "one")
+    assert 0 == smoked.returncode, smoked.stderr
+    assert "every element is right" in smoked.stdout
+    assert "MiB projected" in smoked.stdout
+    assert "list prices of us-east-1" in smoked.stdout
+
+    assert 0 == command("deploy", "--name", "one", "--memory", "1024").returncode
+    configured = boto3.client("lambda").get_function_configuration(FunctionName="one")
+    assert (1024, f"python{HERE[1]}", [HERE[0]]) == (configured["MemorySize"], configured["Runtime"], configured["Architectures"])
+    assert 0 == command("deploy", "--name", "two", *ours).returncode
+
+    refused = command("destroy", "--name", "one", answer="n\n")
+    assert 1 == refused.returncode
+    assert "Delete stack one in account" in refused.stdout
+    assert "nothing was deleted" in refused.stdout
+    gone = command("destroy", "--name", "one", answer="y\n")
+    assert 0 == gone.returncode, gone.stderr
+    assert "stack one is gone; nothing that is billed is left" in gone.stdout
+    assert contents(Account(), "one").bucket is None
+    assert 0 == command("smoke", "--name", "two").returncode  # a stack beside it lives on
+
+    assert 0 == command("destroy", "--name", "two", "--yes").returncode
+    assert [] == boto3.client("s3").list_buckets()["Buckets"]
+    assert [] == boto3.client("lambda").list_functions()["Functions"]
+    groups = [group["logGroupName"] for group in boto3.client("logs").describe_log_groups()["logGroups"]]
+    assert not {"/aws/lambda/one", "/aws/lambda/two"} & {*groups}
+
+
+def test_what_is_not_there(command: Any) -> None:
+    """Trying what was never put up says how to put it up; taking it down finds nothing to do."""
+    missing = command("smoke", "--name", "nothing")
+    assert 2 == missing.returncode
+    assert "put it up with: gradsharding deploy --name nothing" in missing.stderr
+    assert 0 == command("destroy", "--name", "nothing", "--yes").returncode
+    named = command("deploy", "--name", "a b")
+    assert 2 == named.returncode
+    assert "'a b' cannot name a stack" in named.stderr
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch, account: Mapping[str, str]) -> None:
+    """Without credentials, each command ends in one line that says which variables to set."""
+    for name, value in account.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    ended = _gradsharding("smoke")
+    assert 2 == ended.returncode
+    assert "there are no AWS credentials; set AWS_ACCESS_KEY_ID" in ended.stderr

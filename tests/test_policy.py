@@ -1,0 +1,141 @@
+"""What the function's role may do: read what lies below the project's prefix, write results there, and no more."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from botocore.exceptions import ClientError
+
+from gradsharding import worker
+from gradsharding.aws.client import code_of
+from gradsharding.aws.s3 import S3Store
+from gradsharding.testing import assert_same, reference_mean
+from gradsharding.testing.executors import Started
+from gradsharding.testing.s3 import Ceph, S3Server
+
+PREFIX = "some prefix"
+TEMPLATE = Path(__file__).parent.parent / "deploy/template.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads CloudFormation's short forms as what stands after them."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_scalar(node) if isinstance(node, yaml.ScalarNode) else None)
+
+
+def resources() -> Any:
+    """The template's resources."""
+    return yaml.load(TEMPLATE.read_text(), _Loader)["Resources"]  # noqa: S506 - a loader of safe values
+
+
+def statements() -> list[Any]:
+    """What the function's role is allowed and denied."""
+    policies = resources()["Role"]["Properties"]["Policies"]
+    return [statement for policy in policies for statement in policy["PolicyDocument"]["Statement"]]
+
+
+def several(value: Any) -> list[str]:
+    """One or many, as a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def test_text() -> None:
+    """The role names single actions, on objects below the prefix alone: nothing lists, nothing deletes, nothing is a wildcard action."""
+    allowed = {(action, place) for one in statements() if one["Effect"] == "Allow" for action in several(one["Action"])
+               for place in several(one["Resource"])}  # fmt: skip
+    below = {f"${{Bucket.Arn}}/${{Prefix}}/{place}" for place in ("rounds/*", "results/*", ".gradsharding/*")}
+
+    assert {
+        ("s3:GetObject", "${Bucket.Arn}/${Prefix}/*"),
+        *(("s3:PutObject", place) for place in below),
+        *(("s3:ListMultipartUploadParts", place) for place in below),
+        ("logs:CreateLogStream", "${Log.Arn}"),
+        ("logs:PutLogEvents", "${Log.Arn}"),
+    } == allowed
+    assert ["${Bucket.Arn}/${Prefix}/rounds/*/updates/*"] == [one["Resource"] for one in statements() if one["Effect"] == "Deny"]
+    assert "ManagedPolicyArns" not in resources()["Role"]["Properties"]
+
+
+def test_bucket() -> None:
+    """The bucket is encrypted, closed to the public, open to TLS alone, and forgets rounds and what they left unfinished."""
+    bucket, policy = resources()["Bucket"]["Properties"], resources()["BucketPolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    (denied,) = policy
+
+    assert {"BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"} == {
+        name for name, value in bucket["PublicAccessBlockConfiguration"].items() if value
+    }
+    assert "BucketEncryption" in bucket
+    assert ("Deny", "s3:*", {"Bool": {"aws:SecureTransport": "false"}}) == (denied["Effect"], denied["Action"], denied["Condition"])
+    rules = {rule["Id"]: rule for rule in bucket["LifecycleConfiguration"]["Rules"]}
+    assert {"rounds", "unfinished", "uploads"} == {name for name, rule in rules.items() if rule["Status"] == "Enabled"}
+    assert "DaysAfterInitiation" in rules["uploads"]["AbortIncompleteMultipartUpload"]
+    assert "Prefix" not in rules["uploads"]  # of the whole bucket: results are written in parts, too
+
+
+@pytest.fixture
+def function(ceph: Ceph, ceph_store: S3Store) -> S3Server:
+    """Give a user whom Ceph allows on the bucket what the role is allowed."""
+    name = f"function-{ceph_store.bucket}"
+    user = ceph.user(name)
+    arn = f"arn:aws:s3:::{ceph_store.bucket}"
+    policy = [
+        {
+            "Effect": one["Effect"],
+            "Principal": {"AWS": [f"arn:aws:iam:::user/{name}"]},
+            "Action": several(one["Action"]),
+            "Resource": [place.replace("${Bucket.Arn}", arn).replace("${Prefix}", PREFIX) for place in several(one["Resource"])],
+        }
+        for one in statements()
+        if not one["Sid"].startswith("Log")
+    ]
+    # On AWS the bucket owns what the function writes (BucketOwnerEnforced); a user of Ceph keeps it, but for this:
+    everything = {"Action": ["s3:*"], "Resource": [arn, f"{arn}/*"]}
+    policy.append({"Effect": "Allow", "Principal": {"AWS": ["arn:aws:iam:::user/tester"]}, **everything})
+    ceph_store.client.put_bucket_policy(Bucket=ceph_store.bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": policy}))
+    return user
+
+
+def test_enough(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With these rights all tasks of a round run: those that write parts, and those whose parts are kept."""
+    updates = {client: ({"w": np.full(6 << 20, weight, "f4")}, weight) for client, weight in (("a", 1), ("b", 2))}
+    started = Started.of(ceph_store, updates, shards=3)
+    with monkeypatch.context() as patch:
+        for name, value in function.environment().items():
+            patch.setenv(name, value)
+        for task in started.plan.tasks:
+            worker.run(task, started.job, S3Store(ceph_store.url))
+
+    assert_same(reference_mean(updates), started.complete())
+
+
+def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
+    """Ceph refuses it to list, to delete, to change an update, to write elsewhere, and to read or write another prefix."""
+    bucket, owner, theirs = ceph_store.bucket, ceph_store.client, function.client()
+    update, result = (f"{PREFIX}/rounds/r/{name}.safetensors" for name in ("updates/a", "result"))
+    for key in (update, "another/x"):
+        owner.put_object(Bucket=bucket, Key=key, Body=b"x")
+    upload = owner.create_multipart_upload(Bucket=bucket, Key="another/y")["UploadId"]
+    assert b"x" == theirs.get_object(Bucket=bucket, Key=update)["Body"].read()
+    theirs.put_object(Bucket=bucket, Key=result, Body=b"x")
+
+    refused: dict[str, Any] = {
+        "list": lambda: theirs.list_objects_v2(Bucket=bucket),
+        "list the prefix": lambda: theirs.list_objects_v2(Bucket=bucket, Prefix=f"{PREFIX}/"),
+        "list uploads": lambda: theirs.list_multipart_uploads(Bucket=bucket),
+        "delete": lambda: theirs.delete_object(Bucket=bucket, Key=result),
+        "delete several": lambda: theirs.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": update}]}),
+        "change an update": lambda: theirs.put_object(Bucket=bucket, Key=update, Body=b"y"),
+        "write beside": lambda: theirs.put_object(Bucket=bucket, Key=f"{PREFIX}/x", Body=b"y"),
+        "read another prefix": lambda: theirs.get_object(Bucket=bucket, Key="another/x"),
+        "write to another prefix": lambda: theirs.put_object(Bucket=bucket, Key="another/z", Body=b"y"),
+        "write a part there": lambda: theirs.upload_part(Bucket=bucket, Key="another/y", UploadId=upload, PartNumber=1, Body=b"y"),
+        "change the policy": lambda: theirs.put_bucket_policy(Bucket=bucket, Policy="{}"),
+    }
+    for what, ask in refused.items():
+        with pytest.raises(ClientError) as caught:
+            ask()
+        assert "AccessDenied" == code_of(caught.value), what
