@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gradsharding.errors import InvalidUpdate
 from gradsharding.kernel import NUMPY, Buffer, widen
 from gradsharding.layout import ITEM_SIZE, Layout, header_length
-from gradsharding.store import ObjectStore, Stat, locate
+from gradsharding.store import Source, Stat, locate
 
 _FIRST_READ = 64 << 10
 """Bytes of the first read of an object: most headers are shorter, so that one request is enough."""
@@ -44,7 +44,7 @@ def encode(arrays: Mapping[str, "npt.NDArray[Any] | Raw"]) -> tuple[Layout, list
     return layout, [layout.header(), *(raws[t.name].data for t in layout.tensors if t.stop > t.start)]
 
 
-def inspect(reference: str, store: ObjectStore) -> Update:
+def inspect(reference: str, store: Source) -> Update:
     """Read and verify an object's header (two or three requests); raise InvalidUpdate, which names ``reference``."""
     source, key = locate(reference, store)
     stat = source.head(key)
@@ -57,7 +57,7 @@ def inspect(reference: str, store: ObjectStore) -> Update:
         raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
 
 
-def load(reference: str, store: ObjectStore) -> dict[str, npt.NDArray[Any]]:
+def load(reference: str, store: Source) -> dict[str, npt.NDArray[Any]]:
     """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32."""
     return {
         name: widen(np.frombuffer(raw.data, NUMPY["BF16"])).reshape(raw.shape)
@@ -67,7 +67,7 @@ def load(reference: str, store: ObjectStore) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def load_raw(reference: str, store: ObjectStore) -> dict[str, Raw]:
+def load_raw(reference: str, store: Source) -> dict[str, Raw]:
     """Read a whole object, by one streaming request after its header; each tensor in memory of its own."""
     update = inspect(reference, store)
     source, key = locate(reference, store)
@@ -85,7 +85,7 @@ def load_raw(reference: str, store: ObjectStore) -> dict[str, Raw]:
     return arrays
 
 
-def _read(source: ObjectStore, key: str, start: int, stop: int, stat: Stat) -> bytes:
+def _read(source: Source, key: str, start: int, stop: int, stat: Stat) -> bytes:
     return b"".join(bytes(chunk) for chunk in source.get(key, start, stop, version=stat.version))
 
 

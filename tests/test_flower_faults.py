@@ -34,8 +34,7 @@ from gradsharding.executor import Progress
 from gradsharding.plan import Job, Limits, Task, TaskReport
 from gradsharding.testing import assert_same
 from gradsharding_flower import from_state_dict, upload_mod
-from gradsharding_flower.mod import client_id
-from gradsharding_flower.reference import KEY, STYPE, Reference, find, write
+from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find, write
 
 BAD, GOOD = 3, (1, 2, 14)
 

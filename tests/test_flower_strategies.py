@@ -36,7 +36,7 @@ from gradsharding.errors import UserError
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.update import load
 from gradsharding_flower import GradSharding, upload_mod
-from gradsharding_flower.mod import client_id
+from gradsharding_flower.reference import client_id
 
 INNER: dict[str, Callable[[], FedAvg]] = {
     "FedAvg": FedAvg,

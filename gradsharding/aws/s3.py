@@ -2,9 +2,7 @@
 
 import contextlib
 import hashlib
-import random
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,12 +10,12 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import quote, unquote
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
-from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.body import Body
 from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.aws.compose import MINIMUM, Composed, compose, is_kept
-from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
+from gradsharding.aws.ranged import ATTEMPTS, Answer, pause, stream
+from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
 from gradsharding.kernel import Buffer
 from gradsharding.reading import Reading, connections
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
@@ -35,15 +33,8 @@ PARALLEL = connections(bandwidth=150e6, latency=0.05, rate=90e6, chunk=CHUNK)
 RESIDENT = 48 << 20
 """Bytes that bound boto3 with its S3 client in a function. ``tests/test_memory.py`` measures it."""
 
-STAGE = 256 << 10
-"""Bytes of a read buffer: fits the second-level cache."""
-
 LARGEST_PUT = 5 << 30
 """Bytes that S3 takes in one PUT or one part."""
-
-ATTEMPTS = 6
-"""How often a read that breaks off goes on, and a conditional write in conflict is tried."""
-
 
 LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
 """What completing an upload must say of each part."""
@@ -89,34 +80,19 @@ class S3Store:
         return Stat(found["ContentLength"], _quoted(found["ETag"]))
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
-        place, buffer = self.place(key), memoryview(bytearray(max(0, min(STAGE, stop - start))))
-        failures = 0
-        while start < stop:
+        place = self.place(key)
+
+        def ask(start: int, stop: int, version: str | None) -> Answer | None:
             condition: Any = {"IfMatch": version} if version else {}
             try:
                 answer = self.client.get_object(Bucket=self.bucket, Key=place, Range=f"bytes={start}-{stop - 1}", **condition)
             except (BotoCoreError, ClientError) as error:
-                if code_of(error) == "InvalidRange":  # all of it lies beyond the end
-                    return
+                if code_of(error) == "InvalidRange":
+                    return None
                 raise self._error(error, "GetObject", key, version=version) from error
-            version, stop = answer["ETag"], min(stop, int(answer["ContentRange"].rpartition("/")[2]))
-            try:
-                with contextlib.closing(answer["Body"]) as body:
-                    while start < stop and (count := body.readinto(cast("IO[bytes]", buffer))):
-                        yield buffer[:count]
-                        start += count
-            except (
-                HTTPClientError,
-                IncompleteReadError,
-                HTTPError,
-                OSError,
-            ) as error:  # what has come is good: the rest is asked for again
-                failures += 1
-                if failures == ATTEMPTS:
-                    raise StoreFailed(
-                        f"GetObject of {self.url}/{key} broke off {ATTEMPTS} times ({error}); run it again", key=key
-                    ) from error
-                _pause(failures)
+            return Answer(answer["ETag"], int(answer["ContentRange"].rpartition("/")[2]), answer["Body"])
+
+        return stream(ask, start, stop, version, f"GetObject of {self.url}/{key}", (HTTPClientError, IncompleteReadError))
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         body = Body(data)
@@ -132,7 +108,7 @@ class S3Store:
             except (BotoCoreError, ClientError) as error:
                 code = code_of(error)
                 if code == "ConditionalRequestConflict" and attempt < ATTEMPTS:  # who wins is not decided yet
-                    _pause(attempt)
+                    pause(attempt)
                     continue
                 tried_again = isinstance(error, ClientError) and error.response["ResponseMetadata"]["RetryAttempts"]
                 if code == "PreconditionFailed" and tried_again and (ours := self._written(key, body)):
@@ -164,9 +140,11 @@ class S3Store:
             with self._asking("GetObject", key):
                 yield key, self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"].read()
 
-    def begin(self, key: str) -> str:
+    def begin(self, key: str, *, checksum: bool = True) -> str:
+        """Begin an upload; with ``checksum``, each part must come with its CRC-32C."""
+        kind: Any = {"ChecksumAlgorithm": "CRC32C"} if checksum else {}
         with self._asking("CreateMultipartUpload", key):
-            return self.client.create_multipart_upload(Bucket=self.bucket, Key=self.place(key), ChecksumAlgorithm="CRC32C")["UploadId"]
+            return self.client.create_multipart_upload(Bucket=self.bucket, Key=self.place(key), **kind)["UploadId"]
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
         body = Body([data])
@@ -337,8 +315,3 @@ def _translating(translate: Callable[[BotoCoreError | ClientError], Exception]) 
 def _quoted(etag: str) -> str:
     """An ETag as HTTP writes it; some servers omit the quotes in XML."""
     return etag if etag.startswith('"') else f'"{etag}"'
-
-
-def _pause(failures: int) -> None:
-    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
-    time.sleep(random.uniform(0, 0.1 * 2**failures))

@@ -8,17 +8,19 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.store.directory import DirectoryStore
 from gradsharding.store.memory import MemoryStore
-from gradsharding.store.protocol import ObjectStore, Stat, check_key
+from gradsharding.store.protocol import ObjectStore, Source, Stat, check_key
 
 __all__ = [
     "DirectoryStore",
     "MemoryStore",
     "ObjectStore",
+    "Source",
     "Stat",
     "check_key",
     "exists",
@@ -28,6 +30,8 @@ __all__ = [
     "open_store",
 ]
 
+
+S = TypeVar("S", bound=Source)
 
 ELSEWHERE = {"s3": "gradsharding.aws.s3:S3Store"}
 """Stores that the core does not import, by the scheme of their URLs."""
@@ -65,7 +69,7 @@ def exists(store: ObjectStore, key: str) -> bool:
     return True
 
 
-def locate(reference: str, home: ObjectStore) -> tuple[ObjectStore, str]:
+def locate(reference: str, home: S) -> tuple[S | ObjectStore, str]:
     """Resolve a reference to a store and a key in it; keys belong to ``home``."""
     if "://" not in reference:
         return home, reference

@@ -15,15 +15,8 @@ class Stat(NamedTuple):
     version: str
 
 
-class ObjectStore(Protocol):
-    """What the engine asks of a store. ``gradsharding.testing.StoreContract`` states it as tests."""
-
-    url: str
-    """Text from which ``open_store`` opens the same store again."""
-    grain: int
-    """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
-    reading: Reading
-    """How a function should read from it."""
+class Source(Protocol):
+    """What reading an object asks of a store."""
 
     def head(self, key: str) -> Stat:
         """Tell an object's size and version; raise MissingObject."""
@@ -36,6 +29,17 @@ class ObjectStore(Protocol):
         Bytes beyond the object's end are not given.
         """
         ...
+
+
+class ObjectStore(Source, Protocol):
+    """What the engine asks of a store. ``gradsharding.testing.StoreContract`` states it as tests."""
+
+    url: str
+    """Text from which ``open_store`` opens the same store again."""
+    grain: int
+    """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
+    reading: Reading
+    """How a function should read from it."""
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         """Create an object from buffers, all at once or not at all; raise ObjectExists if there is one."""

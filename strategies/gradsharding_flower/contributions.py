@@ -20,8 +20,7 @@ from gradsharding.errors import (
 from gradsharding.layout import Layout
 from gradsharding.round import check_weight
 from gradsharding.update import Update, inspect
-from gradsharding_flower.mod import client_id
-from gradsharding_flower.reference import Reference, find
+from gradsharding_flower.reference import Reference, client_id, find
 
 log = logging.getLogger("flwr")
 

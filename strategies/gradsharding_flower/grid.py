@@ -1,9 +1,9 @@
-"""The grid of the plug-in: counts what passes, and puts arrays that unchanged clients send into the store, one by one."""
+"""The grid of the plug-in: counts what passes, shows each reply as it comes in, and asks a node once more where that is wanted."""
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -11,7 +11,15 @@ from flwr.serverapp import Grid
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 3.0
 """Seconds between two looks for replies: short for short rounds, growing to what Flower itself waits."""
 
-OnReply = Callable[[Message], None]
+
+class FollowUp(NamedTuple):
+    """A second message to a node, and who is told its answer; the node's first reply counts from then on."""
+
+    message: Message
+    told: Callable[[Message], None]
+
+
+OnReply = Callable[[Message], FollowUp | None]
 
 
 @dataclass
@@ -30,7 +38,7 @@ class WatchedGrid(Grid):
     """Another grid, whose replies pass ``on_reply`` one at a time, as they come in, before they are kept."""
 
     def __init__(self, grid: Grid, on_reply: OnReply) -> None:
-        """Watch ``grid``; ``on_reply`` may replace a reply's content, which frees what it held."""
+        """Watch ``grid``; ``on_reply`` may replace a reply's content, which frees what it held, and may follow it up."""
         self.traffic = Traffic()
         self._grid = grid
         self._on_reply = on_reply
@@ -39,13 +47,23 @@ class WatchedGrid(Grid):
         """Push the messages and wait for replies until all are here or ``timeout`` seconds are over."""
         kept: list[Message] = []
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        followed: dict[str, tuple[Message, Callable[[Message], None]]] = {}
         end, wait = None if timeout is None else time.monotonic() + timeout, _FIRST_WAIT
         while waiting:
             for message_id in sorted(waiting):  # one id a call: so that one update is in memory at a time, not all
                 for reply in self.pull_messages([message_id]):
-                    self._on_reply(reply)
-                    kept.append(reply)
                     waiting.discard(message_id)
+                    if message_id in followed:
+                        first, told = followed.pop(message_id)
+                        told(reply)
+                        kept.append(first)
+                    elif more := self._on_reply(reply):
+                        for new in filter(None, self.push_messages([more.message])):
+                            followed[new] = reply, more.told
+                            waiting.add(new)
+                            wait = _FIRST_WAIT
+                    else:
+                        kept.append(reply)
             left = _LONGEST_WAIT if end is None else end - time.monotonic()
             if left <= 0:
                 break

@@ -1,13 +1,12 @@
 """The client's side: real arrays for the training function, references for the wire."""
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from gradsharding import ObjectStore, Round, open_store
 from gradsharding.errors import ObjectExists
-from gradsharding_flower.reference import describe, find, write
-
-_Record = ArrayRecord | ConfigRecord | MetricRecord
+from gradsharding_flower.permits import PERMIT, PIECE, ByUrl
+from gradsharding_flower.reference import Reference, client_id, describe, find, write
 
 ORDERS = "gradsharding"
 """Key of the ConfigRecord by which the strategy switches the mod on, for one message."""
@@ -20,39 +19,48 @@ def upload_mod(message: Message, context: Context, call_next: ClientAppCallable)
     """Load the global model from the store, and write the update there; only a receipt goes to the server.
 
     Put it first in ``ClientApp(mods=[upload_mod, ...])``: mods after it, such as differential privacy's, see real arrays
-    both ways. A message from another strategy passes untouched, so one ClientApp serves both.
+    both ways. A message from another strategy passes untouched, so one ClientApp serves both. Where the server lends its
+    rights by URLs, the node needs no credentials: the update waits in a file until the server has permitted it.
     """
     if ORDERS not in message.content.config_records:
         return call_next(message, context)
     orders = message.content.config_records[ORDERS]
-    store = open_store(str(context.node_config.get(STORE_KEY, orders["store"])))
-    message.content = RecordDict({key: _loaded(record, store) for key, record in message.content.items() if key != ORDERS})
+    if PERMIT in orders:
+        ByUrl(orders, context).write()
+        return Message(RecordDict(), reply_to=message)
+    way = ByUrl(orders, context) if PIECE in orders else ByStore(orders, context)
+    content = RecordDict({key: record for key, record in message.content.items() if key != ORDERS})
+    for key, record in content.array_records.items():
+        if reference := find(record):
+            content[key] = way.load(reference)
+    message.content = content
     reply = call_next(message, context)
     if message.metadata.message_type.startswith(MessageType.TRAIN) and reply.has_content():
-        update = Round(store, str(orders["round"])).update_key(client_id(context.node_id))
-        reply.content = RecordDict({key: _uploaded(record, update, store) for key, record in reply.content.items()})
+        reply.content = RecordDict(
+            {key: way.hand_over(record) if isinstance(record, ArrayRecord) else record for key, record in reply.content.items()}
+        )
     return reply
 
 
 def orders(store: ObjectStore, round_id: str) -> ConfigRecord:
-    """What the server tells the mod: where the store is, and which round this is."""
+    """What the server tells the mod of a node that reaches the store: where it is, and which round this is."""
     return ConfigRecord({"store": store.url, "round": round_id})
 
 
-def client_id(node_id: int) -> str:
-    """A node's id as a client's: so written that sorting by text is sorting by number."""
-    return f"{node_id:020d}"
+class ByStore:
+    """What the mod of a node that reaches the store does with a model and an update."""
 
+    def __init__(self, orders: ConfigRecord, context: Context) -> None:
+        self._store = open_store(str(context.node_config.get(STORE_KEY, orders["store"])))
+        self._key = Round(self._store, str(orders["round"])).update_key(client_id(context.node_id))
 
-def _loaded(record: _Record, store: ObjectStore) -> _Record:
-    reference = find(record) if isinstance(record, ArrayRecord) else None
-    return reference.load(store) if reference else record
+    def load(self, reference: Reference) -> ArrayRecord:
+        """Read the model."""
+        return reference.load(self._store)
 
-
-def _uploaded(record: _Record, key: str, store: ObjectStore) -> _Record:
-    if not isinstance(record, ArrayRecord):
-        return record
-    try:
-        return write(key, record, store).record()
-    except ObjectExists:  # the message was delivered twice: what was uploaded first stands
-        return describe(key, store, tuple(record)).record()
+    def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Write the update; give its receipt."""
+        try:
+            return write(self._key, arrays, self._store).record()
+        except ObjectExists:  # the message was delivered twice: what was uploaded first stands
+            return describe(self._key, self._store, tuple(arrays)).record()

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from gradsharding import ObjectStore, Raw
 from gradsharding.errors import ChangedObject, InvalidUpdate
-from gradsharding.store import file_reference
+from gradsharding.store import Source, file_reference
 from gradsharding.update import encode, inspect, load_raw
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw, to_record
@@ -32,7 +32,7 @@ class Reference(Value):
         """The ArrayRecord that travels: one array of a few bytes, whatever the model."""
         return ArrayRecord({KEY: Array("reference", (), STYPE, self.model_dump_json().encode())})
 
-    def load(self, store: ObjectStore) -> ArrayRecord:
+    def load(self, store: Source) -> ArrayRecord:
         """Read the arrays; raise ChangedObject if they were written again."""
         found = inspect(self.source, store).stat.version
         if found != self.version:
@@ -72,3 +72,8 @@ def refer(path: str | os.PathLike[str], store: ObjectStore, names: Sequence[str]
     the tensors, for apps that go by their order; without it, that of their bytes in the file holds.
     """
     return describe(file_reference(path), store, tuple(names)).record()
+
+
+def client_id(node_id: int) -> str:
+    """A node's id as a client's: so written that sorting by text is sorting by number."""
+    return f"{node_id:020d}"

@@ -3,7 +3,8 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -15,16 +16,17 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
-from gradsharding.errors import GradShardingError, PlanTooLarge, UserError
+from gradsharding.errors import GradShardingError, InvalidUpdate, PlanTooLarge, StoreRefused, UserError
 from gradsharding.layout import Layout
-from gradsharding.plan import Term
+from gradsharding.plan import Term, mib
 from gradsharding.round import Manifest
 from gradsharding.topology import Topology
 from gradsharding.update import inspect
 from gradsharding_flower.contributions import collect, mean
-from gradsharding_flower.grid import Traffic, WatchedGrid
-from gradsharding_flower.mod import ORDERS, client_id, orders
-from gradsharding_flower.reference import KEY, Reference, find, write
+from gradsharding_flower.grid import FollowUp, Traffic, WatchedGrid
+from gradsharding_flower.mod import ORDERS, orders
+from gradsharding_flower.permits import Lender, Offered, find_offer
+from gradsharding_flower.reference import KEY, Reference, client_id, find, write
 from gradsharding_flower.result import LazyResult, RoundReport
 from gradsharding_flower.wrapped import needs_arrays
 
@@ -49,11 +51,16 @@ class GradSharding(Strategy):
     executor : Executor | str (default: "processes")
         Where the slices are averaged.
     limits : Limits | None (default: None)
-        What one function may use (default: 512 MiB).
+        What one function may use (default: 512 MiB, or what the Lambda function has).
     mode : str (default: "direct")
         "direct": every ClientApp has ``upload_mod``; updates go to the store and only receipts to the server.
         "relay": no ClientApp has it; the server writes updates to the store as they come in, one at a time.
         "mixed": both kinds in one federation; a node gets arrays until its first receipt, and references from then on.
+    presigned : bool | None (default: None)
+        Whether nodes with ``upload_mod`` read the model and write their updates by URLs that the server signs, for one object
+        each, and hold no credentials; by default with an s3:// store.
+    url_seconds : int (default: 900)
+        Seconds that such a URL is good for: enough for a node to begin, and then to upload.
     min_replies : int (default: 1)
         A round with fewer usable updates is given up, with an error in the log, and the model stays.
     keep : bool (default: False)
@@ -69,6 +76,8 @@ class GradSharding(Strategy):
         executor: Executor | str = "processes",
         limits: Limits | None = None,
         mode: Mode = "direct",
+        presigned: bool | None = None,
+        url_seconds: int = 900,
         min_replies: int = 1,
         keep: bool = False,
     ) -> None:
@@ -78,11 +87,13 @@ class GradSharding(Strategy):
         self.inner = inner
         self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
-        self.limits = limits or Limits()
+        self.limits = limits
         self.shards = shards
         self.mode = mode
         self.min_replies = min_replies
         self.keep = keep
+        lends = self.store.url.startswith("s3://") if presigned is None else presigned
+        self._lender = Lender(self.store, url_seconds) if lends and mode != "relay" else None
         self.history: list[RoundReport] = []
         """One report a round of training, of the last ``start``."""
         self._run = ""
@@ -100,7 +111,8 @@ class GradSharding(Strategy):
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
         log.info("\t│\t├── Shards: %s | executor: %s", self.shards or "as memory allows", type(self.executor).__name__)
-        log.info("\t│\t└── Allowed memory of a function: %.0f MiB", self.limits.memory / 2**20)
+        log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "by themselves")
+        log.info("\t│\t└── Allowed memory of a function: %s", mib(self.limits.memory) if self.limits else "what the executor has")
         self.inner.summary()
 
     def start(
@@ -121,7 +133,7 @@ class GradSharding(Strategy):
         self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
         self._layout = inspect(self._model.source, self.store).layout
         self._check(self._layout)
-        watched = WatchedGrid(grid, self._relay)
+        watched = WatchedGrid(grid, self._received)
         self._traffic = watched.traffic
         result = super().start(
             watched,
@@ -168,7 +180,9 @@ class GradSharding(Strategy):
         try:
             averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
         except GradShardingError as error:
-            if isinstance(error, PlanTooLarge) or type(error) is UserError:  # a mistake in the set-up: so would every round end
+            if (
+                isinstance(error, PlanTooLarge | StoreRefused) or type(error) is UserError
+            ):  # a mistake in the set-up: so would every round end
                 raise
             log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
             self._forget()
@@ -202,7 +216,10 @@ class GradSharding(Strategy):
             raise UserError(f"{step} takes its step in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
-        self._topology()(manifest, self.limits, grain=self.store.grain, reading=self.store.reading).check(self.limits)
+        limits = self.executor.limits(self.limits)
+        self._topology()(manifest, limits, grain=self.store.grain, reading=self.store.reading).check(limits)
+        if self._lender and self._model:
+            self._lender.orders("check", self._model)
 
     def _names(self, received: tuple[str, ...]) -> tuple[str, ...]:
         """Order the result's tensors as the model does; a client's order holds only for names the model does not have."""
@@ -222,7 +239,7 @@ class GradSharding(Strategy):
     def _address(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
         """Give each message what its node can read: a reference and the mod's orders, or arrays."""
         addressed = list(messages)
-        told = orders(self.store, self._round(self._server_round).id)
+        told = self._orders()
         plain: ArrayRecord | None = None
         for message in addressed:
             direct = self.mode == "direct" or message.metadata.dst_node_id in self._direct_nodes
@@ -235,10 +252,15 @@ class GradSharding(Strategy):
             message.content = content
         return addressed
 
-    def _relay(self, reply: Message) -> None:
-        """Write arrays that came with a reply to the store, so that the server lets go of them at once."""
+    def _orders(self) -> ConfigRecord:
+        assert self._model
+        name = self._round(self._server_round).id
+        return self._lender.orders(name, self._model) if self._lender else orders(self.store, name)
+
+    def _received(self, reply: Message) -> FollowUp | None:
+        """Take a reply in: permit what it offers; write arrays that came with it to the store, so that the server lets go of them."""
         if not reply.has_content() or not reply.metadata.message_type.startswith(MessageType.TRAIN):
-            return
+            return None
         node, content = reply.metadata.src_node_id, reply.content
         records = list(content.array_records.items())
         for key, record in records:
@@ -248,12 +270,41 @@ class GradSharding(Strategy):
             if len(records) > 1:  # no update: it will be refused for that
                 content[key] = ArrayRecord()
                 continue
-            try:
-                place = self._round(self._server_round).update_key(client_id(node))
+            place = self._round(self._server_round).update_key(client_id(node))
+            with self._refusing(node, content, key):
+                if self._lender and (offered := find_offer(record)):
+                    self._direct_nodes.add(node)
+                    return self._permitted(self._lender, reply, key, place, offered)
                 content[key] = write(place, record, self.store).record()
-            except GradShardingError as error:
-                self._refused[node] = error.message
-                content[key] = ArrayRecord()
+        return None
+
+    def _permitted(self, lender: Lender, reply: Message, key: str, place: str, offered: Offered) -> FollowUp:
+        """Permit a node to write what it offers; when it says that it has, its receipt takes the offer's place."""
+        node, content = reply.metadata.src_node_id, reply.content
+        assert self._model
+        permit = lender.permit(self._round(self._server_round).id, place, offered, self._model)
+        self._refused[node] = "it was permitted to write its update, and has not said in time that it did"
+
+        def told(answer: Message) -> None:
+            with self._refusing(node, content, key):
+                if answer.has_error():
+                    raise InvalidUpdate(f"it could not write its update: {answer.error.reason}")
+                content[key] = lender.settle(place, offered).record()
+                del self._refused[node]
+
+        group, kind = reply.metadata.group_id, reply.metadata.message_type
+        return FollowUp(Message(RecordDict({ORDERS: permit}), dst_node_id=node, message_type=kind, group_id=group), told)
+
+    @contextmanager
+    def _refusing(self, node: int, content: RecordDict, key: str) -> Iterator[None]:
+        """Leave a node out of the round, with the reason, if its update cannot be had."""
+        try:
+            yield
+        except StoreRefused:  # ours, not the node's: so would every update end
+            raise
+        except GradShardingError as error:
+            self._refused[node] = error.message
+            content[key] = ArrayRecord()
 
     def _aggregate(self, round_: Round) -> Averaged:
         return aggregate(round_, topology=self._topology(), limits=self.limits, executor=self.executor)
@@ -273,6 +324,8 @@ class GradSharding(Strategy):
 
     def _forget(self) -> None:
         """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
+        if self._lender:
+            self._lender.close()
         if self.keep:
             return
         needed = {model.source for model in (self._model, self._previous) if model}

@@ -1,0 +1,165 @@
+"""Who holds no credentials reads an object by a URL, offers what it would write, and writes just that by the URLs it is given.
+
+A URL is as good as a password while it lasts: it appears in no error and in no log.
+"""
+
+import base64
+import hashlib
+import logging
+import mmap
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import urllib3
+from pydantic import Field
+from urllib3.exceptions import HTTPError
+
+from gradsharding.aws.ranged import Answer, stream
+from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
+from gradsharding.kernel import Buffer
+from gradsharding.plan import MAX_PARTS
+from gradsharding.store.protocol import Stat, changed, missing
+from gradsharding.value import Value
+
+PARALLEL = 4
+"""Pieces that are sent at once."""
+
+
+class Piece(Value):
+    """Bytes to be written by one request: their number, and their MD5 as the header Content-MD5 has it (RFC 1864).
+
+    MD5, as every S3 server checks it on arrival, where older ones pass CRC-32C over; and a thief of the URL cannot find other
+    bytes of the same MD5, as he could of the same CRC.
+    """
+
+    size: int = Field(ge=0)
+    md5: str = Field(pattern=r"^[A-Za-z0-9+/]{22}==$")
+
+
+class Offer(Value):
+    """An object to be written, piece after piece; all but the last are of one size."""
+
+    pieces: tuple[Piece, ...] = Field(min_length=1, max_length=MAX_PARTS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the object."""
+        return sum(piece.size for piece in self.pieces)
+
+
+class Permit(Value):
+    """A URL for each piece of an offer."""
+
+    urls: tuple[str, ...] = Field(repr=False)
+
+
+def offer(path: Path, piece: int) -> Offer:
+    """Offer a file, in pieces of ``piece`` bytes."""
+    pieces = []
+    with path.open("rb") as file:
+        while data := file.read(piece):
+            pieces.append(Piece(size=len(data), md5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()))
+    return Offer(pieces=tuple(pieces))
+
+
+def write(path: Path, what: Offer, permit: Permit) -> None:
+    """Write a file as it was offered; what has been written before stands.
+
+    Raise StoreRefused for a permit that has expired, ChangedObject if the file is not what was offered, or StoreFailed.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        single, start, jobs = len(what.pieces) == 1, 0, []
+        for piece, url in zip(what.pieces, permit.urls, strict=True):
+            jobs.append((piece, url, slice(start, start + piece.size)))
+            start += piece.size
+        with ThreadPoolExecutor(min(PARALLEL, len(jobs)), thread_name_prefix="gradsharding-upload") as pool:
+            [*pool.map(lambda job: _put(job[0], job[1], data[job[2]], single=single), jobs)]
+
+
+class UrlSource:
+    """One object, which is read by a URL, and goes by its key."""
+
+    def __init__(self, key: str, url: str) -> None:
+        self.key = key
+        self._url = url
+
+    def head(self, key: str) -> Stat:
+        """Tell the object's size and version; raise MissingObject or StoreRefused."""
+        if key != self.key:
+            raise missing(key, f"a URL of {self.key}")
+        if not (answer := self._ask(0, 1, None)):
+            return Stat(0, "")
+        answer.body.close()
+        return Stat(answer.size, answer.version)
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        """Stream bytes ``start`` to ``stop``, as stores do; raise MissingObject, ChangedObject, StoreRefused or StoreFailed."""
+        return stream(self._ask, start, stop, version, f"reading {key}")
+
+    def _ask(self, start: int, stop: int, version: str | None) -> Answer | None:
+        headers = {"Range": f"bytes={start}-{stop - 1}"} | ({"If-Match": version} if version else {})
+        answer = _request("GET", self._url, f"reading {self.key}", headers=headers)
+        if answer.status == 206:
+            return Answer(answer.headers["ETag"], int(answer.headers["Content-Range"].rpartition("/")[2]), answer)
+        answer.close()
+        match answer.status:
+            case 416:
+                return None
+            case 404:
+                raise missing(self.key, "the store")
+            case 412:
+                raise changed(self.key, version, "another")
+        raise _refused(answer.status, f"reading {self.key}")
+
+
+def _put(piece: Piece, url: str, data: bytes, *, single: bool) -> None:
+    headers = {"Content-Length": str(piece.size), "Content-MD5": piece.md5} | ({"If-None-Match": "*"} if single else {})
+    answer = _request("PUT", url, "writing the update", headers=headers, body=data)
+    answer.drain_conn()
+    if answer.status == 400:
+        raise ChangedObject("the update is not the one that was offered; train again")
+    if answer.status not in (200, 412):  # 412: it is written already, as it was offered: no other bytes could be
+        raise _refused(answer.status, "writing the update")
+
+
+def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: bytes | None = None) -> urllib3.BaseHTTPResponse:
+    try:
+        return _HTTP.request(method, url, headers=headers, body=body, preload_content=False, redirect=False)
+    except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
+        raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
+
+
+def _refused(status: int, doing: str) -> GradShardingError:
+    if status == 403:
+        return StoreRefused(f"{doing}: the URL has expired, or this machine's clock is wrong; give URLs more time, or set the clock")
+    return StoreFailed(f"{doing}: the store answered {status}; run it again")
+
+
+class _Discreet(logging.Filter):
+    """Cuts signatures out of what urllib3 logs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "X-Amz-" in text:
+            record.msg, record.args = re.sub(r"\?\S*X-Amz-\S*", "?…", text), ()
+        return True
+
+
+for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
+    logging.getLogger(_name).addFilter(_Discreet())
+
+_HTTP = urllib3.PoolManager(
+    maxsize=PARALLEL,
+    timeout=urllib3.Timeout(connect=10, read=60),
+    retries=urllib3.Retry(
+        6,
+        redirect=False,
+        backoff_factor=0.1,
+        backoff_jitter=0.2,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=("GET", "PUT"),
+        raise_on_status=False,
+    ),
+)

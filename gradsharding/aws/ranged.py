@@ -1,0 +1,61 @@
+"""A stream of bytes goes on where it broke off: what has come is good, and the rest is asked for again."""
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple, Protocol, cast
+
+from urllib3.exceptions import HTTPError
+
+from gradsharding.errors import StoreFailed
+from gradsharding.kernel import Buffer
+
+ATTEMPTS = 6
+"""How often a read that breaks off goes on, and a conditional write in conflict is tried."""
+
+STAGE = 256 << 10
+"""Bytes of a read buffer: fits the second-level cache."""
+
+
+class _Readable(Protocol):
+    def close(self) -> None: ...
+
+
+class Answer(NamedTuple):
+    """What a ranged request brought: the object's version, its size in bytes, and a body with ``readinto`` and ``close``."""
+
+    version: str
+    size: int
+    body: _Readable
+
+
+Ask = Callable[[int, int, str | None], Answer | None]
+"""Asks for bytes ``start`` to ``stop`` of an object at a version, or at whichever it is; None if all of it lies beyond the end."""
+
+
+def stream(ask: Ask, start: int, stop: int, version: str | None, what: str, broken: tuple[type[Exception], ...] = ()) -> Iterator[Buffer]:
+    """Give bytes ``start`` to ``stop``, all of one version.
+
+    Raise what ``ask`` raises, or StoreFailed, which names ``what``, when the body has broken off six times. ``broken`` are the
+    errors, beside urllib3's and the system's, by which a client says that it did.
+    """
+    breaks: tuple[type[Exception], ...] = (HTTPError, OSError, *broken)
+    buffer, failures = memoryview(bytearray(max(0, min(STAGE, stop - start)))), 0
+    while start < stop and (answer := ask(start, stop, version)):
+        version, stop = answer.version, min(stop, answer.size)
+        try:
+            with contextlib.closing(answer.body) as body:
+                while start < stop and (count := cast("IO[bytes]", body).readinto(buffer)):  # type: ignore[attr-defined]
+                    yield buffer[:count]
+                    start += count
+        except breaks as error:
+            failures += 1
+            if failures == ATTEMPTS:
+                raise StoreFailed(f"{what} broke off {ATTEMPTS} times ({type(error).__name__}); run it again") from None
+            pause(failures)
+
+
+def pause(failures: int) -> None:
+    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
+    time.sleep(random.uniform(0, 0.1 * 2**failures))

@@ -1,0 +1,162 @@
+"""Nodes without credentials: the model comes by a URL; an update is offered, permitted and written, and the server describes it.
+
+A node that has trained keeps its update in a file, its *spool*, and replies with an offer: sizes and digests. The server answers
+with a permit, in a message of its own, and the node writes. No update passes the server, and no credentials leave it.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from pydantic import Field, ValidationError
+
+from gradsharding import ObjectStore
+from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.errors import InvalidUpdate, UserError
+from gradsharding.plan import MAX_PARTS
+from gradsharding.round import check_id
+from gradsharding.update import encode
+from gradsharding.value import Value
+from gradsharding_flower.arrays import to_raw
+from gradsharding_flower.reference import Reference, client_id, describe
+
+if TYPE_CHECKING:
+    from gradsharding.aws.presign import Grant
+
+SPOOL_KEY = "gradsharding-spool"
+"""Key of a node's own ``--node-config``: the directory that its updates wait in; by default, one in the system's for temporary files."""
+
+MODEL, PIECE, PERMIT = "model", "piece", "permit"
+"""In the mod's orders: a URL of the model; bytes of a piece, which asks for an offer; a permit, which asks to write what was offered."""
+
+KEY, STYPE = "gradsharding.offer", "gradsharding.offer.v1"
+"""The one key of an ArrayRecord that is an offer, and its array's serialization type."""
+
+WIDEST = 8
+"""No dtype is wider than so many times another: a larger update than the model would be in it is not permitted."""
+
+ROOM = 64 << 20
+"""Bytes that an update may take beside its tensors' data."""
+
+
+class Offered(Value):
+    """What a node says of the update that it would write: its bytes, and the order in which its record names the tensors."""
+
+    update: Offer
+    names: tuple[str, ...] = Field(max_length=1_000_000)
+
+    def record(self) -> ArrayRecord:
+        """The ArrayRecord that travels."""
+        return ArrayRecord({KEY: Array("offer", (), STYPE, self.model_dump_json().encode())})
+
+
+def find_offer(record: ArrayRecord) -> Offered | None:
+    """Read the offer that ``record`` is, or None if it is none; raise InvalidUpdate if it is malformed."""
+    array = record.get(KEY)
+    if array is None or array.stype != STYPE:
+        return None
+    try:
+        return Offered.model_validate_json(array.data)
+    except ValidationError as error:
+        raise InvalidUpdate(f"a malformed offer: {error.errors()[0]['msg']}; use the same gradsharding on all nodes") from None
+
+
+class ByUrl:
+    """The node's side: what its mod does with a model and an update."""
+
+    def __init__(self, orders: ConfigRecord, context: Context) -> None:
+        self._orders = orders
+        self._client = client_id(context.node_id)
+        given = context.node_config.get(SPOOL_KEY)
+        self._directory = _private(Path(str(given)) if given else Path(tempfile.gettempdir()) / f"gradsharding-spool-{os.getuid()}")
+        self._path = self._directory / f"{check_id(str(orders['round']))}.{self._client}.safetensors"
+
+    def load(self, reference: Reference) -> ArrayRecord:
+        """Read the model."""
+        return reference.load(UrlSource(reference.source, str(self._orders[MODEL])))
+
+    def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Keep the update in its spool; give the offer of it. What this node kept of other rounds is deleted."""
+        for old in self._directory.glob(f"*.{self._client}.*"):
+            old.unlink(missing_ok=True)
+        new = self._path.with_suffix(".new")
+        with new.open("wb") as file:
+            file.writelines(encode({name: to_raw(name, array) for name, array in arrays.items()})[1])
+        new.replace(self._path)
+        piece = self._orders[PIECE]
+        assert isinstance(piece, int)
+        return Offered(update=offer(self._path, piece), names=tuple(arrays)).record()
+
+    def write(self) -> None:
+        """Write what was offered; if it is not there any more, a permit has come twice: the server knows what has arrived."""
+        if not self._path.exists():
+            return
+        update, permit = (str(self._orders[name]) for name in ("update", PERMIT))
+        write(self._path, Offer.model_validate_json(update), Permit.model_validate_json(permit))
+        self._path.unlink()
+
+
+class Lender:
+    """The server's side: it permits, in the store's name, what a node offers, and sees that it arrives."""
+
+    def __init__(self, store: ObjectStore, seconds: int) -> None:
+        """Lend for ``seconds``; raise UserError if the store knows no URLs."""
+        from gradsharding.aws.presign import EXPIRES, PIECE  # noqa: PLC0415 - boto3, which nodes do without
+        from gradsharding.aws.s3 import S3Store  # noqa: PLC0415
+
+        if not isinstance(store, S3Store):
+            raise UserError(f"{store.url} can give no URLs; use an s3:// store, or nodes that reach the store by themselves")
+        if not 1 <= seconds <= 7 * 86_400:
+            raise UserError(f"URLs cannot be good for {seconds} seconds; use 1 to {7 * 86_400}, such as {EXPIRES}")
+        self._store = store
+        self._seconds = seconds
+        self._piece = PIECE
+        self._open: dict[str, Grant] = {}
+
+    def orders(self, round_id: str, model: Reference) -> ConfigRecord:
+        """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model."""
+        from gradsharding.aws.presign import readable  # noqa: PLC0415
+
+        if "://" in model.source:
+            raise UserError(
+                f"nodes cannot reach the model at {model.source} by URL; give the arrays themselves, or put it into {self._store.url}"
+            )
+        most = WIDEST * model.nbytes + ROOM
+        piece = max(self._piece, -(-most // MAX_PARTS))
+        return ConfigRecord({"round": round_id, MODEL: readable(self._store, model.source, self._seconds), PIECE: piece})
+
+    def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
+        """Permit what a node offers, under ``key``; raise InvalidUpdate if it is larger than an update can be."""
+        from gradsharding.aws.presign import grant  # noqa: PLC0415
+
+        most = WIDEST * model.nbytes + ROOM
+        if offered.update.nbytes > most:
+            raise InvalidUpdate(f"it offers {offered.update.nbytes} bytes, where the model has {model.nbytes} and {most} are permitted")
+        self._open[key] = granted = grant(self._store, key, offered.update, self._seconds)
+        return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
+
+    def settle(self, key: str, offered: Offered) -> Reference:
+        """See that what was permitted under ``key`` has arrived, and describe it; raise InvalidUpdate if it has not."""
+        from gradsharding.aws.presign import settle  # noqa: PLC0415
+
+        settle(self._store, self._open[key])
+        del self._open[key]
+        return describe(key, self._store, offered.names)
+
+    def close(self) -> None:
+        """Withdraw what was permitted and has not arrived."""
+        from gradsharding.aws.presign import withdraw  # noqa: PLC0415
+
+        while self._open:
+            withdraw(self._store, self._open.popitem()[1])
+
+
+def _private(directory: Path) -> Path:
+    """Make a directory that is this user's alone, or see that it is."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if directory.is_symlink() or found.st_uid != os.getuid():
+        raise UserError(f"{directory} belongs to someone else; set {SPOOL_KEY} in the node's --node-config to a directory of its own")
+    return directory
