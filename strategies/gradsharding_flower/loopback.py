@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,15 +25,18 @@ class Loopback:
     """A running SuperLink with ``nodes`` SuperNodes, or, with ``simulation``, one that simulates as many.
 
     Its files, and each process's log, lie in ``directory``. Leaving the context ends every process that was started.
+    ``server`` is added to the environment of the SuperLink, and of what it starts, alone: no node has AWS credentials.
     """
 
-    def __init__(self, directory: Path, *, nodes: int = 2, simulation: bool = False) -> None:
+    def __init__(self, directory: Path, *, nodes: int = 2, simulation: bool = False, server: Mapping[str, str] | None = None) -> None:
         self.directory = directory
         self.nodes = nodes
         self.simulation = simulation
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         """By name: ``superlink``, ``supernode-0``, …; each leads a process group of its own."""
-        self._env = {**os.environ, **_QUIET, "FLWR_HOME": str(directory), "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        self._server = dict(server or {})
+        self._env = {**inherited, **_QUIET, "FLWR_HOME": str(directory), "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -68,18 +72,18 @@ class Loopback:
         config = f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "{address}"\ninsecure = true\n'
         (self.directory / "config.toml").write_text(config)
         simulation = ["--simulation"] if self.simulation else []
-        self._start("superlink", ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), *simulation])
+        self._start("superlink", ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), *simulation], self._server)
         _wait_for(port, self.processes["superlink"], self)
         for i in range(0 if self.simulation else self.nodes):
             own = f"partition-id={i} num-partitions={self.nodes}"
             command = ["flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", str(_free_port())]
             self._start(f"supernode-{i}", [*command, "--node-config", own])
 
-    def _start(self, name: str, command: list[str]) -> None:
+    def _start(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> None:
         with (self.directory / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [str(_BIN / command[0]), *command[1:]],
-                env=self._env,
+                env={**self._env, **(more or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -120,9 +120,7 @@ class Lender:
         from gradsharding.aws.presign import readable  # noqa: PLC0415
 
         if "://" in model.source:
-            raise UserError(
-                f"nodes cannot reach the model at {model.source} by URL; give the arrays themselves, or put it into {self._store.url}"
-            )
+            raise UserError(f"nodes cannot reach {model.source} by a URL of {self._store.url}; give the first model's arrays themselves")
         most = WIDEST * model.nbytes + ROOM
         piece = max(self._piece, -(-most // MAX_PARTS))
         return ConfigRecord({"round": round_id, MODEL: readable(self._store, model.source, self._seconds), PIECE: piece})

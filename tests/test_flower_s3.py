@@ -1,0 +1,238 @@
+"""Federations over S3 whose nodes hold no credentials: the server signs what each may read and write."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+
+from flower_federation import (
+    NODES,
+    RecordingGrid,
+    averaged,
+    client,
+    grid_of,
+    initial,
+    record,
+    reply,
+    sharding,
+    state_of,
+    weight_of,
+)
+from gradsharding import DirectoryStore
+from gradsharding.aws.direct import Offer
+from gradsharding.aws.s3 import S3Store
+from gradsharding.errors import StoreRefused, UserError
+from gradsharding.testing import assert_same
+from gradsharding.update import load
+from gradsharding_flower import refer, upload_mod
+from gradsharding_flower.loopback import Loopback
+from gradsharding_flower.mod import ORDERS
+from gradsharding_flower.permits import PERMIT, SPOOL_KEY
+from gradsharding_flower.testing import LocalGrid
+from test_flower_processes import APP, CLIENTS, ROUNDS, assert_ends, assert_small_messages, expected
+
+
+@pytest.fixture(autouse=True)
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let spools lie in this test's own directory."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path / f"gradsharding-spool-{os.getuid()}"
+
+
+class Interfering(LocalGrid):
+    """A LocalGrid in which something happens to the permits of one node."""
+
+    def __init__(self, node: int, what: str) -> None:
+        super().__init__({node: client() for node in NODES})
+        self.node, self.what = node, what
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Interfere, and pass on."""
+        pushed = [*messages]
+        ids = [*super().push_messages(pushed)]
+        for message_id, message in zip(ids, pushed, strict=True):
+            if message.metadata.dst_node_id == self.node and PERMIT in message.content.config_records.get(ORDERS, {}):
+                self.interfere(message_id)
+        return ids
+
+    def interfere(self, message_id: str) -> None:
+        """Let it happen."""
+        match self.what:
+            case "dies":
+                self.silent.add(self.node)
+            case "twice":
+                self._answer(self._messages[message_id])
+            case "another spool":
+                shutil.rmtree(Path(os.environ["SPOOL"]))
+            case "changed spool":
+                (path,) = Path(os.environ["SPOOL"]).glob(f"*.{self.node:020d}.safetensors")
+                path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def left_in(directory: Path) -> list[str]:
+    """Name what spools hold."""
+    return [path.name for path in directory.iterdir()]
+
+
+def test_same_model(ceph_store: S3Store, spool: Path) -> None:
+    """The model is the one that the embedded store gives; the server sends no store and no credentials, and keeps no spool behind."""
+    grid = RecordingGrid({node: client() for node in NODES})
+    strategy = sharding(ceph_store)
+    result = strategy.start(grid, record(initial()), num_rounds=2)
+
+    first = averaged(NODES, 1, initial())
+    assert_same(averaged(NODES, 2, first), state_of(result.arrays))
+    told = [content.config_records[ORDERS] for _, content in grid.sent]
+    assert 2 * 2 * len(NODES) + 2 * len(NODES) == len(told)  # training, permits and evaluation
+    assert not any("store" in one for one in told)
+    assert all(os.environ["AWS_SECRET_ACCESS_KEY"] not in str(one) for one in told)
+    assert [] == left_in(spool)
+    assert 0o700 == spool.stat().st_mode & 0o777
+    assert {*NODES} == {*strategy.history[-1].clients}
+
+
+def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large updates are written in pieces, and the model is the same."""
+    monkeypatch.setattr("gradsharding.aws.presign.PIECE", 5 << 20)
+    state = {"w": np.zeros(3 << 20, np.float32)}
+    grid = RecordingGrid({node: client() for node in NODES})
+    result = sharding(ceph_store).start(grid, record(state), num_rounds=1)
+
+    assert_same(averaged(NODES, 1, state), state_of(result.arrays))
+    offers = [
+        Offer.model_validate_json(str(c.config_records[ORDERS]["update"])) for _, c in grid.sent if PERMIT in c.config_records[ORDERS]
+    ]
+    assert [3] * len(NODES) == [len(offer.pieces) for offer in offers]
+    assert "Uploads" not in ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket)
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("dies", "it was permitted to write its update, and has not said in time that it did"),
+        ("another spool", "nothing has arrived under .* bytes were offered and permitted"),
+        ("changed spool", "it could not write its update: .*the update is not the one that was offered"),
+    ],
+)
+def test_left_out(ceph_store: S3Store, spool: Path, monkeypatch: pytest.MonkeyPatch, what: str, reason: str) -> None:
+    """A node whose update never arrives is left out of the round with the reason, and the others are averaged."""
+    monkeypatch.setenv("SPOOL", str(spool))
+    monkeypatch.setattr("gradsharding.aws.presign.PIECE", 5 << 20)  # so that an upload is under way
+    state = {"w": np.zeros(3 << 20, np.float32)} if what == "dies" else initial()
+    strategy = sharding(ceph_store)
+    result = strategy.start(Interfering(14, what), record(state), num_rounds=1, timeout=2)
+
+    assert_same(averaged([node for node in NODES if node != 14], 1, state), state_of(result.arrays))
+    (left,) = strategy.history[0].left_out.items()
+    assert 14 == left[0]
+    assert re.search(reason, left[1])
+    assert "Uploads" not in ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket)
+
+
+def test_permit_twice(ceph_store: S3Store) -> None:
+    """A permit that is delivered twice does no harm."""
+    result = sharding(ceph_store).start(Interfering(14, "twice"), record(initial()), num_rounds=1)
+    assert_same(averaged(NODES, 1, initial()), state_of(result.arrays))
+
+
+def test_offer_too_large(ceph_store: S3Store) -> None:
+    """An update far larger than the model is not permitted, and never written."""
+
+    def large(node: int, server_round: int, arrays: Any) -> Any:  # noqa: ARG001
+        return reply({"w": np.zeros(80 << 20, np.uint8)}, weight_of(node))
+
+    strategy = sharding(ceph_store)
+    strategy.start(grid_of({14: client(large)}), record(initial()), num_rounds=1)
+    assert "it offers 83886" in strategy.history[0].left_out[14]
+    assert "are permitted" in strategy.history[0].left_out[14]
+
+
+def test_mixed(ceph_store: S3Store) -> None:
+    """Nodes with the mod write by permits, the others are relayed, and the mean is of both."""
+    strategy = sharding(ceph_store, mode="mixed")
+    grid = RecordingGrid({node: client(mods=[] if node == 3 else [upload_mod]) for node in NODES})
+    result = strategy.start(grid, record(initial()), num_rounds=2)
+
+    assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
+
+
+def test_spool_of_someone_else(ceph_store: S3Store, tmp_path: Path) -> None:
+    """A spool that is not this user's is refused, and the log says how to choose another."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    grid = grid_of()
+    grid._contexts[14].node_config[SPOOL_KEY] = str(tmp_path / "link")
+    strategy = sharding(ceph_store)
+    strategy.start(grid, record(initial()), num_rounds=1)
+    assert "belongs to someone else; set gradsharding-spool" in strategy.history[0].left_out[14]
+
+
+def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store without URLs, seconds without sense, a model that no URL reaches and wrong credentials end it before any node trains."""
+    with pytest.raises(UserError, match="can give no URLs; use an s3:// store"):
+        sharding(DirectoryStore(tmp_path), presigned=True)
+    for seconds in (0, 7 * 86_400 + 1):
+        with pytest.raises(UserError, match=f"URLs cannot be good for {seconds} seconds"):
+            sharding(ceph_store, url_seconds=seconds)
+    copy = DirectoryStore(tmp_path / "store")
+    sharding(copy, keep=True).start(grid_of(), record(initial()), num_rounds=0)
+    (path,) = (tmp_path / "store").rglob("result.safetensors")
+    with pytest.raises(UserError, match=r"nodes cannot reach file://.* by a URL of s3://"):
+        sharding(ceph_store).start(grid_of(), refer(path, ceph_store), num_rounds=1)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreRefused, match="the secret key does not belong to the access key"):
+        sharding(ceph_store).start(grid_of(), record(initial()), num_rounds=1)
+
+
+def test_nodes_with_rights_of_their_own(ceph_store: S3Store) -> None:
+    """Without signed URLs, nodes use the environment's credentials, as with any store."""
+    grid = RecordingGrid({node: client() for node in NODES})
+    result = sharding(ceph_store, presigned=False).start(grid, record(initial()), num_rounds=1)
+
+    assert_same(averaged(NODES, 1, initial()), state_of(result.arrays))
+    assert {ceph_store.url} == {content.config_records[ORDERS]["store"] for _, content in grid.sent}
+
+
+def environment_of(pid: int) -> set[str]:
+    """Names in the environment of a process."""
+    return {part.partition(b"=")[0].decode() for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")}
+
+
+@pytest.fixture
+def loopback(ceph_store: S3Store, tmp_path: Path) -> Iterator[Loopback]:
+    """Give a deployment whose server alone can reach Ceph."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    assert ceph_store
+    with Loopback(tmp_path / "home", nodes=CLIENTS, server=ours) as running:
+        yield running
+    assert_ends(tmp_path / "home")
+
+
+@pytest.mark.flower
+def test_deployment(loopback: Loopback, ceph_store: S3Store, tmp_path: Path) -> None:
+    """SuperNodes without credentials train over Ceph the model that the same SuperNodes train over a directory, bit for bit."""
+    reports = {}
+    for store in (ceph_store.url, str(tmp_path / "store")):
+        path = tmp_path / "report.json"
+        config = {"num-server-rounds": ROUNDS, "num-clients": CLIENTS, "strategy": "gradsharding", "store": store, "report": str(path)}
+        loopback.run(APP, **config)  # type: ignore[arg-type]
+        reports[store] = json.loads(path.read_text())
+    over_s3, embedded = reports.values()
+    model = load(over_s3["model"], ceph_store)
+
+    for name, process in loopback.processes.items():
+        assert ("AWS_SECRET_ACCESS_KEY" in environment_of(process.pid)) == (name == "superlink")
+    assert ROUNDS == len(over_s3["rounds"])
+    assert all(one["server_received"] < 2000 * CLIENTS and one["server_sent"] < 5000 * CLIENTS for one in over_s3["rounds"])
+    assert_small_messages(embedded)
+    assert_same(load(embedded["model"], DirectoryStore(tmp_path / "store")), model)
+    for name, array in expected().items():
+        np.testing.assert_allclose(model[name], array, rtol=1e-3, atol=1e-5)
+    assert "X-Amz-Signature" not in loopback.logs()
