@@ -127,7 +127,7 @@ def test_left_out(ceph_store: S3Store, spool: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gradsharding.aws.presign.PIECE", 5 << 20)  # so that an upload is under way
     state = {"w": np.zeros(3 << 20, np.float32)} if what == "dies" else initial()
     strategy = sharding(ceph_store)
-    result = strategy.start(Interfering(14, what), record(state), num_rounds=1, timeout=2)
+    result = strategy.start(Interfering(14, what), record(state), num_rounds=1, timeout=5)
 
     assert_same(averaged([node for node in NODES if node != 14], 1, state), state_of(result.arrays))
     (left,) = strategy.history[0].left_out.items()
