@@ -135,6 +135,7 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     up = command("deploy", "--name", "one", *ours, "--memory", "512")
     assert 0 == up.returncode, up.stderr
     assert "executor: lambda:one" in up.stdout
+    assert "it costs $0.20 a month for 2 alarms" in up.stdout
     smoked = command("smoke", "--name", "one")
     assert 0 == smoked.returncode, smoked.stderr
     assert "every element is right" in smoked.stdout

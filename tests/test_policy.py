@@ -11,6 +11,7 @@ from botocore.exceptions import ClientError
 
 from gradsharding import worker
 from gradsharding.aws.client import code_of
+from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.s3 import S3Store
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
@@ -139,3 +140,8 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
         with pytest.raises(ClientError) as caught:
             ask()
         assert "AccessDenied" == code_of(caught.value), what
+
+
+def test_alarms_are_as_many_as_are_billed() -> None:
+    """What ``deploy`` says of the cost of leaving it up counts the template's alarms."""
+    assert ALARMS == sum(one["Type"] == "AWS::CloudWatch::Alarm" for one in resources().values())

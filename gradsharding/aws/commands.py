@@ -26,6 +26,9 @@ name_option = click.option(
 
 SMOKE_CLIENTS, SMOKE_ELEMENTS = 4, 4 << 20
 
+ALARMS = 2
+"""CloudWatch alarms of the template."""
+
 
 @click.command(short_help="Put the bucket and the function up on AWS.")
 @name_option
@@ -44,15 +47,17 @@ def deploy(name: str, **options: Any) -> None:
     keys = {option: "".join(word.capitalize() for word in option.split("_")) for option in options}
     parameters = {keys[option]: str(value) for option, value in options.items() if value is not None}
     up = put_up(Account(), name, parameters, _tell)
-    store, executor = up.outputs["Store"], up.outputs["Executor"]
+    store, executor, prices = up.outputs["Store"], up.outputs["Executor"], _prices()
+    alarm, stored = Decimal(prices["cloudwatch"]["alarm_month"]), prices["s3"]["gigabyte_month"]
     click.echo(
         f"store:    {store}\nexecutor: {executor}\n\n"
         f"Try it:       gradsharding smoke{_named(name)}\n"
-        f"Use it:       gradsharding aggregate {store}/in/*.safetensors -o {store}/results/mean.safetensors --executor {executor}\n"
+        f"Use it:       gradsharding aggregate {store}/in/a.safetensors:120 {store}/in/b.safetensors:80 "
+        f"-o {store}/results/mean.safetensors --executor {executor}\n"
         f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
         f"Take it down: gradsharding destroy{_named(name)}\n\n"
-        f"Left up and unused, it costs two CloudWatch alarms and what lies in its buckets; rounds are deleted after "
-        f"{up.parameters.get('ExpireDays', '7')} days."
+        f"Left up and unused, it costs ${ALARMS * alarm} a month for {ALARMS} alarms, and ${stored} for each GB-month that lies in its "
+        f"buckets (list prices of us-east-1); rounds are deleted after {up.parameters.get('ExpireDays', '7')} days."
     )
 
 
@@ -102,7 +107,7 @@ def destroy(name: str, *, yes: bool) -> None:
 
 def _bill(result: Result, architecture: str) -> str:
     """Memory and cost of a finished round, in list prices."""
-    prices = tomllib.loads(files("gradsharding").joinpath("prices.toml").read_text())
+    prices = _prices()
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
     gets, puts = sum(report.gets for report in result.reports), sum(report.puts for report in result.reports) + result.puts
     lines = [f"memory per function: {mib(result.plan.memory)} projected, {mib(max(r.peak_memory for r in result.reports))} observed"]
@@ -121,6 +126,10 @@ def _bill(result: Result, architecture: str) -> str:
     lines.append(f"S3: {gets} GETs, {puts} PUTs, ${requests:.7f}; uploads and the round's records not counted")
     lines.append(f"list prices of us-east-1, {prices['lambda']['date']}")
     return "\n".join(lines)
+
+
+def _prices() -> dict[str, Any]:
+    return tomllib.loads(files("gradsharding").joinpath("prices.toml").read_text())
 
 
 def _found(name: str) -> Deployed:
