@@ -1,6 +1,7 @@
 """What the function's role may do: read what lies below the project's prefix, write results there, and no more."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.s3 import S3Store
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
-from gradsharding.testing.s3 import Ceph, S3Server
+from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 
 PREFIX = "some prefix"
 TEMPLATE = Path(__file__).parent.parent / "deploy/template.yaml"
@@ -145,3 +146,41 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
 def test_alarms_are_as_many_as_are_billed() -> None:
     """What ``deploy`` says of the cost of leaving it up counts the template's alarms."""
     assert ALARMS == sum(one["Type"] == "AWS::CloudWatch::Alarm" for one in resources().values())
+
+
+@pytest.mark.slow
+def test_lifecycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the template's rules, on a server whose days are short, rounds and unfinished uploads go, and results stay."""
+    if why := ceph_missing():
+        pytest.skip(why)
+    rules = resources()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    days = {"ExpireDays": 1, "${Prefix}/rounds/": f"{PREFIX}/rounds/", "${Prefix}/.gradsharding/": f"{PREFIX}/.gradsharding/"}
+
+    def for_s3(rule: Any) -> Any:
+        found = {"ID": rule["Id"], "Status": rule["Status"], "Filter": {"Prefix": days.get(rule.get("Prefix", ""), "")}}
+        if "ExpirationInDays" in rule:
+            return found | {"Expiration": {"Days": days[rule["ExpirationInDays"]]}}
+        return found | {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1}}
+
+    with ceph_server(day=3) as ceph:
+        for name, value in ceph.server.environment().items():
+            monkeypatch.setenv(name, value)
+        store = S3Store(f"s3://{ceph.server.make_bucket()}/{PREFIX}")
+        store.client.put_bucket_lifecycle_configuration(
+            Bucket=store.bucket, LifecycleConfiguration={"Rules": [for_s3(rule) for rule in rules]}
+        )
+        for key in ("rounds/r/round.json", "results/mean.safetensors", "models/a"):
+            store.put(key, [b"x"])
+        upload = store.begin("results/other")
+        store.put_part("results/other", upload, 1, 0, b"kept")
+        end = time.monotonic() + 90
+        while time.monotonic() < end and (len([*store._list("")]) > 2 or _uploads(store)):
+            time.sleep(0.5)
+        left = [place for place, _ in store._list("")]
+
+        assert [f"{PREFIX}/models/a", f"{PREFIX}/results/mean.safetensors"] == left
+        assert not _uploads(store)
+
+
+def _uploads(store: S3Store) -> list[Any]:
+    return [*store.client.list_multipart_uploads(Bucket=store.bucket).get("Uploads", [])]

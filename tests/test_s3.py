@@ -7,7 +7,9 @@ import subprocess
 import sys
 import uuid
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.body import Body
 from gradsharding.aws.compose import LARGE, MINIMUM, Composed, compose, is_kept
+from gradsharding.aws.direct import UrlSource, offer, write
+from gradsharding.aws.presign import grant, readable, settle
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import (
     ChangedObject,
@@ -35,7 +39,7 @@ from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, locate, open_store
 from gradsharding.testing import StoreContract, assert_same, read, reference_mean, sample_updates
 from gradsharding.testing.proxy import Path, Proxy
-from gradsharding.testing.s3 import Ceph, S3Server
+from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import encode
 
@@ -243,6 +247,65 @@ def test_no_bucket() -> None:
     for ask in (lambda: store.put("a", [b"x"]), lambda: list(store.list("")), lambda: store.begin("a")):
         with pytest.raises(StoreRefused, match="there is no bucket 'there-is-no-such-bucket'"):
             ask()
+
+
+class _Elsewhere(BaseHTTPRequestHandler):
+    """Answers as S3 does for a bucket of another region."""
+
+    def do_GET(self) -> None:
+        """Redirect for good, without saying where to."""
+        self.send_response(301)
+        self.send_header("x-amz-bucket-region", "eu-west-3")
+        self.send_header("Content-Type", "application/xml")
+        answer = b"<Error><Code>PermanentRedirect</Code><Message>use the other endpoint</Message></Error>"
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer if self.command == "GET" else b"")
+
+    do_HEAD = do_GET  # noqa: N815 - http.server names it so
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_another_region(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that lies in another region is told with that region and the variable to set."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
+        for ask in (lambda: read(moto_store, "a"), lambda: list(moto_store.list("")), lambda: moto_store.head("a")):
+            with pytest.raises(StoreRefused, match="it lies in region eu-west-3; set AWS_REGION to that"):
+                ask()
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_over_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Over TLS, with a certificate that the environment trusts, a round runs, and signed URLs work; an unknown one is refused."""
+    if why := ceph_missing():
+        pytest.skip(why)
+    chain, key = tmp_path / "chain.pem", tmp_path / "key.pem"
+    made = ["-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(["openssl", "req", "-x509", *made, "-out", chain, "-keyout", key], check=True, capture_output=True)
+    with ceph_server(certificate=(chain, key)) as ceph:
+        for name, value in (ceph.server.environment() | {"AWS_ENDPOINT_URL_S3": str(ceph.secure), "AWS_CA_BUNDLE": str(chain)}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("SSL_CERT_FILE", str(chain))
+        store, updates = S3Store(f"s3://{ceph.server.make_bucket()}"), {"a": ({"w": np.arange(4 * MIB, dtype="f4")}, 3)}
+        round_ = Round.create(store, "r")
+        round_.submit("a", *updates["a"])
+        assert_same(reference_mean(updates), aggregate(round_, topology=partial(sharded, shards=2), executor=ProcessExecutor(2)).arrays())
+
+        spool = tmp_path / "spool"
+        spool.write_bytes(b"x" * (6 * MIB))
+        granted = grant(store, "offered", offer(spool, 5 * MIB), 60)
+        write(spool, granted.offer, granted.permit)
+        settle(store, granted)
+        assert b"xxx" == b"".join(bytes(chunk) for chunk in UrlSource("offered", readable(store, "offered", 60)).get("offered", 7, 10))
+
+        monkeypatch.delenv("AWS_CA_BUNDLE")
+        with pytest.raises(StoreFailed, match="certificate verify failed"):
+            store.head("offered")
 
 
 def test_fetch_of_what_is_missing(moto_store: S3Store) -> None:

@@ -3,7 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from flwr.app import Message, RecordDict
 
@@ -24,6 +26,9 @@ from gradsharding_flower.reference import Reference, client_id, find
 
 log = logging.getLogger("flwr")
 
+AT_ONCE = 16
+"""Nodes whose updates are looked at together: a remote store takes a few round trips for each."""
+
 LeaveOut = Callable[[int, str], None]
 """Takes the node that is left out of a round, and why."""
 
@@ -43,6 +48,10 @@ class Contribution:
         """The node as the client of a round."""
         return client_id(self.node)
 
+    def refer(self, round_: Round) -> None:
+        """Record it in a round; its data stay where they are."""
+        round_.refer(self.client, self.reference.source, self.weight, version=self.reference.version, update=self.update)
+
 
 def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, like: Layout, leave_out: LeaveOut) -> list[Contribution]:
     """Give the usable replies, sorted by node; ``leave_out`` is told of the others.
@@ -51,15 +60,13 @@ def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, lik
     the most common metrics.
     """
     found = []
-    for message in sorted(replies, key=lambda m: m.metadata.src_node_id):
-        node = message.metadata.src_node_id
-        if message.has_error():
-            leave_out(node, f"it answered with an error: {message.error.reason}")
-            continue
-        try:
-            found.append(_check(node, message.content, round_, weighted_by_key))
-        except GradShardingError as error:
-            leave_out(node, error.message)
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="gradsharding-collect") as pool:
+        answers = sorted(replies, key=lambda m: m.metadata.src_node_id)
+        for message, one in zip(answers, pool.map(partial(_check, round_, weighted_by_key), answers), strict=True):
+            if isinstance(one, str):
+                leave_out(message.metadata.src_node_id, one)
+            else:
+                found.append(one)
     return _alike(_with_common_metrics(found, leave_out), like, leave_out)
 
 
@@ -75,8 +82,8 @@ def mean(
         if len(kept) < max(at_least, 1):
             raise TooFewClients(f"{len(kept)} usable updates are too few, {max(at_least, 1)} are needed; see why the others were left out")
         trial = Round.create(round_.store, f"{round_.id}-{attempt}")
-        for one in kept:
-            trial.refer(one.client, one.reference.source, one.weight, version=one.reference.version, update=one.update)
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="gradsharding-refer") as pool:
+            [*pool.map(partial(Contribution.refer, round_=trial), kept)]
         try:
             return run(trial)
         except GradShardingError as error:
@@ -91,8 +98,18 @@ def mean(
     raise AssertionError("each attempt but the last leaves a client out")
 
 
-def _check(node: int, content: RecordDict, round_: Round, weighted_by_key: str) -> Contribution:
-    """Check one reply by itself: its records, its weight, and that its receipt tells the truth."""
+def _check(round_: Round, weighted_by_key: str, message: Message) -> Contribution | str:
+    """Check one reply by itself; give it as a contribution, or say why it is none."""
+    if message.has_error():
+        return f"it answered with an error: {message.error.reason}"
+    try:
+        return _checked(message.metadata.src_node_id, message.content, round_, weighted_by_key)
+    except GradShardingError as error:
+        return error.message
+
+
+def _checked(node: int, content: RecordDict, round_: Round, weighted_by_key: str) -> Contribution:
+    """Check its records, its weight, and that its receipt tells the truth."""
     arrays, metrics = list(content.array_records.values()), list(content.metric_records.values())
     if len(arrays) != 1 or len(metrics) != 1:
         raise InvalidUpdate(f"its reply has {len(arrays)} ArrayRecords and {len(metrics)} MetricRecords, where one of each is due")
