@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,24 @@ def test_no_droppings(tmp_path: Path) -> None:
 
     store.delete(["a/b/put", "a/c/parts"])
     assert [] == list(tmp_path.iterdir())
+
+
+def test_writers_side_by_side(tmp_path: Path) -> None:
+    """Writers that put, write in parts and delete in one directory at once do not take it from under each other."""
+
+    def write(writer: int) -> int:
+        store = DirectoryStore(tmp_path)
+        for i in range(40):
+            store.put(f"a/b/{writer}-{i}", [b"x"])
+            upload = store.begin(f"a/c/{writer}-{i}")
+            store.put_part(f"a/c/{writer}-{i}", upload, 1, 0, b"xyz")
+            store.complete(f"a/c/{writer}-{i}", upload, {1: 3})
+            store.delete([f"a/b/{writer}-{i}", f"a/c/{writer}-{i}"])
+        return writer
+
+    with ThreadPoolExecutor(8) as pool:
+        assert [*range(8)] == [*pool.map(write, range(8))]
+    assert [] == [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("upload", ["", "..", "../../a", "A" * 32, "a" * 31])

@@ -6,15 +6,17 @@ import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 from gradsharding.errors import InvalidId, MissingObject
 from gradsharding.kernel import Buffer
 from gradsharding.reading import STREAM
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
+
+T = TypeVar("T")
 
 CHUNK = 1 << 20
 """Bytes of a read buffer: fits the second-level cache."""
@@ -71,9 +73,8 @@ class DirectoryStore:
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         path, draft = self._path(key), self._hidden / "drafts" / uuid.uuid4().hex
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("xb", buffering=0) as file:
+            with _inside(draft.parent, lambda: draft.open("xb", buffering=0)) as file:
                 for buffer in data:
                     _write(file.fileno(), buffer)
                 os.fsync(file.fileno())
@@ -107,7 +108,8 @@ class DirectoryStore:
     def begin(self, key: str) -> str:
         self._path(key)
         upload = uuid.uuid4().hex
-        (self._upload(upload) / "parts").mkdir(parents=True)
+        _inside(self._upload(upload).parent, self._upload(upload).mkdir)
+        (self._upload(upload) / "parts").mkdir()
         (self._upload(upload) / "data").touch()
         return upload
 
@@ -175,21 +177,11 @@ class DirectoryStore:
             raise changed(key, version, found)
 
     def _publish(self, key: str, draft: Path, path: Path, *, overwrite: bool) -> Stat:
-        for last in (False, False, True):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if overwrite:
-                    draft.replace(path)
-                else:
-                    os.link(draft, path)
-                break
-            except FileExistsError:
-                if draft.samefile(path):  # published by a process that died before it cleaned up
-                    break
+        try:
+            _inside(path.parent, lambda: draft.replace(path) if overwrite else os.link(draft, path))
+        except FileExistsError:
+            if not draft.samefile(path):  # published by a process that died before it cleaned up
                 raise taken(key, self.url) from None
-            except FileNotFoundError:  # another process pruned the directory between the two calls
-                if last:
-                    raise
         _sync_directory(path.parent)
         return self.head(key)
 
@@ -199,6 +191,21 @@ class DirectoryStore:
             while directory != self.root:
                 directory.rmdir()
                 directory = directory.parent
+
+
+def _inside(directory: Path, act: Callable[[], T]) -> T:
+    """Make a directory and act in it; another writer may prune it, empty as it still is, between the two: then both again."""
+    for last in (*[False] * 99, True):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            return act()
+        except FileNotFoundError:
+            if last:
+                raise
+        except FileExistsError:  # what ``act`` found, or a file in the directory's place; or it was pruned as it was made
+            if last or directory.exists():
+                raise
+    raise AssertionError("unreachable")
 
 
 def _stat(stat: os.stat_result) -> Stat:
