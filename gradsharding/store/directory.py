@@ -198,12 +198,16 @@ def _inside(directory: Path, act: Callable[[], T]) -> T:
     for last in (*[False] * 99, True):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            return act()
+        except FileExistsError:  # a file in its place, or it was pruned as it was made
+            if directory.is_file() or last:
+                raise
         except FileNotFoundError:
             if last:
                 raise
-        except FileExistsError:  # what ``act`` found, or a file in the directory's place; or it was pruned as it was made
-            if last or directory.exists():
+        try:
+            return act()
+        except FileNotFoundError:
+            if last:
                 raise
     raise AssertionError("unreachable")
 
