@@ -86,8 +86,10 @@ class Contributed(click.Command):
         try:
             command = self.entry.load()
         except ImportError as error:
-            ours = {"gradsharding_flower.demo": "gradsharding[demo]", "gradsharding.aws.commands": "gradsharding[aws]"}
-            needed = ours.get(self.entry.module, self.package)
+            if self.package == "gradsharding":
+                needed = "gradsharding[aws]"
+            else:
+                needed = f"gradsharding[{self.name}]" if self.package.startswith("gradsharding_") else self.package
             raise UserError(f"{self.name} needs more than is installed here ({error}); install {needed}") from error
         assert isinstance(command, click.Command)
         return command

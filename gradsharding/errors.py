@@ -16,6 +16,7 @@
     ├── ChangedObject                     the object is not the version that was sealed
     ├── IncompleteUpload                  parts are missing; the object was not published
     ├── StoreFailed                       a store could not be reached, or failed, after several attempts
+    ├── StackFailed                       CloudFormation did not do what it was asked for
     └── TaskFailed                        a function broke, with its task's name
         └── OutOfMemory (MemoryError)     it outgrew the allowed memory
 
@@ -97,6 +98,10 @@ class IncompleteUpload(GradShardingError):
 
 class StoreFailed(GradShardingError):
     """A store or service could not be reached, or failed, after several attempts."""
+
+
+class StackFailed(GradShardingError):
+    """CloudFormation did not do what it was asked for; the message gives its reason."""
 
 
 class TaskFailed(GradShardingError):

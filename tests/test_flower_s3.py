@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,15 @@ class Interfering(LocalGrid):
             case "twice":
                 self._answer(self._messages[message_id])
             case "another spool":
-                shutil.rmtree(Path(os.environ["SPOOL"]))
+                self.spooled.unlink()
             case "changed spool":
-                (path,) = Path(os.environ["SPOOL"]).glob(f"*.{self.node:020d}.safetensors")
-                path.write_bytes(path.read_bytes()[:-1] + b"?")
+                self.spooled.write_bytes(self.spooled.read_bytes()[:-1] + b"?")
+
+    @property
+    def spooled(self) -> Path:
+        """What the node keeps."""
+        (path,) = Path(os.environ["SPOOL"]).glob(f"*.{self.node:020d}.safetensors")
+        return path
 
 
 def left_in(directory: Path) -> list[str]:

@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError, WaiterError
 
 from gradsharding.aws.bundle import build
 from gradsharding.aws.client import S3_CONFIG, code_of, explained
-from gradsharding.errors import GradShardingError, UserError
+from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
@@ -28,10 +28,6 @@ TEMPLATES = (Path(__file__).with_name("template.yaml"), Path(__file__).parents[2
 """Where the template is: in an installed package, or in a checkout."""
 
 Tell = Callable[[str], None]
-
-
-class StackFailed(GradShardingError):
-    """CloudFormation did not do what it was asked for; the message gives its reason."""
 
 
 class Deployed(NamedTuple):
