@@ -11,7 +11,7 @@ BEGIN, END = "<!-- from benchmarks/results: python benchmarks/readme.py -->\n", 
 
 def section() -> str:
     """Give the README's tables as Markdown."""
-    return embedded(_results("embedded")) + "\n" + flower_round(_results("flower_round"))
+    return "\n".join((embedded(_results("embedded")), flower_round(_results("flower_round")), s3_worker(_results("s3_worker"))))
 
 
 def embedded(found: dict[str, Any]) -> str:
@@ -58,6 +58,28 @@ def flower_round(found: dict[str, Any]) -> str:
         + row("peak memory of the ServerApp", peak, 1e6, "MB")
         + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode:\n"
         "it does not grow with the model. A directory in the page cache is not S3, and two nodes are not two hundred.\n"
+    )
+
+
+def s3_worker(found: dict[str, Any]) -> str:
+    """Table one function on S3 beside its client's own requests, and a serial loop."""
+
+    def row(name: str, route: dict[str, Any]) -> str:
+        rates = [f"{route['rivals'][rival]['read_rate']['median'] / 1e6:.0f}" for rival in ("ours", "raw", "serial", "obstore")]
+        return f"| {' | '.join((name, *rates))} | {route['ours_of_raw']:.2f} | {route['ours_of_serial']:.2f} |\n"
+
+    setup, routes = found["setup"], found["routes"]
+    ours, serial = (max(route["rivals"][name]["grown_slices"] for route in routes.values()) for name in ("ours", "serial"))
+    return (
+        f"**A function on S3**: {setup['title']}, on this machine; latency and rates are injected.\n{_origin(found)}\n\n"
+        "| MB/s read, median | gradsharding | the same requests, thrown away | serial loop | obstore "
+        "| ours of the requests | ours of the loop's speed |\n|---|---|---|---|---|---|---|\n"
+        + "".join(row(name, route) for name, route in routes.items())
+        + f"\nWe read {setup['chunk'] >> 20} MiB a request, {setup['parallel']} at once, and fold in float64. The serial loop is "
+        "`get_object().read()`\nand `np.add` in float32. Memory beside the idle client, in slices: "
+        f"ours {ours:.1f}, of which the float64 sums are 2; the loop's {serial:.1f}.\n"
+        "Where 75 MB/s is all there is, as is reported of a Lambda function, one connection nearly fills it,\n"
+        "and reading ahead gains what latency takes. Without a limit, folding competes with the server and the client for two cores.\n"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from gradsharding.testing.s3 import ceph_missing
 from measure import Range, in_fresh_process
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -115,3 +116,23 @@ def test_flower_round_compares_real_federations(tmp_path: Path) -> None:
     assert ["plain", "direct", "direct, small model"] == list(found["figures"])
     assert found["figures"]["plain"]["messages_bytes_per_round"] > 4 * found["model_bytes"]  # two clients, both ways
     assert found["figures"]["direct"]["messages_bytes_per_round"] < 10_000
+
+
+@pytest.mark.slow
+def test_s3_worker_compares_rivals_on_the_same_updates(tmp_path: Path) -> None:
+    """A quick run of ``s3_worker.py`` has each rival read all bytes on each route; what its targets compare can be recomputed."""
+    if why := ceph_missing():
+        pytest.skip(why)
+    command = [sys.executable, str(BENCHMARKS / "s3_worker.py"), "--quick", "--repetitions", "1"]
+    subprocess.run([*command, "--output", str(tmp_path / "s3.json")], check=True, capture_output=True)
+    found = json.loads((tmp_path / "s3.json").read_text())
+
+    assert 7 == len(found["routes"])
+    for route in found["routes"].values():
+        rates = {name: rival["read_rate"]["median"] for name, rival in route["rivals"].items()}
+        assert ["ours", "raw", "serial", "obstore"] == list(rates)
+        assert rates["ours"] / rates["raw"] == route["ours_of_raw"]
+        assert all(rate > 0 for rate in rates.values())
+        assert route["rivals"]["ours"]["grown"]["most"] < 2 * found["setup"]["bytes"] + (56 << 20)
+    slow, fast = (found["routes"][f"{latency} ms, 90 MB/s a connection"]["rivals"]["serial"]["seconds"] for latency in (100, 0))
+    assert fast["median"] < slow["median"]

@@ -25,15 +25,17 @@ from flower_federation import (
     weight_of,
 )
 from gradsharding import DirectoryStore
-from gradsharding.aws.direct import Offer
+from gradsharding.aws.direct import Offer, Piece
 from gradsharding.aws.s3 import S3Store
-from gradsharding.errors import StoreRefused, UserError
+from gradsharding.errors import InvalidUpdate, StoreRefused, UserError
 from gradsharding.testing import assert_same
+from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
 from gradsharding.update import load
 from gradsharding_flower import refer, upload_mod
 from gradsharding_flower.loopback import Loopback
 from gradsharding_flower.mod import ORDERS
-from gradsharding_flower.permits import PERMIT, SPOOL_KEY
+from gradsharding_flower.permits import PERMIT, SPOOL_KEY, Lender, Offered
+from gradsharding_flower.reference import Reference
 from gradsharding_flower.testing import LocalGrid
 from test_flower_processes import APP, CLIENTS, ROUNDS, assert_ends, assert_small_messages, expected
 
@@ -158,6 +160,22 @@ def test_offer_too_large(ceph_store: S3Store) -> None:
     assert "are permitted" in strategy.history[0].left_out[14]
 
 
+def test_offer_cut_otherwise(ceph_store: S3Store) -> None:
+    """Offers that are not cut as they were told are not permitted: S3 would refuse small pieces at the end, and many cost time."""
+    lender = Lender(ceph_store, 60)
+    model = Reference(source="m", version="v", nbytes=10_000, names=("w",))
+    piece = 64 << 20
+    digest = "A" * 22 + "=="
+    for sizes in ((piece, 1), (piece,), (5,)):
+        lender.permit("r", "k", Offered(update=Offer(pieces=tuple(Piece(size=size, md5=digest) for size in sizes)), names=("w",)), model)
+    for sizes in ((5, 5), (piece - 1, piece), (piece, 0), (0,)):
+        offered = Offered(update=Offer(pieces=tuple(Piece(size=size, md5=digest) for size in sizes)), names=("w",))
+        with pytest.raises(InvalidUpdate, match=f"it offers {len(sizes)} pieces that are not of {piece} bytes each|are permitted"):
+            lender.permit("r", "k", offered, model)
+    lender.close()
+    assert "Uploads" not in ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket)
+
+
 def test_mixed(ceph_store: S3Store) -> None:
     """Nodes with the mod write by permits, the others are relayed, and the mean is of both."""
     strategy = sharding(ceph_store, mode="mixed")
@@ -193,6 +211,20 @@ def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypat
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreRefused, match="the secret key does not belong to the access key"):
         sharding(ceph_store).start(grid_of(), record(initial()), num_rounds=1)
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds whose slices are averaged by Lambda functions give the same model; the function's memory is the limit."""
+    with LocalLambda(LocalFunction(memory=512), concurrency=2) as front:
+        for name, value in front.environment().items():
+            monkeypatch.setenv(name, value)
+        strategy = sharding(ceph_store, executor="lambda:gradsharding")
+        result = strategy.start(grid_of(), record(initial()), num_rounds=2)
+
+    assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
+    assert {"200"} == {call.outcome for call in front.calls}
+    assert 2 * 2 == len(front.calls)  # three slices, two functions, two rounds
 
 
 def test_nodes_with_rights_of_their_own(ceph_store: S3Store) -> None:

@@ -274,7 +274,7 @@ def test_another_region(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
         for ask in (lambda: read(moto_store, "a"), lambda: list(moto_store.list("")), lambda: moto_store.head("a")):
-            with pytest.raises(StoreRefused, match="it lies in region eu-west-3; set AWS_REGION to that"):
+            with pytest.raises(StoreRefused, match="it lies in region eu-west-3; set AWS_DEFAULT_REGION to that"):
                 ask()
         server.shutdown()
 

@@ -83,7 +83,7 @@ def explained(error: BotoCoreError | ClientError, doing: str) -> GradShardingErr
         case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
             return StoreRefused(f"{doing}: there are no AWS credentials; {_CREDENTIALS}")
         case NoRegionError():
-            return StoreRefused(f"{doing}: no AWS region is chosen; set AWS_REGION")
+            return StoreRefused(f"{doing}: no AWS region is chosen; set AWS_DEFAULT_REGION")
         case ProfileNotFound():
             return StoreRefused(f"{doing}: {error}; set AWS_PROFILE to one that exists")
         case ClientError():
@@ -99,7 +99,9 @@ def _refused(error: ClientError, doing: str) -> GradShardingError:
     if code in _REFUSALS:
         return StoreRefused(f"{doing}: {_REFUSALS[code]}", code=code)
     if code in _ELSEWHERE and (region or code != "BadRequest"):
-        return StoreRefused(f"{doing}: it lies in {f'region {region}' if region else 'another region'}; set AWS_REGION to that", code=code)
+        return StoreRefused(
+            f"{doing}: it lies in {f'region {region}' if region else 'another region'}; set AWS_DEFAULT_REGION to that", code=code
+        )
     if code in _DENIED:
         return StoreRefused(f"{doing}: access is denied ({code}); allow these credentials this action there, or use others", code=code)
     message = answer.get("Error", {}).get("Message", "")

@@ -121,18 +121,20 @@ class Lender:
 
         if "://" in model.source:
             raise UserError(f"nodes cannot reach {model.source} by a URL of {self._store.url}; give the first model's arrays themselves")
-        most = WIDEST * model.nbytes + ROOM
-        piece = max(self._piece, -(-most // MAX_PARTS))
-        return ConfigRecord({"round": round_id, MODEL: readable(self._store, model.source, self._seconds), PIECE: piece})
+        url = readable(self._store, model.source, self._seconds)
+        return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
     def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
-        """Permit what a node offers, under ``key``; raise InvalidUpdate if it is larger than an update can be."""
+        """Permit what a node offers, under ``key``; raise InvalidUpdate if an update cannot be so large, or is not cut as it was told."""
         from gradsharding.aws.presign import grant  # noqa: PLC0415
 
-        most = WIDEST * model.nbytes + ROOM
-        if offered.update.nbytes > most:
-            raise InvalidUpdate(f"it offers {offered.update.nbytes} bytes, where the model has {model.nbytes} and {most} are permitted")
-        self._open[key] = granted = grant(self._store, key, offered.update, self._seconds)
+        update, most, piece = offered.update, _most(model), self._piece_for(model)
+        if update.nbytes > most:
+            raise InvalidUpdate(f"it offers {update.nbytes} bytes, where the model has {model.nbytes} and {most} are permitted")
+        if any(one.size != piece for one in update.pieces[:-1]) or not 0 < update.pieces[-1].size <= piece:
+            raise InvalidUpdate(f"it offers {len(update.pieces)} pieces that are not of {piece} bytes each, and one for the rest")
+        self._withdraw(key)
+        self._open[key] = granted = grant(self._store, key, update, self._seconds)
         return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
 
     def settle(self, key: str, offered: Offered) -> Reference:
@@ -145,10 +147,22 @@ class Lender:
 
     def close(self) -> None:
         """Withdraw what was permitted and has not arrived."""
+        for key in [*self._open]:
+            self._withdraw(key)
+
+    def _withdraw(self, key: str) -> None:
         from gradsharding.aws.presign import withdraw  # noqa: PLC0415
 
-        while self._open:
-            withdraw(self._store, self._open.popitem()[1])
+        if granted := self._open.pop(key, None):
+            withdraw(self._store, granted)
+
+    def _piece_for(self, model: Reference) -> int:
+        return max(self._piece, -(-_most(model) // MAX_PARTS))
+
+
+def _most(model: Reference) -> int:
+    """Bytes that an update of a model may have."""
+    return WIDEST * model.nbytes + ROOM
 
 
 def _private(directory: Path) -> Path:
