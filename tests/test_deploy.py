@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 
 from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, probe
 from gradsharding.aws.stack import Account, contents
 from gradsharding.errors import UserError
+from gradsharding.store import open_store
+from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.stack import account_missing, local_account, tool
+from gradsharding.update import encode, load
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -141,6 +145,16 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     assert "every element is right" in smoked.stdout
     assert "MiB projected" in smoked.stdout
     assert "list prices of us-east-1" in smoked.stdout
+
+    store = open_store(next(line.split()[1] for line in up.stdout.splitlines() if line.startswith("store:")))
+    updates = {"a": ({"w": np.array([1, 2], "f4")}, 120), "b": ({"w": np.array([5, 7], "f4")}, 80)}
+    given = [f"{store.url}/in/{client}.safetensors" for client in updates]
+    for client, (arrays, _) in updates.items():
+        store.put(f"in/{client}.safetensors", encode(arrays)[1])
+    mean = f"{store.url}/results/mean.safetensors"
+    used = command("aggregate", f"{given[0]}:120", f"{given[1]}:80", "-o", mean, "--executor", "lambda:one")
+    assert 0 == used.returncode, used.stderr
+    assert_same(reference_mean(updates), load("results/mean.safetensors", store))
 
     assert 0 == command("deploy", "--name", "one", "--memory", "1024").returncode
     configured = boto3.client("lambda").get_function_configuration(FunctionName="one")

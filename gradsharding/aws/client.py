@@ -27,7 +27,7 @@ CONNECTIONS = 64
 """Connections that one client keeps open at most."""
 
 S3_CONFIG: dict[str, Any] = {
-    # A body is signed by its SHA-256 otherwise, at 4 CPU seconds a gigabyte; TLS and a CRC-32C that we send protect it.
+    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and a CRC-32C that we send protect it.
     "s3": {"addressing_style": "path", "payload_signing_enabled": False},
     "signature_version": "s3v4",
     "request_checksum_calculation": "when_required",
@@ -57,7 +57,7 @@ _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocat
 
 
 _MAKING = threading.Lock()
-"""A cache lets threads that ask at once each make a client, and a client takes 15 MiB while it is made."""
+"""A cache lets threads that ask at once each make a client, and each takes memory that no plan counts."""
 
 
 def s3_client() -> "S3Client":

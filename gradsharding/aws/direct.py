@@ -10,12 +10,15 @@ import mmap
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
+from typing import IO, cast
 
 import urllib3
 from pydantic import Field
 from urllib3.exceptions import HTTPError
 
+from gradsharding.aws.body import Body
 from gradsharding.aws.ranged import Answer, stream
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
 from gradsharding.kernel import Buffer
@@ -30,7 +33,7 @@ PARALLEL = 4
 class Piece(Value):
     """Bytes to be written by one request: their number, and their MD5 as the header Content-MD5 has it (RFC 1864).
 
-    MD5, as every S3 server checks it on arrival, where older ones pass CRC-32C over; and a thief of the URL cannot find other
+    MD5, as S3 checks it on arrival and so do servers, such as Ceph 16, that pass CRC-32C over; and a thief of the URL cannot find other
     bytes of the same MD5, as he could of the same CRC.
     """
 
@@ -69,13 +72,16 @@ def write(path: Path, what: Offer, permit: Permit) -> None:
 
     Raise StoreRefused for a permit that has expired, ChangedObject if the file is not what was offered, or StoreFailed.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        single, start, jobs = len(what.pieces) == 1, 0, []
-        for piece, url in zip(what.pieces, permit.urls, strict=True):
-            jobs.append((piece, url, slice(start, start + piece.size)))
-            start += piece.size
-        with ThreadPoolExecutor(min(PARALLEL, len(jobs)), thread_name_prefix="gradsharding-upload") as pool:
-            [*pool.map(lambda job: _put(job[0], job[1], data[job[2]], single=single), jobs)]
+    with path.open("rb") as file:
+        data = Body([memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))])  # unmapped with its last view
+    single, ends = len(what.pieces) == 1, accumulate(piece.size for piece in what.pieces)
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-upload") as pool:
+        sent = [
+            pool.submit(_put, piece, url, data.part(end - piece.size, end), single=single)
+            for piece, url, end in zip(what.pieces, permit.urls, ends, strict=True)
+        ]
+    for one in sent:
+        one.result()
 
 
 class UrlSource:
@@ -114,9 +120,9 @@ class UrlSource:
         raise _refused(answer.status, f"reading {self.key}")
 
 
-def _put(piece: Piece, url: str, data: bytes, *, single: bool) -> None:
+def _put(piece: Piece, url: str, body: Body, *, single: bool) -> None:
     headers = {"Content-Length": str(piece.size), "Content-MD5": piece.md5} | ({"If-None-Match": "*"} if single else {})
-    answer = _request("PUT", url, "writing the update", headers=headers, body=data)
+    answer = _request("PUT", url, "writing the update", headers=headers, body=body)
     answer.drain_conn()
     if answer.status == 400:
         raise ChangedObject("the update is not the one that was offered; train again")
@@ -124,9 +130,9 @@ def _put(piece: Piece, url: str, data: bytes, *, single: bool) -> None:
         raise _refused(answer.status, "writing the update")
 
 
-def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: bytes | None = None) -> urllib3.BaseHTTPResponse:
+def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: Body | None = None) -> urllib3.BaseHTTPResponse:
     try:
-        return _HTTP.request(method, url, headers=headers, body=body, preload_content=False, redirect=False)
+        return _HTTP.request(method, url, headers=headers, body=cast("IO[bytes] | None", body), preload_content=False, redirect=False)
     except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
         raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
 
@@ -152,6 +158,7 @@ for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
 
 _HTTP = urllib3.PoolManager(
     maxsize=PARALLEL,
+    blocksize=256 << 10,
     timeout=urllib3.Timeout(connect=10, read=60),
     retries=urllib3.Retry(
         6,
