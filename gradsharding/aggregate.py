@@ -1,18 +1,20 @@
 """The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists
+from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge
 from gradsharding.executor import Executor, InlineExecutor, Progress
-from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, TaskReport
+from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, TaskReport, mib
 from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
-from gradsharding.store import exists, locate
+from gradsharding.store import ObjectStore, exists, file_path, locate
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import inspect, load
 
@@ -42,6 +44,10 @@ class Result:
             sha.update(chunk)
         return sha.hexdigest()
 
+    def _stages(self) -> list[dict[str, Any]]:
+        seen = {report.task: report.model_dump() for report in self.reports}
+        return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
+
     def report(self) -> dict[str, Any]:
         """Projected beside observed, as JSON values; bytes and seconds."""
         plan, reports = self.plan, self.reports
@@ -49,7 +55,7 @@ class Result:
             "topology": plan.topology,
             "clients": plan.clients,
             "bytes": plan.result_bytes,
-            "stages": [{"tasks": [r.model_dump() for r in reports]}],
+            "stages": self._stages(),
             "projected": _figures(plan.gets, plan.puts, plan.bytes_read, plan.bytes_written, plan.memory, None),
             "observed": _figures(
                 sum(r.gets for r in reports),
@@ -98,20 +104,47 @@ def aggregate(
             return Result(round, record, plan, (), 0)
         round.forget_plan()
         (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
-    job = Job(store=round.store.url, output=round.output, upload=upload, nonfinite=nonfinite)
+    job = _job(round, plan, upload, nonfinite)
     reports: list[TaskReport] = []
     tell = progress(plan) if progress else _ignore
     try:
         target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
-        for stage in plan.stages:
-            missing = [task for task in stage.tasks if done.get(task.part) != task.nbytes]
-            reports += executor.run(missing, job, round.store, limits, tell)
+        reports += executor.run(plan.missing(done, _partials(plan, job, round.store)), job, round.store, limits, tell)
         stat = target.complete(key, upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
         if record := round.result() or (None if overwrite else _made_of(upload, round, manifest)):  # another call was faster
             return Result(round, record, plan, tuple(reports), 1 + begun)
         raise
+    if len(plan.stages) > 1:
+        round.forget_partials(upload)
     return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 2 + begun)
+
+
+def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> Job:  # noqa: A002
+    """What the tasks share; raise PlanTooLarge if this machine's memory has no room for the partial sums that should pass through it."""
+    partials, shared = round.partials(upload, shared_memory=plan.shared_memory), plan.partial_bytes if plan.shared_memory else 0
+    if shared:
+        path = Path(file_path(partials))
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        if free < shared and not path.exists():
+            raise PlanTooLarge(
+                f"partial sums take {mib(shared)} of shared memory, and {path.parent} has {mib(free)} free; "
+                "let them pass through the store, or use fewer clients or a larger fan-in",
+                projected=shared,
+                allowed=free,
+            )
+        path.mkdir(mode=0o700, exist_ok=True)
+    return Job(store=round.store.url, output=round.output, upload=upload, partials=partials, shared_bytes=shared, nonfinite=nonfinite)
+
+
+def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
+    """Name the tasks whose partial sums are there, from a call before this one."""
+    tasks = {job.partial(task.id): task for stage in plan.stages[:-1] for task in stage.tasks}
+    if not tasks:
+        return set()
+    store, prefix = locate(f"{job.partials}/", home)
+    there = {f"{job.partials}/{key.removeprefix(prefix)}": stat.size for key, stat in store.list(prefix)}
+    return {task.id for reference, task in tasks.items() if there.get(reference) == task.sum_nbytes}
 
 
 def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
@@ -127,6 +160,7 @@ def _made_of(upload: str, round: Round, manifest: Manifest) -> ResultRecord | No
     try:
         target.parts(key, upload)
     except MissingObject:
+        round.forget_partials(upload)
         return round.publish(manifest, target.head(key).version) if exists(target, key) else None
     return None
 

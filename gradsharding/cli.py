@@ -42,7 +42,7 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("functions", lambda plan: len(plan.tasks), str),
+    Column("functions", lambda plan: plan.functions, str),
     Column("memory", lambda plan: plan.memory, mib),
     Column("gets", lambda plan: plan.gets, str),
     Column("puts", lambda plan: plan.puts, str),
@@ -257,7 +257,7 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
 
         def begin(plan: Plan) -> executor.Progress:
-            row = bar.add_task("slices", total=len(plan.tasks))
+            row = bar.add_task("slices", total=plan.functions)
             return lambda _: bar.advance(row)
 
         yield begin
@@ -265,7 +265,7 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
 
 def _summary(result: Result, output: str, seconds: float) -> str:
     plan, now = result.plan, len(result.reports)
-    slices = f"{len(plan.tasks)} slice{'s' * (len(plan.tasks) > 1)}" + (f", {now} of them now" if now < len(plan.tasks) else "")
+    slices = f"{plan.functions} slice{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
     observed = f"{mib(max(r.peak_memory for r in result.reports))} observed" if now else "nothing was left to do"
     return (
         f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"

@@ -1,4 +1,4 @@
-"""An executor runs the tasks of a stage, somewhere, and gives their reports. Tasks are idempotent, so it may try again."""
+"""An executor runs tasks, somewhere, each as soon as its inputs are there. Tasks are idempotent, so it may try again."""
 
 import contextlib
 import json
@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor as Pool
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pkgutil import resolve_name
+from queue import SimpleQueue
 from typing import Any, Protocol, Self
 
 from gradsharding import worker
@@ -25,6 +27,9 @@ ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
 Progress = Callable[[TaskReport], None]
 """Called after each task, from one thread at a time."""
 
+Submit = Callable[[Sequence[Task]], Iterable["Future[list[TaskReport]]"]]
+"""Begins tasks that wait for nothing, in one batch or several."""
+
 
 class Executor(Protocol):
     """Where tasks run. ``gradsharding.testing.ExecutorContract`` states it as tests."""
@@ -34,9 +39,10 @@ class Executor(Protocol):
         ...
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        """Run all tasks, in any order, and give their reports in the order of ``tasks``.
+        """Run all tasks, each once the partial sums that it reads are written, and give their reports in the order of ``tasks``.
 
-        Raise what a task raised, or TaskFailed; tasks not yet begun are then given up. ``store`` is the job's.
+        ``tasks`` come stage by stage; partial sums of tasks that are not among them are there already. Raise what a task raised,
+        or TaskFailed; tasks not yet begun are then given up. ``store`` is the job's.
         """
         ...
 
@@ -70,11 +76,7 @@ class FuturesExecutor(_Local):
         self.pool = pool
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        futures = [self.pool.submit(worker.run, task, job, store) for task in tasks]
-        try:
-            return _collect(futures, progress)
-        finally:
-            wait(future for future in futures if not future.cancelled())  # none may still write when this call has ended
+        return run_eagerly(tasks, lambda ready: [self.pool.submit(_run_one, task, job, store) for task in ready], progress)
 
 
 class ProcessExecutor(_Local):
@@ -100,19 +102,18 @@ class ProcessExecutor(_Local):
             pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
             idle = workers.copy()
 
-            def once(task: Task) -> TaskReport:
+            def once(task: Task) -> list[TaskReport]:
                 process = idle.pop()  # there are as many workers as threads
                 try:
-                    return self._try(process, task)
+                    return [self._try(process, task)]
                 finally:
                     idle.append(process)
 
-            try:
-                reports = _collect([pool.submit(once, task) for task in tasks], progress)
-            except BaseException:
+            def give_up() -> None:
                 for process in workers:
                     process.give_up()
-                raise
+
+            reports = run_eagerly(tasks, lambda ready: [pool.submit(once, task) for task in ready], progress, give_up)
             for process in workers:  # all at once: they take a moment to end
                 process.dismiss()
             return reports
@@ -137,7 +138,8 @@ class _Worker:
     def __init__(self, job: Job, limits: Limits, *, use_cgroup: bool) -> None:
         self._job = job
         self._allowed = limits.memory
-        self._cgroup = MemoryCgroup.create(limits.memory) if use_cgroup else None
+        # what a process writes into shared memory is charged to its cgroup, though it is not the process's
+        self._cgroup = MemoryCgroup.create(limits.memory + job.shared_bytes) if use_cgroup else None
         self._kills = 0
         self.given_up = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
@@ -247,13 +249,63 @@ def open_executor(spec: str) -> Executor:
     raise UserError(f"no executor is known for {spec!r}; use inline, processes:N, threads:N or lambda:FUNCTION")
 
 
-def _collect(futures: Sequence["Future[TaskReport]"], progress: Progress) -> list[TaskReport]:
-    """Wait for all, telling each; at the first failure give up what has not begun, and raise it."""
+def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_up: Callable[[], None] = lambda: None) -> list[TaskReport]:
+    """Submit each task as soon as those whose partial sums it reads are done; give the reports in the order of ``tasks``.
+
+    At the first failure ``give_up`` is called, what has not begun is cancelled, and what is under way is waited for: none may
+    still write when this call has ended.
+    """
+    waiting, done = _Waiting(tasks), SimpleQueue[Future[list[TaskReport]]]()
+    under_way, reports = set[Future[list[TaskReport]]](), dict[str, TaskReport]()
+
+    def start(ready: Sequence[Task]) -> None:
+        for future in submit(ready) if ready else ():
+            under_way.add(future)
+            future.add_done_callback(done.put)
+
     try:
-        for future in as_completed(futures):
-            progress(future.result())
+        start(waiting.ready())
+        while under_way:
+            future = done.get()
+            under_way.remove(future)
+            for report in future.result():
+                reports[report.task] = report
+                progress(report)
+                start(waiting.after(report.task))
     except BaseException:
-        for future in futures:
+        give_up()
+        for future in under_way:
             future.cancel()
+        wait(future for future in under_way if not future.cancelled())
         raise
-    return [future.result() for future in futures]
+    return [reports[task.id] for task in tasks]
+
+
+class _Waiting:
+    """Which tasks wait for which."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+        given = {task.id for task in tasks}
+        self._needs = {task.id: {partial.task for partial in task.partials} & given for task in tasks}
+        self._readers = defaultdict[str, list[Task]](list)
+        for task in tasks:
+            for need in self._needs[task.id]:
+                self._readers[need].append(task)
+
+    def ready(self) -> list[Task]:
+        """Give the tasks that wait for nothing."""
+        return [task for task in self._tasks if not self._needs[task.id]]
+
+    def after(self, done: str) -> list[Task]:
+        """Give the tasks that waited for this one alone."""
+        found = []
+        for reader in self._readers[done]:
+            self._needs[reader.id].remove(done)
+            if not self._needs[reader.id]:
+                found.append(reader)
+        return found
+
+
+def _run_one(task: Task, job: Job, store: ObjectStore) -> list[TaskReport]:
+    return [worker.run(task, job, store)]

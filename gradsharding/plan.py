@@ -1,30 +1,39 @@
-"""A plan knows its memory, requests and bytes before anything runs; every byte count is made here."""
+"""A plan knows its memory, requests and bytes before anything runs; every byte count is made here.
+
+A plan is a product: slices of the vector times a tree over the clients. Its figures are those of a few kinds of tasks, however
+many there are; the tasks themselves are made when they run.
+"""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_validator
 
 from gradsharding.errors import PlanTooLarge
-from gradsharding.kernel import sum_bytes
+from gradsharding.kernel import Arithmetic, sum_bytes, sum_runs
 from gradsharding.layout import Run, join_runs
 from gradsharding.reading import Reading
-from gradsharding.sharding import cut
+from gradsharding.sharding import Slice, cut
 from gradsharding.value import Value
 
 RESERVED = 64 << 20
 """Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
 
 TERM_SIZE = 2 << 10
-"""Bytes that bound one term in a worker: its JSON, and the value made of it."""
+"""Bytes that bound one input in a worker: its JSON, and the value made of it."""
 
 FREE_TERMS = 8_192
-"""Terms that the reserved memory has room for, 16 MiB of them; more are counted."""
+"""Inputs that the reserved memory has room for, 16 MiB of them; more are counted."""
 
 HEADER_PART = 1
 """The result's first part is its header, written by the caller; the slices follow."""
+
+PARTIAL = 0
+"""The part of a task that writes none, but partial sums."""
 
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
@@ -55,27 +64,49 @@ class Term(Value):
 
     client: str
     source: str
-    version: str
+    version: str | None
+    """Of the object, as sealed; None for the paper's layout, which pins nothing."""
     base: int
     weight: int
 
 
+class Partial(Value):
+    """Sums, not yet divided, that another task has written, and the weight that is in them."""
+
+    task: str
+    weight: int
+
+
 class Task(Value):
-    """Average bytes ``start`` to ``stop`` of the vector over all terms, and write them as one part of the result."""
+    """Sum bytes ``start`` to ``stop`` of the vector over all inputs: terms, or the partial sums of other tasks.
+
+    A task with a ``part`` divides, and writes it as one part of the result; one without writes its sums.
+    """
 
     id: str
     start: int
     stop: int
     runs: tuple[Run, ...]
-    terms: tuple[Term, ...]
-    part: int
-    offset: int
+    terms: tuple[Term, ...] = ()
+    partials: tuple[Partial, ...] = ()
+    total: int
+    """Weight of the whole round: what the mean is divided by in the end."""
+    part: int = PARTIAL
+    offset: int = 0
     reading: Reading
+    arithmetic: Arithmetic = "float64"
+    shared: bool = False
+    """Whether partial sums pass through the memory of the machine, and not through the store."""
+
+    @property
+    def inputs(self) -> int:
+        """Number of terms or partial sums."""
+        return len(self.terms) + len(self.partials)
 
     @property
     def weight(self) -> int:
-        """Sum of the terms' weights."""
-        return sum(term.weight for term in self.terms)
+        """Sum of the inputs' weights."""
+        return sum(term.weight for term in self.terms) + sum(partial.weight for partial in self.partials)
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +114,40 @@ class Task(Value):
         return self.stop - self.start
 
     @property
+    def sum_nbytes(self) -> int:
+        """Bytes of its sums, as partial sums are written."""
+        return sum(run.nbytes for run in sum_runs(self.runs, self.total, self.arithmetic))
+
+    @property
+    def input_nbytes(self) -> int:
+        """Bytes of each input."""
+        return self.sum_nbytes if self.partials else self.nbytes
+
+    @property
     def memory(self) -> int:
-        """Projected peak memory in bytes: an upper bound. Beyond thousands of clients, the list of their terms counts."""
-        return _fixed(len(self.terms)) + self.reading.memory(self.nbytes) + sum_bytes(self.runs, self.weight)
+        """Projected peak memory in bytes: an upper bound. Beyond thousands of inputs, their list counts."""
+        listed = TERM_SIZE * max(0, self.inputs - FREE_TERMS)
+        return RESERVED + listed + self.reading.memory(self.input_nbytes) + sum_bytes(self.runs, self.total, self.arithmetic)
 
     @property
     def gets(self) -> int:
-        """GET requests."""
-        return len(self.terms) * self.reading.requests(self.nbytes)
+        """GET requests to the store."""
+        return 0 if self.partials and self.shared else self.inputs * self.reading.requests(self.input_nbytes)
+
+    @property
+    def puts(self) -> int:
+        """PUT requests to the store."""
+        return 0 if self.part == PARTIAL and self.shared else 1
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that it reads."""
+        return self.inputs * self.input_nbytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that it writes."""
+        return self.sum_nbytes if self.part == PARTIAL else self.nbytes
 
 
 class Job(Value):
@@ -99,7 +156,15 @@ class Job(Value):
     store: str
     output: str
     upload: str
+    partials: str = ""
+    """Reference below which partial sums lie: a key of the store, or a URL."""
+    shared_bytes: int = 0
+    """Bytes of all partial sums, if they lie in the memory of the machine."""
     nonfinite: NonFinitePolicy = "raise"
+
+    def partial(self, task: str) -> str:
+        """Reference of the partial sums that a task writes."""
+        return f"{self.partials}/{task.replace('/', '.')}"
 
 
 class Invocation(Value):
@@ -131,23 +196,70 @@ class TaskReport(Value):
     seconds: float
     read_seconds: float
     write_seconds: float
+    cpu_seconds: float
     invocation: Invocation | None = None
 
 
-class Stage(Value):
-    """Tasks that may run together."""
+class Stage(NamedTuple):
+    """Tasks that may run together: those of one level of the tree, slice by slice."""
 
     tasks: tuple[Task, ...]
 
 
+class Kind(NamedTuple):
+    """So many tasks of a stage are like this one, but for their place."""
+
+    times: int
+    task: Task
+
+
 class Plan(Value):
-    """Stages of tasks, and the header that makes their slices one safetensors object."""
+    """Slices of the vector times a tree over the terms, and the header that makes the slices one safetensors object.
+
+    A function of level 0 takes ``fan_ins[0]`` terms of one slice; one of the next level takes the partial sums of ``fan_ins[1]``
+    of those, and so on; the last level has one function a slice, which writes it. A plan of one level has no partial sums.
+    """
 
     topology: str
-    clients: int
     header_bytes: int
-    result_bytes: int
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    slices: tuple[Slice, ...] = Field(min_length=1)
+    terms: tuple[Term, ...] = Field(min_length=1)
+    fan_ins: tuple[int, ...] = Field(min_length=1)
+    reading: Reading
+    arithmetic: Arithmetic = "float64"
+    shared_memory: bool = False
+    """Partial sums pass through the memory of one machine; its functions must be there."""
+    cut_updates: bool = False
+    """Each update lies in one object a slice, as in the paper, and not in one object."""
+
+    @model_validator(mode="after")
+    def _ends_in_one(self) -> "Plan":
+        if min(self.fan_ins) < 1 or self.widths[-1] != 1:
+            raise ValueError(f"a tree of {self.fan_ins} inputs a function does not bring {len(self.terms)} terms together")
+        return self
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Functions of each level, for one slice."""
+        widths, width = [], len(self.terms)
+        for fan_in in self.fan_ins:
+            width = -(-width // fan_in)
+            widths.append(width)
+        return tuple(widths)
+
+    @cached_property
+    def total(self) -> int:
+        """Weight of the whole round."""
+        return sum(term.weight for term in self.terms)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All tasks, level by level: a task reads partial sums of the level before its own, and of no other."""
+        terms = [[self._terms(level, g) for g in range(width)] for level, width in enumerate(self.widths)]
+        return tuple(
+            Stage(tuple(self._task(level, j, g, some) for j in range(len(self.slices)) for g, some in enumerate(terms[level])))
+            for level in range(len(self.fan_ins))
+        )
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
@@ -155,104 +267,209 @@ class Plan(Value):
         return tuple(task for stage in self.stages for task in stage.tasks)
 
     @cached_property
+    def kinds(self) -> tuple[tuple[Kind, ...], ...]:
+        """Of each level, the kinds of its tasks: slices of one shape, times groups of one size."""
+        shapes = Counter((s.stop - s.start, s.runs) for s in self.slices)
+        firsts = {(s.stop - s.start, s.runs): j for j, s in reversed([*enumerate(self.slices)])}
+        return tuple(
+            tuple(
+                Kind(count * groups, self._task(level, firsts[shape], g, self._terms(level, g)))
+                for groups, g in self._sizes(level)
+                for shape, count in shapes.items()
+            )
+            for level in range(len(self.fan_ins))
+        )
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of the whole plan: equal plans have equal digests."""
-        sha, known = hashlib.sha256(self.topology.encode()), dict[tuple[int, ...], bytes]()
-        for task in self.tasks:
-            sha.update(task.model_dump_json(exclude={"terms"}).encode())
-            shared = tuple(map(id, task.terms))  # tasks share their terms: each set of them is written out once
-            if shared not in known:
-                known[shared] = hashlib.sha256("".join(t.model_dump_json() for t in task.terms).encode()).digest()
-            sha.update(known[shared])
-        return sha.hexdigest()
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    @property
+    def clients(self) -> int:
+        """Number of updates."""
+        return len(self.terms)
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of the result's data section."""
+        return self.slices[-1].stop
+
+    @property
+    def functions(self) -> int:
+        """Number of tasks."""
+        return len(self.slices) * sum(self.widths)
 
     @cached_property
     def memory(self) -> int:
         """Projected peak memory of the largest function, in bytes."""
-        return max(task.memory for task in self.tasks)
+        return self.largest.memory
 
-    @property
+    @cached_property
+    def largest(self) -> Task:
+        """A task that takes the most memory."""
+        return max((kind.task for kinds in self.kinds for kind in kinds), key=lambda task: task.memory)
+
+    @cached_property
     def gets(self) -> int:
         """GET requests of all tasks."""
-        return sum(task.gets for task in self.tasks)
+        return self._sum(lambda task: task.gets)
+
+    @cached_property
+    def puts(self) -> int:
+        """PUT-class requests: those of the tasks, one for the header's part, and the upload's begin and end."""
+        return self._sum(lambda task: task.puts) + 3
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes that all tasks read."""
+        return self._sum(lambda task: task.bytes_read)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Bytes of the result, its header included, and of all partial sums."""
+        return self._sum(lambda task: task.bytes_written) + self.header_bytes
 
     @property
-    def puts(self) -> int:
-        """PUT-class requests: a part for each task, one for the header, and the upload's begin and end."""
-        return len(self.tasks) + 3
+    def partial_bytes(self) -> int:
+        """Bytes of all partial sums: they lie beside each other until the result is published."""
+        return self.bytes_written - self.header_bytes - self.result_bytes
 
     @property
     def parts(self) -> dict[int, int]:
         """Bytes of each part of the result, by number."""
-        return {HEADER_PART: self.header_bytes} | {task.part: task.nbytes for task in self.stages[-1].tasks}
+        return {HEADER_PART: self.header_bytes} | {_part(j): s.stop - s.start for j, s in enumerate(self.slices)}
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that all tasks read."""
-        return sum(len(task.terms) * task.nbytes for task in self.tasks)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of the result, its header included."""
-        return self.header_bytes + self.result_bytes
+    def missing(self, parts: Mapping[int, int], partials: AbstractSet[str]) -> list[Task]:
+        """Give the tasks yet to run, stage by stage, where ``parts`` of the result and the ``partials`` of some tasks are there."""
+        found: list[Task] = []
+        needed: set[str] = set()
+        for stage in reversed(self.stages):
+            some = [task for task in stage.tasks if (task.id in needed if task.part == PARTIAL else parts.get(task.part) != task.nbytes)]
+            needed = {partial.task for task in some for partial in task.partials} - partials
+            found = some + found
+        return found
 
     def waves(self, limits: Limits) -> int:
         """How many times over the functions that may run at once must run, one stage after another."""
-        return sum(-(-len(stage.tasks) // (limits.concurrency or len(stage.tasks))) for stage in self.stages)
+        return sum(-(-width * len(self.slices) // (limits.concurrency or width * len(self.slices))) for width in self.widths)
+
+    def but(self, **changes: Any) -> "Plan":
+        """Give the same plan with other fields; ``model_copy`` would keep the old one's figures."""
+        return Plan.model_construct(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    def recut(self, count: int) -> "Plan":
+        """Give the same plan with ``count`` slices; raise PlanTooLarge if there are not so many elements."""
+        return self.but(slices=cut(self._runs, count))
+
+    def fitting(self, allowed: int, least: int = 1) -> "Plan | None":
+        """Cut into at least ``least`` slices, and as many more as it takes to fit; None where even the most do not.
+
+        Bytes alone do not tell how many: sums may be wide.
+        """
+        room, most = allowed - self._empty, min(sum(run.length for run in self._runs), MAX_PARTS - 1)
+        if room <= 0:
+            return None
+        count = max(1, min(most, max(least, -(-(self.memory - self._empty) * len(self.slices) // room))))
+        while (plan := self.recut(count)).memory > allowed:
+            if count >= most:
+                return None
+            count = min(most, count + -(-count // 8))
+        return plan
 
     def check(self, limits: Limits) -> None:
         """Raise PlanTooLarge, with the numbers and the remedy, if a task cannot keep the limits."""
         if limits.concurrency == 0:
             raise PlanTooLarge("no function may run: their concurrency is 0; raise it for the function, or in the account")
-        if len(self.tasks) + 1 > MAX_PARTS:
+        if len(self.slices) + 1 > MAX_PARTS:
             raise PlanTooLarge(
-                f"{len(self.tasks)} shards make {len(self.tasks) + 1} parts; an object has at most {MAX_PARTS}. "
+                f"{len(self.slices)} shards make {len(self.slices) + 1} parts; an object has at most {MAX_PARTS}. "
                 f"Use at most {MAX_PARTS - 1} shards, or allow more memory"
             )
-        worst = max(self.tasks, key=lambda task: task.memory)
-        if worst.memory > limits.memory:
+        if self.memory > limits.memory:
             raise PlanTooLarge(
-                f"task {worst.id} projects {mib(worst.memory)} of {mib(limits.memory)} allowed; {self._remedy(limits)}",
-                projected=worst.memory,
+                f"task {self.largest.id} projects {mib(self.memory)} of {mib(limits.memory)} allowed; {self._remedy(limits)}",
+                projected=self.memory,
                 allowed=limits.memory,
             )
 
     def _remedy(self, limits: Limits) -> str:
-        least = self._fixed + self._reading.memory(0) + sum_bytes((), 1)
-        if limits.memory <= least:
-            return f"a function needs {mib(least)} before its first byte: allow more memory"
-        shards = self._shards(limits.memory)
-        return f"{f'use at least {shards} shards, or ' if shards else ''}allow {mib(self.memory)}"
+        if limits.memory <= self._empty:
+            return f"a function needs {mib(self._empty)} before its first byte: allow more memory"
+        fit = self.fitting(limits.memory)
+        return f"{f'use at least {len(fit.slices)} shards, or ' if fit else ''}allow {mib(self.memory)}"
 
     @property
-    def _fixed(self) -> int:
-        """Bytes of a function that no number of slices changes."""
-        return _fixed(max(len(task.terms) for task in self.tasks))
+    def _empty(self) -> int:
+        """Bytes of the largest function that no number of slices changes."""
+        return self.largest.model_copy(update={"stop": self.largest.start, "runs": ()}).memory
 
-    @property
-    def _reading(self) -> Reading:
-        return self.stages[-1].tasks[0].reading
+    @cached_property
+    def _runs(self) -> tuple[Run, ...]:
+        return join_runs(run for s in self.slices for run in s.runs)
 
-    def _shards(self, allowed: int) -> int | None:
-        """Find a number of slices that fit; None where even the most do not. Bytes alone do not tell: sums may be wide."""
-        last, weight = self.stages[-1].tasks, self.tasks[0].weight
+    def _sum(self, figure: Callable[[Task], int]) -> int:
+        return sum(kind.times * figure(kind.task) for kinds in self.kinds for kind in kinds)
 
-        def memory(runs: Sequence[Run], nbytes: int) -> int:
-            return self._fixed + self._reading.memory(nbytes) + sum_bytes(runs, weight)
+    def _task(self, level: int, j: int, g: int, terms: tuple[Term, ...]) -> Task:
+        """Make the task of slice ``j`` and group ``g`` of a level, unchecked, so that tasks share their terms in memory."""
+        slice_, last = self.slices[j], level == len(self.fan_ins) - 1
+        if self.cut_updates:
+            terms = tuple(t.model_copy(update={"source": f"{t.source}_shard_{j}", "base": -slice_.start}) for t in terms)
+        return Task.model_construct(
+            id=self._id(level, j, g),
+            start=slice_.start,
+            stop=slice_.stop,
+            runs=slice_.runs,
+            terms=terms,
+            partials=tuple(self._partial(level - 1, j, i) for i in self._places(level, g)) if level else (),
+            total=self.total,
+            part=_part(j) if last else PARTIAL,
+            offset=self.header_bytes + slice_.start if last else 0,
+            reading=self.reading,
+            arithmetic=self.arithmetic,
+            shared=self.shared_memory,
+        )
 
-        runs = join_runs(run for task in last for run in task.runs)
-        most = min(sum(run.length for run in runs), MAX_PARTS - 1)
-        count = -(-(sum_bytes(runs, weight) - sum_bytes((), weight)) // (allowed - memory((), 0)))
-        while count <= most:
-            if all(memory(slice_.runs, slice_.stop - slice_.start) <= allowed for slice_ in cut(runs, count)):
-                return count
-            count += -(-count // 8)
-        return None
+    def _partial(self, level: int, j: int, g: int) -> Partial:
+        return Partial.model_construct(task=self._id(level, j, g), weight=self._weights[level][g])
+
+    def _id(self, level: int, j: int, g: int) -> str:
+        """Name a task: the topology, then whichever of level, group and slice there are several of."""
+        where = [*([level, g] if len(self.fan_ins) > 1 else []), *([j] if len(self.slices) > 1 or len(self.fan_ins) == 1 else [])]
+        return "/".join([self.topology, *map(str, where)])
+
+    def _places(self, level: int, g: int) -> range:
+        """Places, among the terms or in the level before, of what group ``g`` of a level takes."""
+        before = self.widths[level - 1] if level else len(self.terms)
+        return range(g * self.fan_ins[level], min((g + 1) * self.fan_ins[level], before))
+
+    def _terms(self, level: int, g: int) -> tuple[Term, ...]:
+        """Terms of group ``g``: those of level 0 have some, those above have none."""
+        places = self._places(level, g)
+        return () if level else self.terms[places.start : places.stop]
+
+    def _sizes(self, level: int) -> Iterator[tuple[int, int]]:
+        """The sizes of a level's groups: how many have it, and which is one of them. All are full but, maybe, the last one."""
+        last = self.widths[level] - 1
+        if last:
+            yield last, 0
+        yield 1, last
+
+    @cached_property
+    def _weights(self) -> tuple[tuple[int, ...], ...]:
+        """Weight in each group of each level."""
+        weights: list[tuple[int, ...]] = []
+        below = tuple(term.weight for term in self.terms)
+        for fan_in in self.fan_ins:
+            below = tuple(sum(below[i : i + fan_in]) for i in range(0, len(below), fan_in))
+            weights.append(below)
+        return tuple(weights)
 
 
-def _fixed(terms: int) -> int:
-    """Bytes that a task of so many terms takes beside what it reads and sums."""
-    return RESERVED + TERM_SIZE * max(0, terms - FREE_TERMS)
+def _part(j: int) -> int:
+    """Number of the part that slice ``j`` is."""
+    return HEADER_PART + 1 + j
 
 
 def mib(count: int) -> str:

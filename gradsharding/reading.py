@@ -32,6 +32,8 @@ class Reading(Value):
     """Requests under way at once."""
     resident: int = 0
     """Bytes that the store's client library takes in a function."""
+    whole: bool = False
+    """Take all of an input's bytes first, then make an array of them, then fold it: as the paper has it, to compare with."""
 
     def requests(self, nbytes: int) -> int:
         """Number of requests for a slice of ``nbytes``."""
@@ -45,7 +47,8 @@ class Reading(Value):
 
     def memory(self, nbytes: int) -> int:
         """Bytes that reading slices of ``nbytes`` takes, at most."""
-        return self.resident + STAGING + ((self.parallel + 2) * self.piece(nbytes) if self.chunk else 0)
+        buffers = 2 if self.whole else self.parallel + 2 if self.chunk else 0
+        return self.resident + STAGING + buffers * self.piece(nbytes)
 
 
 STREAM = Reading()

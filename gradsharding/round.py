@@ -5,6 +5,7 @@ rounds/ID/updates/CLIENT.safetensors
 rounds/ID/receipts/CLIENT.json    one client's contribution
 rounds/ID/manifest.json           sealed: the contributions, frozen
 rounds/ID/plan.json               the plan, and the upload its parts go to
+rounds/ID/partials/…              sums that one function leaves for another, until the result is there
 rounds/ID/result.safetensors      unless the round names another place
 rounds/ID/result.json             published: the last object, and the only one that says "done"
 """
@@ -12,9 +13,11 @@ rounds/ID/result.json             published: the last object, and the only one t
 import hashlib
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -33,12 +36,15 @@ from gradsharding.errors import (
 from gradsharding.kernel import Buffer
 from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy, Plan, Term
-from gradsharding.store import ObjectStore, exists, locate
+from gradsharding.store import ObjectStore, exists, file_path, locate
 from gradsharding.update import Raw, Update, encode, inspect
 from gradsharding.value import Value
 
 MAX_WEIGHT = 1 << 53
 """The weights of a round sum to at most this: float64 holds every integer up to here."""
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
+"""Where files are memory, on Linux: partial sums may pass through it between the processes of one machine."""
 
 _SCALE = 28
 """Non-integral weights are scaled so that the smallest has this many bits: a relative error of at most 2**-29."""
@@ -179,7 +185,11 @@ class Round:
                 layout.require_same(inspect(other.source, self.store).layout, first.client, other.client)
         weights = integral_weights({receipt.client: receipt.weight for receipt in receipts})
         terms = (Term(client=r.client, source=r.source, version=r.version, base=r.base, weight=weights[r.client]) for r in receipts)
-        return self._create("manifest.json", Manifest(round=self.id, layout=layout, terms=tuple(terms)))
+        return self.freeze(Manifest(round=self.id, layout=layout, terms=tuple(terms)))
+
+    def freeze(self, manifest: Manifest) -> Manifest:
+        """Record the contributions; those recorded first stay, and are given back."""
+        return self._create("manifest.json", manifest)
 
     def begin(self, plan: Plan, *, nonfinite: NonFinitePolicy = "raise", overwrite: bool = False) -> tuple[str, bool]:
         """Record ``plan`` and begin its upload: give the upload's id, and whether it was begun just now.
@@ -198,7 +208,7 @@ class Round:
         if not overwrite and exists(target, key):
             raise ObjectExists(f"{self.output} is there already; let the round write to another place, or allow it to overwrite")
         upload = target.begin(key)
-        record = PlanRecord(topology=plan.topology, tasks=len(plan.tasks), digest=plan.digest, nonfinite=nonfinite, upload=upload)
+        record = PlanRecord(topology=plan.topology, tasks=plan.functions, digest=plan.digest, nonfinite=nonfinite, upload=upload)
         kept = self._create("plan.json", record).upload
         if kept != upload:  # another process was faster
             target.abort(key, upload)
@@ -208,11 +218,22 @@ class Round:
         """Drop a plan whose upload is gone."""
         self.store.delete([self.key("plan.json")])
 
+    def partials(self, upload: str, *, shared_memory: bool = False) -> str:
+        """Reference below which the partial sums of an upload's plan lie: in the store, or in the memory of this machine."""
+        name = hashlib.sha256(f"{self.store.url}\n{upload}".encode()).hexdigest()[:16]
+        return f"{SHARED_MEMORY.as_uri()}/gradsharding-{name}" if shared_memory else self.key(f"partials/{name}")
+
+    def forget_partials(self, upload: str) -> None:
+        """Delete the partial sums of an upload's plan, wherever they are."""
+        shutil.rmtree(file_path(self.partials(upload, shared_memory=True)), ignore_errors=True)
+        self.store.delete([key for key, _ in self.store.list(self.partials(upload) + "/")])
+
     def abandon(self) -> None:
         """Give up the plan under way, if there is one, and the parts written for it."""
         if found := self._find("plan.json", PlanRecord):
             target, key = locate(self.output, self.store)
             target.abort(key, found.upload)
+            self.forget_partials(found.upload)
             self.forget_plan()
 
     def publish(self, manifest: Manifest, version: str) -> ResultRecord:

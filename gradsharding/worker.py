@@ -1,4 +1,4 @@
-"""What every function does: read one range of each input, fold, write one part. It keeps nothing between tasks.
+"""What every function does: read one range of each input, fold, write one part or partial sums. It keeps nothing between tasks.
 
 ``main`` is the same as a process: a Job on the first line of standard input, then a Task a line; for each, a
 TaskReport or an error comes back as one line. A Lambda invocation carries the same two values.
@@ -12,14 +12,15 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, to_wire
+from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, to_wire
 from gradsharding.kernel import Buffer, Fold, first_nonfinite
-from gradsharding.plan import Job, Task, TaskReport, Term, mib
+from gradsharding.plan import PARTIAL, Job, Task, TaskReport, Term, mib
 from gradsharding.reading import Request, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
 
@@ -30,31 +31,33 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     Raise NonFinite (unless the job lets it pass), MissingObject, ChangedObject or InvalidUpdate, each naming the client
     in ``details["client"]``.
     """
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     watch = _Watch()
-    fold = Fold(task.runs, task.weight)
-    with contextlib.closing(_slices(task, store)) as slices:
-        for term, chunks in zip(task.terms, slices, strict=True):
+    fold = Fold(task.runs, task.total, task.arithmetic)
+    with contextlib.closing(_slices(task, job, store)) as slices:
+        for term, chunks in zip(task.terms, slices, strict=False):
             with _naming(term):
                 fold.add(watch.reading(chunks), term.weight)
-    result = fold.mean()
+        for _, chunks in zip(task.partials, slices, strict=False):
+            fold.merge(watch.reading(chunks))
+    result = fold.sums() if task.part == PARTIAL else [fold.mean()]
     if not fold.finite and job.nonfinite == "raise":
         raise _nonfinite(task, store)
     written = time.perf_counter()
-    target, key = locate(job.output, store)
-    target.put_part(key, job.upload, task.part, task.offset, result)
+    _write(result, task, job, store)
     ended = time.perf_counter()
     return TaskReport(
         task=task.id,
         worker=str(os.getpid()),
         gets=task.gets,
-        puts=1,
+        puts=task.puts,
         bytes_read=watch.count,
-        bytes_written=len(result),
+        bytes_written=sum(memoryview(buffer).nbytes for buffer in result),
         peak_memory=peak_memory(),
         seconds=ended - started,
         read_seconds=watch.seconds,
         write_seconds=ended - written,
+        cpu_seconds=time.process_time() - busy,
     )
 
 
@@ -99,26 +102,63 @@ class _Watch:
             yield chunk
 
 
-def _slices(task: Task, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
-    """Give the chunks of each term's slice, one term after another, read as the plan says."""
+class _Input(NamedTuple):
+    """Where an input's bytes are: its byte 0 is at ``base`` of the object."""
+
+    reference: str
+    version: str | None
+    base: int
+
+
+def _inputs(task: Task, job: Job) -> list[_Input]:
+    """Give where the slice of each term begins, and each partial sum."""
+    terms = [_Input(term.source, term.version, term.base + task.start) for term in task.terms]
+    return terms + [_Input(job.partial(partial.task), None, 0) for partial in task.partials]
+
+
+def _slices(task: Task, job: Job, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
+    """Give the chunks of each input, one input after another, read as the plan says."""
+    inputs, nbytes = _inputs(task, job), task.input_nbytes
     if not task.reading.chunk:
-        yield from (_chunks(task.start, task.stop, term, store) for term in task.terms)
+        for one in inputs:
+            chunks = _chunks(0, nbytes, one, store)
+            yield _whole(chunks) if task.reading.whole else chunks
         return
-    count, size = task.reading.requests(task.nbytes), task.reading.piece(task.nbytes)
-    starts = [task.start + i * size for i in range(count)]
+    count, size = task.reading.requests(nbytes), task.reading.piece(nbytes)
+    starts = [i * size for i in range(count)]
     requests = (
-        Request(min(size, task.stop - start), partial(_chunks, start, min(start + size, task.stop), term, store))
-        for term in task.terms
+        Request(min(size, nbytes - start), partial(_chunks, start, min(start + size, nbytes), one, store))
+        for one in inputs
         for start in starts
     )
     with contextlib.closing(read_ahead(requests, task.reading, size)) as pieces:
-        yield from (islice(pieces, count) for _ in task.terms)
+        yield from (islice(pieces, count) for _ in inputs)
 
 
-def _chunks(start: int, stop: int, term: Term, store: ObjectStore) -> Iterator[Buffer]:
-    """Stream bytes ``start`` to ``stop`` of a term's vector; nothing is asked before the first is wanted."""
-    source, key = locate(term.source, store)
-    yield from source.get(key, term.base + start, term.base + stop, version=term.version)
+def _chunks(start: int, stop: int, one: _Input, store: ObjectStore) -> Iterator[Buffer]:
+    """Stream bytes ``start`` to ``stop`` of an input; nothing is asked before the first is wanted."""
+    source, key = locate(one.reference, store)
+    yield from source.get(key, one.base + start, one.base + stop, version=one.version)
+
+
+def _whole(chunks: Iterator[Buffer]) -> Iterator[Buffer]:
+    """Hold an input twice, as its bytes and as an array: what the paper's loop does."""
+    body = bytearray()
+    for chunk in chunks:
+        body += chunk
+    yield bytes(body)
+
+
+def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -> None:
+    """Write a part of the result, or partial sums; those may be there already, from a try whose answer was lost."""
+    if task.part != PARTIAL:
+        [data] = result
+        target, key = locate(job.output, store)
+        target.put_part(key, job.upload, task.part, task.offset, data)
+        return
+    target, key = locate(job.partial(task.id), store)
+    with contextlib.suppress(ObjectExists):
+        target.put(key, result)
 
 
 @contextlib.contextmanager
@@ -134,11 +174,12 @@ def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:
     """Read the slice once more to say whose value it is; only a failing task pays for this."""
     found: list[list[str | int]] = []  # as JSON has it, so that it is the same on either side of the wire
     for term in task.terms:
-        byte = first_nonfinite(task.runs, _chunks(task.start, task.stop, term, store))
+        one = _Input(term.source, term.version, term.base + task.start)
+        byte = first_nonfinite(task.runs, _chunks(0, task.nbytes, one, store))
         if byte is not None:
             found.append([term.client, task.start + byte])
     if not found:
-        return NonFinite(f"task {task.id}: finite F64 values overflow when summed; scale them down", found=found)
+        return NonFinite(f"task {task.id}: finite values overflow when summed; scale them down", found=found)
     return NonFinite(f"task {task.id}: clients {', '.join(str(client) for client, _ in found)} hold NaN or infinity", found=found)
 
 

@@ -173,7 +173,7 @@ def test_overflow() -> None:
     """Finite values whose sum is not are told from NaN in an update."""
     updates = {c: ({"w": np.array([1e308])}, 1 << 50) for c in "ab"}
 
-    with pytest.raises(NonFinite, match="finite F64 values overflow when summed; scale them down"):
+    with pytest.raises(NonFinite, match="finite values overflow when summed; scale them down"):
         aggregate(submitted(MemoryStore(), updates))
 
 

@@ -184,7 +184,7 @@ def _task(clients: int, part: int = 2) -> Task:
     terms = tuple(
         Term(client=f"client-{i}", source=f"rounds/r/updates/client-{i}", version='"x"', base=8, weight=1) for i in range(clients)
     )
-    return Task(id=f"t/{part}", start=0, stop=0, runs=(), terms=terms, part=part, offset=8, reading=STREAM)
+    return Task(id=f"t/{part}", start=0, stop=0, runs=(), terms=terms, total=clients, part=part, offset=8, reading=STREAM)
 
 
 def test_call() -> None:

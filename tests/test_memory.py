@@ -110,7 +110,7 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int)
     runs = tuple(Run(dtypes[i % 2], 1) for i in range(tensors))
     source, version = file_reference(path), DirectoryStore(tmp_path).head("update").version
     terms = tuple(Term(client=f"client-{i:06d}", source=source, version=version, base=0, weight=1) for i in range(clients))
-    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, part=1, offset=0, reading=STREAM)
+    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, total=clients, part=1, offset=0, reading=STREAM)
     store = DirectoryStore(tmp_path / "store")
     job = Job(store=store.url, output="result", upload=store.begin("result"))
     [report] = ProcessExecutor(1).run([task], job, store, Limits(memory=task.memory), lambda _: None)

@@ -1,12 +1,15 @@
 """A topology turns a manifest into a plan, and nothing else."""
 
+from functools import partial
+
 import pytest
 
-from gradsharding.errors import PlanTooLarge
+from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.layout import Layout
-from gradsharding.plan import Limits, Term
+from gradsharding.plan import Limits, Plan, Term
+from gradsharding.reading import STREAM
 from gradsharding.round import Manifest
-from gradsharding.topology import flat, sharded
+from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
 
 MIB = 1 << 20
 SEALED = Manifest(
@@ -34,7 +37,7 @@ def test_memory_comes_first() -> None:
     """Slices shrink until they fit the memory, whatever the store wants."""
     plan = sharded(SEALED, Limits(memory=80 * MIB), grain=1 << 40)
 
-    assert 32 == len(plan.tasks)
+    assert 25 == plan.functions
     assert plan.memory <= 80 * MIB
 
 
@@ -55,3 +58,80 @@ def test_nothing_to_average() -> None:
     empty = SEALED.model_copy(update={"layout": Layout.of({"a": ("F32", (0,))})})
 
     assert [(0, 0, ())] == [(task.start, task.stop, task.runs) for task in sharded(empty, Limits()).tasks]
+
+
+def sealed(clients: int) -> Manifest:
+    """Make a manifest of so many clients, of weights 1, 2, 3 and on."""
+    terms = (Term(client=f"c{i:04d}", source=f"s{i}", version="v", base=8, weight=i + 1) for i in range(clients))
+    return SEALED.model_copy(update={"terms": tuple(terms)})
+
+
+@pytest.mark.parametrize(
+    ("clients", "widths"), [(1, (1, 1)), (2, (1, 1)), (3, (2, 1)), (9, (3, 1)), (20, (4, 1)), (21, (5, 1)), (1000, (32, 1))]
+)
+def test_lambda_fl(clients: int, widths: tuple[int, int]) -> None:
+    """λ-FL has leaves of √N updates each, rounded up, and a root."""
+    assert widths == lambda_fl(sealed(clients), Limits()).widths
+
+
+@pytest.mark.parametrize(("clients", "widths"), [(1, (1, 1, 1)), (8, (4, 2, 1)), (20, (7, 3, 1)), (64, (16, 4, 1)), (1000, (100, 10, 1))])
+def test_lifl(clients: int, widths: tuple[int, int, int]) -> None:
+    """LIFL has leaf, middle and top aggregators of ∛N inputs each, rounded up, and 2 at least."""
+    assert widths == lifl(sealed(clients), Limits()).widths
+
+
+def test_any_depth() -> None:
+    """A tree may have any fan-in and depth; the last level takes all that are left."""
+    plan = lambda_fl(sealed(100), Limits(), fan_in=3, levels=4)
+
+    assert ((34, 12, 4, 1), (3, 3, 3, 4)) == (plan.widths, plan.fan_ins)
+    assert ((100,), (1,)) == (lambda_fl(sealed(100), Limits(), levels=1).fan_ins, lambda_fl(sealed(100), Limits(), levels=1).widths)
+
+
+@pytest.mark.parametrize(("fan_in", "levels"), [(-1, 2), (3, 0), (3, -1)])
+def test_no_tree(fan_in: int, levels: int) -> None:
+    """What is no tree is refused."""
+    with pytest.raises(UserError, match=r"is none; use at least 1 level"):
+        lambda_fl(sealed(10), Limits(), fan_in=fan_in, levels=levels)
+
+
+def test_sharded_tree() -> None:
+    """A sharded tree is a tree for each slice; a task reads partial sums of its own slice only."""
+    plan = sharded_tree(sealed(10), Limits(), shards=3, fan_in=4)
+
+    assert ((3, 1), 3, 12) == (plan.widths, len(plan.slices), plan.functions)
+    leaf, root = plan.stages[0].tasks[4], plan.stages[1].tasks[1]
+    assert ("sharded-tree/0/1/1", "sharded-tree/1/0/1") == (leaf.id, root.id)
+    assert ["c0004", "c0005", "c0006", "c0007"] == [term.client for term in leaf.terms]
+    assert [("sharded-tree/0/0/1", 10), ("sharded-tree/0/1/1", 26), ("sharded-tree/0/2/1", 19)] == [
+        (p.task, p.weight) for p in root.partials
+    ]
+    assert ((leaf.start, leaf.stop), 0, 3) == ((root.start, root.stop), leaf.part, root.part)
+
+
+@pytest.mark.parametrize(
+    "make", [flat, sharded, lambda_fl, lifl, sharded_tree, partial(lifl, shared_memory=True), partial(paper, shards=4)]
+)
+@pytest.mark.parametrize("clients", [1, 2, 7, 20])
+def test_figures_are_those_of_the_tasks(make: Topology, clients: int) -> None:
+    """What a plan says of itself, from a few kinds of tasks, is the sum over all of its tasks; and it goes to JSON and back."""
+    mixed = Layout.of({"w": ("F32", (999,)), "h": ("F16", (77,)), "n": ("I64", (5,)), "b": ("U8", (3,))})
+    plan = make(sealed(clients).model_copy(update={"layout": mixed}), Limits(), grain=500, reading=STREAM)
+    tasks = plan.tasks
+
+    assert (len(tasks), sum(kind.times for kinds in plan.kinds for kind in kinds)) == (plan.functions, plan.functions)
+    assert (sum(t.gets for t in tasks), sum(t.puts for t in tasks) + 3) == (plan.gets, plan.puts)
+    assert (sum(t.bytes_read for t in tasks), sum(t.bytes_written for t in tasks) + plan.header_bytes) == (
+        plan.bytes_read,
+        plan.bytes_written,
+    )
+    assert max(t.memory for t in tasks) == plan.memory
+    assert len({t.id for t in tasks}) == plan.functions
+    assert {plan.total} == {sum(t.weight for t in stage.tasks if t.start == 0) for stage in plan.stages}
+    assert plan == Plan.model_validate_json(plan.model_dump_json())
+
+
+def test_terms_are_shared() -> None:
+    """Tasks of one group hold the same terms, not copies: a plan of many slices and clients stays small."""
+    assert 1 == len({id(task.terms) for task in sharded(sealed(5), Limits(), shards=9).tasks})
+    assert 2 == len({id(task.terms) for task in sharded_tree(sealed(5), Limits(), shards=9, fan_in=3).stages[0].tasks})

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from urllib3.exceptions import HTTPError
 from gradsharding.aws.call import pack
 from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
-from gradsharding.executor import Progress
+from gradsharding.executor import Progress, run_eagerly
 from gradsharding.plan import Invocation, Job, Limits, Task, TaskReport, mib
 from gradsharding.store import ObjectStore
 
@@ -81,7 +81,7 @@ class LambdaExecutor:
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         sources = {term.source for task in tasks for term in task.terms}
-        for url in (job.store, *(reference for reference in (job.output, *sources) if "://" in reference)):
+        for url in (job.store, *(reference for reference in (job.output, job.partials, *sources) if "://" in reference)):
             if not url.startswith("s3://"):
                 raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
         if not tasks:
@@ -90,17 +90,11 @@ class LambdaExecutor:
         count = min(len(tasks), CONCURRENCY if most is None else max(most, 1))
         run = _Run(self, job, limits)
         with ThreadPoolExecutor(count, thread_name_prefix="gradsharding-lambda") as pool:
-            futures = [pool.submit(run.batch, tasks[i::count]) for i in range(count)]
-            found: dict[str, TaskReport] = {}
-            try:
-                for future in as_completed(futures):
-                    for report in future.result():
-                        found[report.task] = report
-                        progress(report)
-            except BaseException:
-                run.given_up.set()  # what is under way ends by itself: none may still write when this call has ended
-                raise
-        return [found[task.id] for task in tasks]
+
+            def submit(ready: Sequence[Task]) -> list[Future[list[TaskReport]]]:
+                return [pool.submit(run.batch, ready[i::count]) for i in range(min(count, len(ready)))]
+
+            return run_eagerly(tasks, submit, progress, run.given_up.set)
 
     def _told(self, ask: Callable[[], Any]) -> Any:
         """What the account says; None if these credentials may not ask. Raise StoreRefused for a function that is not there."""

@@ -115,7 +115,7 @@ class Started(NamedTuple):
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
         plan = sharded(manifest, Limits(), shards=shards, reading=store.reading)
-        job = Job(store=store.url, output=round_.output, upload=round_.begin(plan)[0])
+        job = Job(store=store.url, output=round_.output, upload=(upload := round_.begin(plan)[0]), partials=round_.partials(upload))
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())
         return cls(round_, plan, job)
 

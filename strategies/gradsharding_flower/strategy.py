@@ -188,7 +188,7 @@ class GradSharding(Strategy):
             self._forget()
             return None, None
         kept = [one for one in kept if one.node not in left_out]
-        log.info("aggregate_train: averaged %d updates in %d slices", len(kept), len(averaged.plan.tasks))
+        log.info("aggregate_train: averaged %d updates in %d slices", len(kept), averaged.plan.functions)
         record = averaged.record
         names = self._names(kept[0].reference.names)
         model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=names)

@@ -1,0 +1,408 @@
+"""Every topology gives the same weighted mean, and does just what its plan says."""
+
+import os
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradsharding import DirectoryStore, Limits, MemoryStore, ProcessExecutor, Result, Round, aggregate, open_executor
+from gradsharding.errors import NonFinite, PlanTooLarge, UserError
+from gradsharding.kernel import Fold
+from gradsharding.layout import Run
+from gradsharding.paper import submit
+from gradsharding.plan import Job, Plan
+from gradsharding.reading import Reading
+from gradsharding.round import SHARED_MEMORY
+from gradsharding.store import ObjectStore
+from gradsharding.testing import CountingStore, FlakyStore, assert_same, reference_mean, sample_updates
+from gradsharding.testing.reference import Updates
+from gradsharding.topology import PAPER_READING, Topology, flat, in_paper_loop, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.topology import paper as paper_topology
+
+TREES: Mapping[str, Topology] = {
+    "flat": flat,
+    "sharded": partial(sharded, shards=3),
+    "lambda-fl": lambda_fl,
+    "lambda-fl, 3 levels": partial(lambda_fl, fan_in=2, levels=3),
+    "lifl": lifl,
+    "lifl, shared memory": partial(lifl, shared_memory=True),
+    "sharded-tree": partial(sharded_tree, shards=3),
+}
+
+
+def submitted(updates: Updates, store: ObjectStore, name: str = "r") -> Round:
+    """Make a round of updates."""
+    round_ = Round.create(store, name)
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    return round_
+
+
+def left_in_shared_memory() -> list[Path]:
+    """Files of ours."""
+    return [*SHARED_MEMORY.glob("gradsharding-*")]
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("clients", [1, 3, 20])
+def test_every_dtype(name: str, clients: int) -> None:
+    """Whatever the topology, tensors of every dtype come out as numpy has them, bit for bit, and no partial sums are left behind."""
+    updates, store = sample_updates(clients), MemoryStore()
+    result = aggregate(submitted(updates, store), topology=TREES[name])
+    expected, found = reference_mean(updates), result.arrays()
+
+    for dtype in {*expected} - {"float64"}:  # summed in another order, a float64 may differ in its last bit
+        assert_same({dtype: expected[dtype]}, {dtype: found[dtype]})
+    np.testing.assert_allclose(found["float64"], expected["float64"], rtol=1e-14)
+    assert [] == [key for key, _ in store.list("rounds/r/partials/")]
+    assert [] == left_in_shared_memory()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    weights=st.lists(st.integers(1, 1 << 29), min_size=1, max_size=30) | st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=30),
+    make=st.sampled_from([lambda_fl, sharded_tree, lifl]),
+    fan_in=st.integers(1, 7),
+    levels=st.integers(1, 4),
+    dtype=st.sampled_from(["float32", "float16", "float64", "int64", "int8", "uint32", "bool"]),
+    seed=st.integers(0, 1 << 20),
+)
+def test_same_mean(weights: list[float], make: Any, fan_in: int, levels: int, dtype: str, seed: int) -> None:
+    """Over random clients, weights, fan-ins, depths and dtypes, a tree gives the weighted mean: integers exactly, floats to a last bit."""
+    draw = np.random.default_rng(seed)
+    numbers = draw.normal(size=(len(weights), 11)) * 10 ** draw.integers(0, 3)
+    updates = {f"c{i:02d}": ({"w": x.astype(dtype)}, w) for i, (x, w) in enumerate(zip(numbers, weights, strict=True))}
+    shape = {"fan_in": fan_in} | ({"levels": levels} if make is not lifl else {})
+    round_ = submitted(updates, MemoryStore())
+    found = aggregate(round_, topology=partial(make, **shape)).arrays()["w"]
+    one = aggregate(submitted(updates, MemoryStore()), topology=flat).arrays()["w"]
+
+    if np.dtype(dtype).kind == "f":
+        size = np.abs(numbers).max()  # where a sum cancels, its last bits are those of what was added
+        np.testing.assert_allclose(found, one, rtol=2 * float(np.finfo(dtype).eps), atol=1e-14 * float(size))
+    else:
+        assert one.tobytes() == found.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("topology", "gets", "puts"),
+    [(partial(sharded, shards=4), 80, 4), (partial(sharded, shards=8), 160, 8), (lambda_fl, 24, 5), (lifl, 30, 11)],
+    ids=["M=4", "M=8", "lambda-fl", "lifl"],
+)
+def test_requests_of_the_paper(topology: Topology, gets: int, puts: int) -> None:
+    """At 20 clients the functions make as many requests as the paper's formulas have, counted at the store."""
+    store = MemoryStore()
+    round_ = submitted(sample_updates(20), store)
+    round_.seal()
+    counting = CountingStore(store, only=lambda key: any(part in key for part in ("/updates/", "/partials/", "/result.safetensors")))
+    result = aggregate(Round(counting, "r"), topology=topology)
+    assembly = 3  # the upload's begin, its header and its end: the paper leaves results in pieces
+
+    assert (gets, puts + assembly) == (counting.gets, counting.puts)
+    assert (gets, puts) == (sum(r.gets for r in result.reports), sum(r.puts for r in result.reports))
+
+
+@pytest.mark.parametrize("shards", [4, 8])
+def test_layout_of_the_paper(shards: int) -> None:
+    """The paper's layout: an object for each client and slice, whole-object reads, its count of requests, and the same mean."""
+    updates = {f"c{i:02d}": ({"w": np.arange(30, dtype="f4") * (i - 9)}, 1) for i in range(20)}
+    store = MemoryStore()
+    round_ = Round.create(store, "r")
+    submit(round_, updates, shards)
+    counting = CountingStore(store, only=lambda key: "/updates/" in key or "/result.safetensors" in key)
+    result = aggregate(Round(counting, "r"), topology=partial(paper_topology, shards=shards))
+
+    assert 20 * shards == len([key for key, _ in store.list("rounds/r/updates/")])
+    assert (20 * shards, shards + 3) == (counting.gets, counting.puts)
+    assert_same(reference_mean(updates), result.arrays())
+
+
+@pytest.mark.parametrize(("size", "provisioned"), [(134_301_514, 1987), (134_301_514 // 4 + 1, 835), (11_181_642 // 4, 482)])
+def test_memory_of_the_paper(size: int, provisioned: int) -> None:
+    """The paper's loop projects what the paper provisioned: three times the input, and 450 MiB."""
+    updates = {"a": ({"w": np.zeros(1, "f4")}, 1)}
+    manifest = submitted(updates, MemoryStore()).seal()
+    one = in_paper_loop(flat(manifest, Limits()))
+    task = one.tasks[0].model_copy(update={"stop": 4 * size, "runs": (Run("F32", size),)})
+
+    assert provisioned == -(-task.memory // (1 << 20))
+
+
+def test_float32_sums() -> None:
+    """Summed in float32, as in the paper, a tree and a flat sum differ in many last bits; in float64 they agree."""
+    draw = np.random.default_rng(7)
+    updates = {f"c{i:02d}": ({"w": draw.normal(size=10_000).astype("f4")}, 1) for i in range(20)}
+
+    def mean(topology: Topology) -> np.ndarray[Any, Any]:
+        return aggregate(submitted(updates, MemoryStore()), topology=topology).arrays()["w"]
+
+    narrow = [mean(lambda *a, make=make, **k: in_paper_loop(make(*a, **k))) for make in (flat, lambda_fl)]
+    assert 0.4 < np.mean(narrow[0] != narrow[1]) < 0.8
+    assert np.abs(narrow[0] - narrow[1]).max() < 1e-6
+    assert mean(flat).tobytes() == mean(lambda_fl).tobytes()
+
+
+def average_of_averages(values: list[Any], fan_in: int) -> Any:
+    """What the public re-implementation of LIFL computes: each level averages its inputs, unweighted."""
+    for _ in range(2):
+        groups = [values[i : i + fan_in] for i in range(0, len(values), fan_in)]
+        values = [sum(group) / len(group) for group in groups]
+    return sum(values) / len(values)
+
+
+def test_bias_of_averaged_averages() -> None:
+    """In the public re-implementation of LIFL, two of 20 clients weigh 1/6 and the others 1/27; here each weighs 1/20."""
+    unit = np.eye(20)
+    updates = {f"c{i:02d}": ({"w": unit[i]}, 1) for i in range(20)}
+    biased = average_of_averages([*unit], 3)
+    plan_round = submitted(updates, MemoryStore())
+    result = aggregate(plan_round, topology=lifl)
+
+    assert (7, 3, 1) == result.plan.widths
+    np.testing.assert_allclose(biased, [1 / 27] * 18 + [1 / 6] * 2)
+    np.testing.assert_array_equal(result.arrays()["w"], np.full(20, 1 / 20))
+
+
+def assert_nearly(expected: dict[str, Any], result: Result, *, paper: bool) -> None:
+    """Compare to the precision that float32 sums leave, or float64 ones."""
+    for name, array in result.arrays().items():
+        if array.dtype.kind in "iub":
+            np.testing.assert_array_equal(array, expected[name])
+        else:
+            np.testing.assert_allclose(
+                array, expected[name], rtol=1e-3 if paper else 2 * np.finfo(array.dtype).eps, atol=1e-3 if paper else 1e-10
+            )
+
+
+def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Round, Topology, dict[str, Any]]:
+    """Draw updates, a topology with its parameters, and how functions read."""
+    clients, elements = draw.randint(1, 12), draw.choice([1, 7, 1000, 60_000])
+    dtypes = draw.sample(["f4", "f2", "f8", "i8", "u4", "i1", "?"], draw.randint(1, 3))
+    numbers = np.random.default_rng(draw.randrange(1 << 30))
+    updates = {
+        f"c{i:02d}": ({t: (100 * numbers.normal(size=elements)).astype(t) for t in dtypes}, draw.randint(1, 1 << 40))
+        for i in range(clients)
+    }
+    shards, fan_in = draw.randint(1, min(6, elements)), draw.randint(1, 5)
+    reading = Reading(chunk=draw.choice([0, 64, 10_000]), parallel=draw.randint(1, 3))
+    if draw.random() < 0.15:
+        round_ = Round.create(store, name)
+        submit(round_, updates, shards)
+        return round_, partial(paper_topology, shards=shards), updates
+    makes: list[Any] = [
+        flat,
+        partial(sharded, shards=shards),
+        partial(lambda_fl, fan_in=fan_in, levels=draw.randint(1, 4)),
+        partial(lifl, fan_in=fan_in, shared_memory=draw.random() < 0.5),
+        partial(sharded_tree, shards=shards, fan_in=fan_in),
+    ]
+    make = draw.choice(makes)
+    paper_loop = draw.random() < 0.2
+
+    def topology(manifest: Any, limits: Limits, *, grain: int, **_: Any) -> Plan:
+        plan: Plan = make(manifest, limits, grain=grain, reading=reading)
+        return in_paper_loop(plan) if paper_loop else plan
+
+    return submitted(updates, store, name), topology, updates
+
+
+@pytest.mark.slow
+def test_plan_is_observation(tmp_path: Path) -> None:
+    """500 random plans: what the store sees and a fresh process takes is what the plan said; memory is a bound."""
+    draw, kinds = random.Random(20), set[str]()
+    for i in range(500):
+        seed = draw.randrange(1 << 30)
+        counting = CountingStore(MemoryStore(), only=lambda key: any(p in key for p in ("/updates/", "/partials/", "/result.safetensors")))
+        round_, topology, updates = random_round(random.Random(seed), counting, "r")
+        round_.seal()
+        counting.gets = counting.puts = counting.bytes_read = counting.bytes_written = 0
+        inline = aggregate(round_, topology=topology)
+        plan, shared = inline.plan, inline.plan.partial_bytes if inline.plan.shared_memory else 0
+        read_shared = sum(task.bytes_read for task in plan.tasks if task.partials and task.shared)
+        kinds.add(plan.topology)
+
+        assert (plan.gets, plan.puts) == (counting.gets, counting.puts), plan
+        assert (plan.bytes_read - read_shared, plan.bytes_written - shared) == (counting.bytes_read, counting.bytes_written), plan
+        assert_nearly(reference_mean(updates), inline, paper=plan.arithmetic == "float32")
+
+        directory = DirectoryStore(tmp_path / str(i))
+        round_, topology, _ = random_round(random.Random(seed), directory, "r")
+        processes = aggregate(round_, topology=topology, executor=ProcessExecutor(1, use_cgroup=False), limits=Limits(memory=1 << 30))
+        projected = {task.id: task for task in processes.plan.tasks}
+        assert inline.digest() == processes.digest()
+        for report in processes.reports:
+            task = projected[report.task]
+            assert (task.gets, task.puts, task.bytes_read, task.bytes_written) == (
+                report.gets,
+                report.puts,
+                report.bytes_read,
+                report.bytes_written,
+            )
+            assert report.peak_memory <= task.memory, (task, report)
+    assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "paper"} == kinds
+    assert [] == left_in_shared_memory()
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("spec", ["inline", "threads:4", "processes:2"])
+def test_executors(tmp_path: Path, name: str, spec: str) -> None:
+    """Whoever runs the tasks, and in whatever order they end, the bytes are the same."""
+    updates = sample_updates(10, size=1000)
+    expected = aggregate(submitted(updates, MemoryStore()), topology=TREES[name]).digest()
+
+    assert expected == aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=TREES[name], executor=open_executor(spec)).digest()
+
+
+class Interrupted(Exception):
+    """What ends a call in these tests."""
+
+
+@pytest.mark.parametrize("name", ["lambda-fl", "lifl", "lifl, shared memory", "sharded-tree"])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_resume(tmp_path: Path, name: str, after: int) -> None:
+    """A call that ended midway is gone on with: partial sums that were written are not made again."""
+    updates, store = sample_updates(9), DirectoryStore(tmp_path)
+    done = list[str]()
+
+    def stop(_: Plan) -> Any:
+        def told(report: Any) -> None:
+            done.append(report.task)
+            if len(done) == after:
+                raise Interrupted
+
+        return told
+
+    with pytest.raises(Interrupted):
+        aggregate(submitted(updates, store), topology=TREES[name], progress=stop)
+    result = aggregate(Round(store, "r"), topology=TREES[name])
+    assert_all_but_last_bits(reference_mean(updates), result)
+    assert {*done}.isdisjoint({r.task for r in result.reports})
+    assert after + len(result.reports) == result.plan.functions
+    assert [] == left_in_shared_memory()
+
+
+def assert_all_but_last_bits(expected: dict[str, Any], result: Result) -> None:
+    """Compare, letting float64 differ in the last bit."""
+    for name, array in result.arrays().items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-14, err_msg=name)
+
+
+def test_another_plan(tmp_path: Path) -> None:
+    """When a round goes on with another topology, what the first one left is deleted."""
+    updates, store = sample_updates(9), DirectoryStore(tmp_path)
+
+    def stop(_: Plan) -> Any:
+        def told(_: Any) -> None:
+            raise Interrupted
+
+        return told
+
+    for name in ("lifl", "lifl, shared memory", "lambda-fl"):
+        with pytest.raises(Interrupted):
+            aggregate(submitted(updates, store), topology=TREES[name], progress=stop)
+    result = aggregate(Round(store, "r"), topology=sharded)
+
+    assert_same(reference_mean(updates), result.arrays())
+    assert [] == [key for key, _ in store.list("rounds/r/partials/")]
+    assert [] == left_in_shared_memory()
+
+
+def test_nan_in_a_leaf() -> None:
+    """A leaf that meets NaN names the client; nothing is published."""
+    updates = {f"c{i}": ({"w": np.array([1.0, np.nan if i == 5 else 2.0])}, 1) for i in range(9)}
+    round_ = submitted(updates, MemoryStore())
+
+    with pytest.raises(NonFinite, match=r"lambda-fl/0/1: clients c5 hold NaN"):
+        aggregate(round_, topology=lambda_fl)
+    assert round_.result() is None
+    assert np.isnan(aggregate(round_, topology=lambda_fl, nonfinite="propagate").arrays()["w"][1])
+
+
+def test_sums_that_overflow_on_the_way() -> None:
+    """Finite sums that overflow only where they are merged are told from NaN in an update."""
+    updates = {f"c{i}": ({"w": np.array([1.5e308])}, 1) for i in range(2)}
+    round_ = submitted(updates, MemoryStore())
+
+    with pytest.raises(NonFinite, match="finite values overflow when summed"):
+        aggregate(round_, topology=partial(lambda_fl, fan_in=1))
+
+
+def test_partial_sums_that_vanish(tmp_path: Path) -> None:
+    """Partial sums that somebody deletes under way end the call with their name; a second call makes them again."""
+    updates, store = sample_updates(9), DirectoryStore(tmp_path)
+
+    def delete(_: Plan) -> Any:
+        return lambda report: store.delete([k for k, _ in store.list("rounds/r/partials/")]) if report.task == "lambda-fl/0/1" else None
+
+    with pytest.raises(Exception, match=r"there is no object 'rounds/r/partials/[0-9a-f]{16}/lambda-fl\.0\.0'"):
+        aggregate(submitted(updates, store), topology=lambda_fl, progress=delete)
+    assert_all_but_last_bits(reference_mean(updates), aggregate(Round(store, "r"), topology=lambda_fl))
+
+
+def test_shared_memory_is_private(tmp_path: Path) -> None:
+    """Partial sums in shared memory can be read by their owner alone."""
+    modes = list[int]()
+
+    def look(_: Plan) -> Any:
+        return lambda _: modes.extend(path.stat().st_mode & 0o777 for path in left_in_shared_memory())
+
+    aggregate(submitted(sample_updates(4), DirectoryStore(tmp_path)), topology=TREES["lifl, shared memory"], progress=look)
+    assert {0o700} == {*modes}
+
+
+def test_no_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums that shared memory has no room for are refused before anything runs."""
+    usage = os.statvfs(SHARED_MEMORY)
+    updates = sample_updates(4)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100})())
+
+    assert usage.f_bavail
+    with pytest.raises(PlanTooLarge, match=r"partial sums take .* of shared memory, and /dev/shm has 0\.1 MiB free"):
+        aggregate(submitted(updates, MemoryStore()), topology=TREES["lifl, shared memory"])
+
+
+def test_lambda_shares_no_memory() -> None:
+    """Functions in the cloud have no memory in common: LIFL's own data plane is refused there."""
+    invoke = pytest.importorskip("gradsharding.aws.invoke", reason="boto3 is not installed")
+    plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=PAPER_READING)
+    job = Job(store="s3://bucket", output="r", upload="u", partials="file:///dev/shm/gradsharding-0")
+    with pytest.raises(UserError, match="cannot be reached by Lambda functions"):
+        invoke.LambdaExecutor("f").run(plan.tasks, job, MemoryStore(), Limits(), lambda _: None)
+
+
+def test_merge_takes_what_sums_gives() -> None:
+    """Sums written by one fold and merged by another are the sums of both, also those beyond 64 bits."""
+    runs, total = [Run("U64", 3), Run("F32", 2)], 1 << 40
+    whole = Fold(runs, total)
+    parts = [Fold(runs, total) for _ in range(2)]
+    for i, weight in enumerate((1 << 39, 1 << 39)):
+        data = np.array([0, 5, (1 << 64) - 1 - i], "u8").tobytes() + np.array([i, -2.5], "f4").tobytes()
+        whole.add([data], weight)
+        parts[i].add([data], weight)
+    merged = Fold(runs, total)
+    for part in parts:
+        merged.merge(iter(part.sums()))
+
+    assert bytes(whole.mean()) == bytes(merged.mean())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_store_that_fails(when: Any) -> None:
+    """Where writing partial sums fails, or its answer is lost, the call ends with the store's error; the next one goes on."""
+    updates = sample_updates(4)
+    store = MemoryStore()
+    submitted(updates, store).seal()
+    flaky = FlakyStore(store, {(when, "put", 2): OSError("the store is away")})  # the first put is the plan's record
+    with pytest.raises(OSError, match="the store is away"):
+        aggregate(Round(flaky, "r"), topology=lambda_fl)
+    result = aggregate(Round(store, "r"), topology=lambda_fl)
+
+    assert (3 if when == "before" else 2) == len(result.reports)
+    assert_all_but_last_bits(reference_mean(updates), result)
