@@ -6,7 +6,7 @@ from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, Pro
 from gradsharding.plan import Limits, Plan
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, open_store
-from gradsharding.topology import flat, sharded
+from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import Raw
 
 __all__ = [
@@ -25,8 +25,11 @@ __all__ = [
     "Round",
     "aggregate",
     "flat",
+    "lambda_fl",
+    "lifl",
     "open_executor",
     "open_store",
     "sharded",
+    "sharded_tree",
 ]
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """Wrapped strategies give what they give unwrapped, and the mean's bits are those of a float64 reference."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from gradsharding import MemoryStore
 from gradsharding.errors import UserError
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.update import load
-from gradsharding_flower import GradSharding, upload_mod
+from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
 from gradsharding_flower.reference import client_id
 
 INNER: dict[str, Callable[[], FedAvg]] = {
@@ -261,4 +262,36 @@ def test_summary_names_the_settings(tmp_path: Path, flower_log: pytest.LogCaptur
     sharding(tmp_path, FedAvgM(server_momentum=0.9)).summary()
     text = flower_log.text
     assert f"Store: {tmp_path.as_uri()} | mode: direct" in text
-    assert text.index("Shards: 3 | executor: InlineExecutor") < text.index("FedAvgM settings") < text.index("Fraction: train")
+    places = [
+        text.index(line) for line in ("Topology: sharded (shards=3) | executor: InlineExecutor", "FedAvgM settings", "Fraction: train")
+    ]
+    assert sorted(places) == places
+
+
+TREES: dict[str, Callable[..., GradSharding]] = {
+    "LambdaFL": LambdaFL,
+    "LambdaFL, 3 levels": partial(LambdaFL, fan_in=2, levels=3),
+    "LIFL": LIFL,
+    "LIFL, shared memory": partial(LIFL, shared_memory=True, executor="processes:2"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("inner", ["FedAvg", "FedAdam"])
+def test_other_topologies(name: str, inner: str, tmp_path: Path) -> None:
+    """LambdaFL and LIFL train the model that GradSharding trains; only who sums what is another."""
+    settings = {"store": tmp_path / "tree", "executor": "inline"}
+    tree = TREES[name](INNER[inner](), **settings | dict(getattr(TREES[name], "keywords", {})))
+    one = GradSharding(INNER[inner](), store=tmp_path / "one", executor="inline")
+    found, expected = (strategy.start(grid_of(), record(initial())) for strategy in (tree, one))
+
+    assert [len(report.clients) for report in one.history] == [len(report.clients) for report in tree.history]
+    for tensor in ("a", "b"):
+        np.testing.assert_array_max_ulp(found.arrays[tensor].numpy(), expected.arrays[tensor].numpy(), maxulp=1)
+
+
+@pytest.mark.parametrize("strategy", [LambdaFL, LIFL])
+def test_trees_have_no_shards(strategy: Callable[..., GradSharding]) -> None:
+    """A tree of whole models takes no number of shards, and says so."""
+    with pytest.raises(UserError, match="has no shards: its functions hold whole models; use GradSharding"):
+        strategy(FedAvg(), store=MemoryStore(), shards=3)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from gradsharding.aggregate import aggregate
-from gradsharding.aws.call import PAYLOAD, pack, unpack
-from gradsharding.aws.invoke import RUNTIME, LambdaExecutor
+from gradsharding.aws.call import pack, unpack
+from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.plan import Job, Limits, Task, Term
+from gradsharding.platform import PAYLOAD, RUNTIME
 from gradsharding.reading import STREAM
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, ObjectStore

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from gradsharding.aggregate import aggregate
-from gradsharding.aws.s3 import RESIDENT, S3Store
+from gradsharding.aws.s3 import S3Store
 from gradsharding.executor import ProcessExecutor
 from gradsharding.kernel import NUMPY, is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.plan import RESERVED, Job, Limits, Task, Term
+from gradsharding.platform import RESIDENT
 from gradsharding.reading import STREAM
 from gradsharding.round import MAX_WEIGHT, Round
 from gradsharding.store import DirectoryStore, file_reference

@@ -7,9 +7,7 @@ from typing import Any
 from gradsharding import __version__
 from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.plan import Job, Task
-
-PAYLOAD = 6 << 20
-"""Bytes of a synchronous invocation, at most (https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html)."""
+from gradsharding.platform import PAYLOAD
 
 
 def pack(job: Job, tasks: Sequence[Task]) -> bytes:

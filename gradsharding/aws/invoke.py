@@ -19,13 +19,11 @@ from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
 from gradsharding.executor import Progress, run_eagerly
 from gradsharding.plan import Invocation, Job, Limits, Task, TaskReport, mib
+from gradsharding.platform import RUNTIME
 from gradsharding.store import ObjectStore
 
 CONCURRENCY = 100
 """Invocations at once, where the account does not say what it allows."""
-
-RUNTIME = 24 << 20
-"""Bytes that bound Lambda's own runtime beside our code, within the function's memory. ``tests/test_lambda.py`` measures it."""
 
 PATIENCE = 900.0
 """Seconds that throttled tasks wait for their turn before the round is given up."""

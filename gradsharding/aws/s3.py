@@ -17,24 +17,12 @@ from gradsharding.aws.compose import MINIMUM, Composed, compose, is_kept
 from gradsharding.aws.ranged import ATTEMPTS, Answer, pause, stream
 from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
 from gradsharding.kernel import Buffer
-from gradsharding.reading import Reading, connections
+from gradsharding.platform import GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PartTypeDef
-
-CHUNK = 8 << 20
-"""Bytes of one ranged GET: AWS advises 8 to 16 MB (https://docs.aws.amazon.com/whitepapers/latest/s3-optimizing-performance-best-practices)."""
-
-PARALLEL = connections(bandwidth=150e6, latency=0.05, rate=90e6, chunk=CHUNK)
-"""Requests at once that fill twice the 75 MB/s reported for a Lambda function, at S3's usual latency and rate of a connection."""
-
-RESIDENT = 48 << 20
-"""Bytes that bound boto3 with its S3 client in a function. ``tests/test_memory.py`` measures it."""
-
-LARGEST_PUT = 5 << 30
-"""Bytes that S3 takes in one PUT or one part."""
 
 LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
 """What completing an upload must say of each part."""
@@ -46,8 +34,8 @@ class S3Store:
     Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads.
     """
 
-    grain = 32 << 20
-    reading = Reading(chunk=CHUNK, parallel=PARALLEL, resident=RESIDENT)
+    grain = GRAIN
+    reading = READING
 
     def __init__(self, url: str) -> None:
         """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket."""

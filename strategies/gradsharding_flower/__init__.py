@@ -10,6 +10,6 @@ from gradsharding_flower.arrays import from_state_dict, to_state_dict
 from gradsharding_flower.mod import upload_mod
 from gradsharding_flower.reference import refer
 from gradsharding_flower.result import RoundReport
-from gradsharding_flower.strategy import GradSharding
+from gradsharding_flower.strategy import LIFL, GradSharding, LambdaFL
 
-__all__ = ["GradSharding", "RoundReport", "from_state_dict", "refer", "to_state_dict", "upload_mod"]
+__all__ = ["LIFL", "GradSharding", "LambdaFL", "RoundReport", "from_state_dict", "refer", "to_state_dict", "upload_mod"]

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, open_executor, open_store, sharded
+from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
 from gradsharding.errors import GradShardingError, InvalidUpdate, PlanTooLarge, StoreRefused, UserError
 from gradsharding.layout import Layout
@@ -88,7 +88,8 @@ class GradSharding(Strategy):
         self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
         self.limits = limits
-        self.shards = shards
+        self.topology: Topology = partial(sharded, shards=shards)
+        """How the mean is divided over functions."""
         self.mode = mode
         self.min_replies = min_replies
         self.keep = keep
@@ -110,7 +111,7 @@ class GradSharding(Strategy):
         """Log the configuration, then the wrapped strategy's."""
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
-        log.info("\t│\t├── Shards: %s | executor: %s", self.shards or "as memory allows", type(self.executor).__name__)
+        log.info("\t│\t├── Topology: %s | executor: %s", described(self.topology), type(self.executor).__name__)
         log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "by themselves")
         log.info("\t│\t└── Allowed memory of a function: %s", mib(self.limits.memory) if self.limits else "what the executor has")
         self.inner.summary()
@@ -217,7 +218,7 @@ class GradSharding(Strategy):
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
         limits = self.executor.limits(self.limits)
-        self._topology()(manifest, limits, grain=self.store.grain, reading=self.store.reading).check(limits)
+        self.topology(manifest, limits, grain=self.store.grain, reading=self.store.reading).check(limits)
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
@@ -225,9 +226,6 @@ class GradSharding(Strategy):
         """Order the result's tensors as the model does; a client's order holds only for names the model does not have."""
         assert self._model
         return self._model.names if sorted(self._model.names) == sorted(received) else received
-
-    def _topology(self) -> Topology:
-        return partial(sharded, shards=self.shards)
 
     def _load(self, arrays: ArrayRecord) -> ArrayRecord:
         reference = find(arrays)
@@ -307,7 +305,7 @@ class GradSharding(Strategy):
             content[key] = ArrayRecord()
 
     def _aggregate(self, round_: Round) -> Averaged:
-        return aggregate(round_, topology=self._topology(), limits=self.limits, executor=self.executor)
+        return aggregate(round_, topology=self.topology, limits=self.limits, executor=self.executor)
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
         """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
@@ -331,3 +329,56 @@ class GradSharding(Strategy):
         needed = {model.source for model in (self._model, self._previous) if model}
         found = [key for key, _ in self.store.list(f"rounds/{self._run}-")]
         self.store.delete(key for key in found if key not in needed)
+
+
+class LambdaFL(GradSharding):
+    """The same wrapper with λ-FL's topology: leaves sum whole models, a root sums the sums. Each function holds a whole model.
+
+    Parameters
+    ----------
+    inner : FedAvg
+        The strategy to wrap.
+    fan_in : int | None (default: None)
+        Updates that a leaf takes; by default √N, rounded up.
+    levels : int (default: 2)
+        Levels of the tree.
+    **settings
+        Those of ``GradSharding``, but for ``shards``.
+    """
+
+    def __init__(self, inner: FedAvg, *, fan_in: int | None = None, levels: int = 2, **settings: Any) -> None:
+        super().__init__(inner, **_without_shards("LambdaFL", settings))
+        self.topology = partial(lambda_fl, fan_in=fan_in, levels=levels)
+
+
+class LIFL(GradSharding):
+    """The same wrapper with LIFL's topology: leaf, middle and top aggregators. Each function holds a whole model.
+
+    Parameters
+    ----------
+    inner : FedAvg
+        The strategy to wrap.
+    fan_in : int | None (default: None)
+        Inputs of a leaf or middle aggregator; by default ∛N, rounded up.
+    shared_memory : bool (default: False)
+        Pass partial sums through this machine's memory, as LIFL itself does; the functions must be processes on it.
+    **settings
+        Those of ``GradSharding``, but for ``shards``.
+    """
+
+    def __init__(self, inner: FedAvg, *, fan_in: int | None = None, shared_memory: bool = False, **settings: Any) -> None:
+        super().__init__(inner, **_without_shards("LIFL", settings))
+        self.topology = partial(lifl, fan_in=fan_in, shared_memory=shared_memory)
+
+
+def described(topology: Topology) -> str:
+    """Name a topology with its parameters, for the log."""
+    assert isinstance(topology, partial)
+    given = ", ".join(f"{name}={value}" for name, value in topology.keywords.items() if value is not None)
+    return f"{topology.func.__name__}{f' ({given})' if given else ''}"
+
+
+def _without_shards(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    if "shards" in settings:
+        raise UserError(f"{name} has no shards: its functions hold whole models; use GradSharding")
+    return settings

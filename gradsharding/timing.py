@@ -1,0 +1,104 @@
+"""How long a plan takes on Lambda, from a few named parameters; each was measured somewhere, or is said to be assumed.
+
+``benchmarks/calibration.py`` holds them against measured rounds, point by point, and prints what is left over.
+"""
+
+import math
+from statistics import NormalDist
+from typing import NamedTuple
+
+from gradsharding.plan import Kind, Plan, Task
+from gradsharding.platform import VCPU
+from gradsharding.value import Value
+
+
+class Speeds(Value):
+    """The parameters: rates in bytes a second, times in seconds, spreads as deviations of a logarithm."""
+
+    connection_rate: float = 60 * 2**20
+    """Of one GET, once it flows."""
+    function_rate: float = 75e6
+    """Of all connections of a function: 600 Mbit/s, as others have measured at any memory (sjakthol/aws-network-benchmark on GitHub)."""
+    latency: float = 0.03
+    """Until a request's first byte."""
+    write_rate: float = 79e6
+    """Of one PUT."""
+    shared_rate: float = 1.5e9
+    """Of shared memory, written or read. Measured on a small machine (``benchmarks/results/topologies.json``)."""
+    fold_rate: float = 4.3e9
+    """Of adding an input to the sums, on one vCPU."""
+    client_rate: float = 250e6
+    """Of what boto3 can take in, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
+    spread: float = 0.19
+    """Of functions that do alike: it makes the slowest of many slow."""
+    invoke: float = 0.06
+    """Of asking for an invocation, until it begins."""
+    cold_start: float = 2.5
+    """Of a first invocation: it is in the 95th percentile, not in the median."""
+    round_spread: float = 0.28
+    """Of rounds that do alike, on other days as well."""
+
+
+class Seconds(NamedTuple):
+    """How long a round takes, and how long its functions are billed, all together."""
+
+    p50: float
+    p95: float
+    billed: float
+    """Of all functions, warm, as they are expected."""
+    longest: float
+    """Of the slowest function: what must keep within Lambda's time limit."""
+
+
+def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
+    """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once."""
+    known = speeds or Speeds()
+    assembly = 3 * known.latency  # of the result: its begin, its header, its end
+    stages = [_stage(kinds, memory, concurrency, known) for kinds in plan.kinds]
+    p50 = assembly + sum(wall for wall, _ in stages)
+    billed = sum(kind.times * task_seconds(kind.task, memory, known) for kinds in plan.kinds for kind in kinds)
+    p95 = p50 * math.exp(known.round_spread * NormalDist().inv_cdf(0.95)) + known.cold_start * len(stages)
+    return Seconds(p50, p95, billed, max(longest for _, longest in stages))
+
+
+def task_seconds(task: Task, memory: int, speeds: Speeds) -> float:
+    """Forecast what a function of ``memory`` bytes takes for a task, in the mean."""
+    to_store = speeds.latency + task.bytes_written / speeds.write_rate
+    written = to_store if task.puts else task.bytes_written / speeds.shared_rate
+    return _read_seconds(task, min(1.0, memory / VCPU), speeds) + written
+
+
+def slowest(functions: int, spread: float) -> float:
+    """How much longer than the mean the slowest of so many functions takes (Blom's formula for the largest of normal deviates).
+
+    >>> slowest(1, 0.1), round(slowest(100, 0.1), 2)
+    (1.0, 1.28)
+    """
+    return math.exp(spread * NormalDist().inv_cdf((functions - 0.375) / (functions + 0.25)))
+
+
+def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds) -> tuple[float, float]:
+    """Seconds until a stage's last function has ended, and of its slowest one."""
+    functions = sum(kind.times for kind in kinds)
+    at_once = min(functions, concurrency or functions)
+    each = [task_seconds(kind.task, memory, speeds) for kind in kinds]
+    mean = sum(kind.times * seconds for kind, seconds in zip(kinds, each, strict=True)) / functions
+    waves = -(-functions // at_once)
+    # a function of the next wave begins as soon as one of this wave has ended: only those of the last one are waited for
+    last = max(each) * slowest(functions - (waves - 1) * at_once, speeds.spread)
+    return waves * speeds.invoke + (waves - 1) * mean + last, last
+
+
+def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
+    """Reading and folding all inputs, on so many vCPUs."""
+    nbytes, reading = task.bytes_read, task.reading
+    if task.partials and task.shared:
+        return nbytes * (1 / speeds.shared_rate + 1 / (cpu * speeds.fold_rate))
+    if reading.whole:  # nothing goes on while anything else does
+        return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * speeds.fold_rate))
+    piece = reading.piece(task.input_nbytes)
+    connection = piece / (speeds.latency + piece / speeds.connection_rate) if piece else speeds.connection_rate
+    working = cpu / (1 / speeds.client_rate + 1 / speeds.fold_rate)
+    requests = task.inputs * reading.requests(task.input_nbytes)
+    waited = 0.0 if piece else speeds.latency * requests / reading.parallel
+    return speeds.latency + waited + nbytes / min(speeds.function_rate, reading.parallel * connection, working)
