@@ -57,7 +57,7 @@ def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, sp
     stages = [_stage(kinds, memory, concurrency, known) for kinds in plan.kinds]
     p50 = assembly + sum(wall for wall, _ in stages)
     billed = sum(kind.times * task_seconds(kind.task, memory, known) for kinds in plan.kinds for kind in kinds)
-    p95 = p50 * math.exp(known.round_spread * NormalDist().inv_cdf(0.95)) + known.cold_start * len(stages)
+    p95 = unlucky(p50, known) + known.cold_start * len(stages)
     return Seconds(p50, p95, billed, max(longest for _, longest in stages))
 
 
@@ -66,6 +66,21 @@ def task_seconds(task: Task, memory: int, speeds: Speeds) -> float:
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
     written = to_store if task.puts else task.bytes_written / speeds.shared_rate
     return _read_seconds(task, min(1.0, memory / VCPU), speeds) + written
+
+
+def unlucky(seconds: float, speeds: Speeds) -> float:
+    """What takes ``seconds`` in the median takes so many at most in 95 of 100 rounds."""
+    return seconds * math.exp(speeds.round_spread * NormalDist().inv_cdf(0.95))
+
+
+def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
+    """Name what a function of ``memory`` bytes waits for most."""
+    rates = {
+        "the network of a function": speeds.function_rate,
+        "S3's connections": task.reading.parallel * _connection(task, speeds),
+        "CPU, which comes with memory": _working(min(1.0, memory / VCPU), speeds),
+    }
+    return min(rates, key=lambda name: rates[name])
 
 
 def slowest(functions: int, spread: float) -> float:
@@ -96,9 +111,16 @@ def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
         return nbytes * (1 / speeds.shared_rate + 1 / (cpu * speeds.fold_rate))
     if reading.whole:  # nothing goes on while anything else does
         return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * speeds.fold_rate))
-    piece = reading.piece(task.input_nbytes)
-    connection = piece / (speeds.latency + piece / speeds.connection_rate) if piece else speeds.connection_rate
-    working = cpu / (1 / speeds.client_rate + 1 / speeds.fold_rate)
-    requests = task.inputs * reading.requests(task.input_nbytes)
-    waited = 0.0 if piece else speeds.latency * requests / reading.parallel
-    return speeds.latency + waited + nbytes / min(speeds.function_rate, reading.parallel * connection, working)
+    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), _working(cpu, speeds))
+    return speeds.latency + nbytes / rate
+
+
+def _connection(task: Task, speeds: Speeds) -> float:
+    """Bytes a second that one connection carries, request after request."""
+    piece = max(1, task.reading.piece(task.input_nbytes))
+    return piece / (speeds.latency + piece / speeds.connection_rate)
+
+
+def _working(cpu: float, speeds: Speeds) -> float:
+    """Bytes a second that so many vCPUs take in and fold."""
+    return cpu / (1 / speeds.client_rate + 1 / speeds.fold_rate)

@@ -1,0 +1,267 @@
+"""Which topology, how many shards, how much memory: every way is planned and priced, and the one to take is named with its reason."""
+
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
+from functools import cached_property
+from typing import NamedTuple
+
+from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
+from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, PAYLOAD, READING, RUNTIME, TIMEOUT
+from gradsharding.prices import Architecture, Money, Prices, load_prices
+from gradsharding.round import Manifest
+from gradsharding.timing import Speeds, bottleneck, unlucky
+from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.value import Value
+
+MIB = 1 << 20
+
+SIZES = tuple(size * MIB for size in (256, 384, 512, 640, 768, 1024, 1280, 1769, 2560, 3538, 5120, 7168, 10240))
+"""Memory sizes of a function that are tried, beside the least that does."""
+
+SMALLEST_SLICE = 1 << 20
+"""Bytes: smaller slices than this are not tried; each would be a request that is mostly latency."""
+
+WORTH = Decimal("1.1")
+"""Up to so many times the least price is paid for the least time."""
+
+
+Maker = Callable[..., Plan]
+"""A topology, with its parameters."""
+
+
+class Needs(Value):
+    """What a round must keep to, and where it would run."""
+
+    deadline: float | None = None
+    """Seconds within which 95 rounds of 100 must be done."""
+    budget: Money | None = None
+    """US dollars that a round may cost, all in all."""
+    memory: int = MEMORY[-1]
+    """Bytes that one function may have."""
+    concurrency: int = ACCOUNT_CONCURRENCY
+    """Functions that may run at once."""
+    architecture: Architecture = "arm64"
+    storage: Storage = "standard"
+    on_aws: bool = False
+    """Whether the clients are in the bucket's region; else their downloads are paid for."""
+
+
+class Option(NamedTuple):
+    """One way to do it, and what stands against it, if something does."""
+
+    plan: Plan
+    memory: int
+    """Bytes that its functions should have."""
+    forecast: Forecast
+    waves: int
+    problem: str | None
+    binds: str
+    """What keeps it from being faster or cheaper."""
+
+    @property
+    def name(self) -> str:
+        """The topology."""
+        return self.plan.topology
+
+    @property
+    def usd(self) -> Decimal:
+        """Price of the aggregation."""
+        return self.forecast.cost.aggregation.usd
+
+    @property
+    def shape(self) -> str:
+        """The topology's parameters, for people."""
+        fan_in = f"fan-in {self.plan.fan_ins[0]}" if len(self.plan.fan_ins) > 1 else ""
+        shards = f"{len(self.plan.slices)} shards" if len(self.plan.slices) > 1 else ""
+        return ", ".join(filter(None, (shards, fan_in)))
+
+
+class Server(NamedTuple):
+    """An always-on machine that would do the same, by ``gradsharding aggregate`` on it."""
+
+    name: str
+    hour: Decimal
+    seconds: float
+    """Of one round, reading from S3 at the rate that the machine may keep up."""
+    worth_from: Decimal | None
+    """Rounds an hour from which on it is cheaper than the functions; None if it cannot do so many."""
+
+    @property
+    def most(self) -> float:
+        """Rounds an hour that it can do."""
+        return 3600 / self.seconds
+
+
+class Advice(NamedTuple):
+    """Every topology at its best, and which to take."""
+
+    options: tuple[Option, ...]
+    best: Option | None
+    why: str
+    servers: tuple[Server, ...]
+
+
+def recommend(
+    manifest: Manifest,
+    needs: Needs | None = None,
+    *,
+    prices: Prices | None = None,
+    speeds: Speeds | None = None,
+    shards: int | None = None,
+) -> Advice:
+    """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
+
+    ``shards`` fixes their number. Nothing is read or run.
+    """
+    search = _Search(manifest, needs or Needs(), prices or load_prices(), speeds or Speeds())
+    options = tuple(search.best_of(make, shapes) for make, shapes in _ways(manifest, shards))
+    fit = [option for option in options if option.problem is None]
+    best = _choose(fit)
+    return Advice(options, best, _why(best, fit, search.needs), search.servers(best))
+
+
+def _ways(manifest: Manifest, shards: int | None) -> Iterator[tuple[Maker, list[dict[str, int]]]]:
+    """Give each topology, with the parameters that are worth a try."""
+    most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
+    counts = [shards] if shards else [*_ladder(1, most, 1.5)]
+    few = [shards] if shards else [*_ladder(1, most, 1.8)]
+    half = min(len(manifest.terms) // 2, 4_096)  # with more, there would be one leaf
+    fans = [*_ladder(2, half, 2.5)] if half >= 2 else []
+    yield flat, [{}]
+    yield sharded, [{"shards": count} for count in counts]
+    yield lambda_fl, [{}, *({"fan_in": fan} for fan in fans)]
+    yield lifl, [{}, *({"fan_in": fan} for fan in fans)]
+    yield sharded_tree, [{"shards": count, **fan} for count in few for fan in ({}, *({"fan_in": fan} for fan in fans))]
+
+
+def _ladder(least: int, most: int, step: float) -> Iterable[int]:
+    """Numbers from ``least`` to ``most``, each about ``step`` times the one before."""
+    rung = float(least)
+    while rung < most:
+        yield int(rung)
+        rung = max(rung * step, int(rung) + 1)
+    yield max(least, most)
+
+
+class _Search:
+    """What all options of one search share."""
+
+    def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds) -> None:
+        self.manifest, self.needs, self.prices, self.speeds = manifest, needs, prices, speeds
+
+    @cached_property
+    def term_bytes(self) -> float:
+        """Bytes that a term takes in an invocation, in the mean of some."""
+        some = self.manifest.terms[:100]
+        return sum(len(term.model_dump_json()) + 1 for term in some) / len(some)
+
+    def best_of(self, make: Maker, shapes: Iterable[dict[str, int]]) -> Option:
+        """Give a topology at its best: the one that fits and is best to take, or the one that comes nearest to fitting."""
+        limits = Limits(memory=self.needs.memory)
+        plans = [make(self.manifest, limits, grain=GRAIN, reading=READING, **shape) for shape in shapes]
+        fit = [option for plan in plans for option in self.options(plan) if option.problem is None]
+        return _choose(fit) or min((option for plan in plans for option in self.options(plan)), key=self.distance)
+
+    def distance(self, option: Option) -> tuple[bool, float, float]:
+        """How far an option is from fitting: memory first, then time."""
+        return option.plan.memory > self.needs.memory - RUNTIME, max(option.forecast.seconds.longest, TIMEOUT), option.forecast.seconds.p95
+
+    def options(self, plan: Plan) -> Iterator[Option]:
+        """Give the options of a plan: one for each size of function that is worth a try."""
+        needed = max(MEMORY[0], -(-(plan.memory + RUNTIME) // MIB) * MIB)
+        for memory in (needed, *(size for size in SIZES if needed < size <= self.needs.memory)):
+            expected = forecast(
+                plan,
+                self.prices,
+                memory,
+                architecture=self.needs.architecture,
+                concurrency=self.needs.concurrency,
+                speeds=self.speeds,
+                storage=self.needs.storage,
+                clients=Clients(on_aws=self.needs.on_aws),
+            )
+            waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))
+            yield Option(
+                plan, memory, expected, waves, next(self.problems(plan, memory, expected), None), self.binds(plan, memory, expected, waves)
+            )
+
+    def problems(self, plan: Plan, memory: int, expected: Forecast) -> Iterator[str]:
+        """Say what stands against a plan, the first thing first."""
+        needs, seconds, cost = self.needs, expected.seconds, expected.cost.round_trip.usd
+        longest = unlucky(seconds.longest, self.speeds)
+        payload = int(max(len(kind.task.terms) for kind in plan.kinds[0]) * self.term_bytes)
+        if memory > needs.memory:
+            yield f"memory: a function needs {mib(memory)}, and may have {mib(needs.memory)}"
+        if len(plan.slices) >= MAX_PARTS:
+            yield f"parts: {len(plan.slices)} slices and a header are more than the {MAX_PARTS} parts that an object may have"
+        if plan.result_bytes > LARGEST_OBJECT:
+            yield f"object: the result takes {mib(plan.result_bytes)}, and an object {mib(LARGEST_OBJECT)} at most"
+        if payload > PAYLOAD:
+            yield f"payload: an invocation would name its updates in {mib(payload)}, and takes {mib(PAYLOAD)} at most"
+        if longest > TIMEOUT:
+            yield f"time limit: on a slow day its slowest function takes {longest:,.0f} s, and Lambda ends it after {TIMEOUT} s"
+        if needs.deadline is not None and seconds.p95 > needs.deadline:
+            yield f"deadline: 95 rounds of 100 take up to {seconds.p95:,.1f} s, and {needs.deadline:g} s are allowed"
+        if needs.budget is not None and cost > needs.budget:
+            yield f"budget: a round costs ${cost:.4f} all in all, and ${needs.budget} is allowed"
+
+    def binds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> str:
+        """Say which limit keeps a plan from being faster or cheaper."""
+        if waves > len(plan.fan_ins):
+            return f"concurrency: {plan.functions:,} functions run {self.needs.concurrency:,} at a time"
+        if len(plan.slices) == MAX_PARTS - 1:
+            return "parts: an object has no more"
+        if self.needs.deadline is not None and expected.seconds.p95 > 0.9 * self.needs.deadline:
+            return "the deadline"
+        if memory > 0.95 * self.needs.memory:
+            return "memory of a function"
+        slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
+        return bottleneck(slowest, memory, self.speeds)
+
+    def servers(self, best: Option | None) -> tuple[Server, ...]:
+        """Hold the machines of the price list against the functions."""
+        found = []
+        nbytes = self.manifest.layout.nbytes * len(self.manifest.terms)
+        for name, box in self.prices.boxes.items():
+            working = box.vcpus / (1 / self.speeds.client_rate + 1 / self.speeds.fold_rate)
+            seconds = nbytes / min(float(box.network_gbit) * 1e9 / 8, working) + self.speeds.latency
+            alike = None
+            if best:  # what both pay S3 falls out
+                functions = sum((i.usd for i in best.forecast.cost.aggregation.items if i.what in ("functions", "invocations")), Decimal(0))
+                rounds = box.hour / functions
+                alike = rounds if rounds <= Decimal(3600 / seconds) else None
+            found.append(Server(name, box.hour, seconds, alike))
+        return tuple(found)
+
+
+def _choose(fit: Iterable[Option]) -> Option | None:
+    """The fastest of those that cost at most ``WORTH`` of the cheapest."""
+    options = [*fit]
+    if not options:
+        return None
+    least = min(option.usd for option in options)
+    return min((o for o in options if o.usd <= WORTH * least), key=lambda o: (o.forecast.seconds.p50, o.usd, o.plan.functions))
+
+
+def _why(best: Option | None, fit: list[Option], needs: Needs) -> str:
+    if best is None:
+        return "no topology keeps to what is asked; allow more memory, concurrency, time or money"
+    others = [option for option in fit if option is not best]
+    pace = best.forecast.seconds.p50
+    rest = "; ".join(
+        f"{o.name} costs {o.usd / best.usd:.2f} times as much and takes {o.forecast.seconds.p50 / pace:.1f} times as long" for o in others
+    )
+    asked = f" within {needs.deadline:g} s" if needs.deadline else ""
+    return (
+        f"the fastest of those{asked} that cost at most {WORTH} of the least"
+        + (f": {rest}" if rest else "; nothing else fits")
+        + f". What binds it: {best.binds}"
+    )
+
+
+def flower_server(manifest: Manifest, prices: Prices) -> tuple[str, int] | None:
+    """The cheapest machine that holds what Flower's own server does, the updates and two models; and those bytes. None if none does."""
+    nbytes = (len(manifest.terms) + 2) * manifest.layout.nbytes
+    roomy = [(box.hour, name) for name, box in prices.boxes.items() if box.memory_gib * GIB >= nbytes]
+    return (min(roomy)[1], nbytes) if roomy else None
