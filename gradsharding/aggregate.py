@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge
+from gradsharding.cost import Bill, Cost, bill, forecast
+from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, TaskReport, mib
+from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, exists, file_path, locate
@@ -44,6 +46,31 @@ class Result:
             sha.update(chunk)
         return sha.hexdigest()
 
+    def cost(self) -> Cost | None:
+        """Bill the round by what Lambda reported, at list prices; None if it ran elsewhere. Raise UserError for want of prices."""
+        told = next((report.invocation for report in self.reports if report.invocation), None)
+        if not told:
+            return None
+        prices = load_prices(told.region or HOME_REGION)
+        return bill(self.reports, self.plan, prices, architecture=told.architecture or "arm64", puts=self.puts)
+
+    def _cost(self) -> dict[str, Any] | None:
+        try:
+            billed = self.cost()
+        except UserError as error:
+            return {"problem": error.message}
+        if not billed:
+            return None
+        told = next(report.invocation for report in self.reports if report.invocation)
+        prices, arm = load_prices(told.region or HOME_REGION), told.architecture or "arm64"
+        expected = forecast(self.plan, prices, told.memory_size, architecture=arm)
+        return {
+            "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
+            "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
+            "items": [{**item.model_dump(mode="json"), "usd": f"{item.usd:f}"} for item in billed.round_trip.items],
+            "prices": prices.origin,
+        }
+
     def _stages(self) -> list[dict[str, Any]]:
         seen = {report.task: report.model_dump() for report in self.reports}
         return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
@@ -65,7 +92,7 @@ class Result:
                 max((r.peak_memory for r in reports), default=0),
                 sum(r.seconds for r in reports),
             ),
-            "cost": None,
+            "cost": self._cost(),
             "digest": self.digest(),
         }
 
@@ -163,6 +190,10 @@ def _made_of(upload: str, round: Round, manifest: Manifest) -> ResultRecord | No
         round.forget_partials(upload)
         return round.publish(manifest, target.head(key).version) if exists(target, key) else None
     return None
+
+
+def _sums(projected: Bill, observed: Bill) -> dict[str, str]:
+    return {"projected": f"{projected.usd:f}", "observed": f"{observed.usd:f}"}
 
 
 def _ignore(report: TaskReport) -> None:

@@ -10,46 +10,27 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import click
-from pydantic import ByteSize, TypeAdapter
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from gradsharding import __version__, executor
 from gradsharding.aggregate import Result, aggregate
-from gradsharding.errors import GradShardingError, NonFinite, PlanTooLarge, UserError
+from gradsharding.errors import GradShardingError, NonFinite, UserError
 from gradsharding.given import located, open_round, read_updates, replace, writable
-from gradsharding.layout import Layout
-from gradsharding.plan import MAX_PARTS, Limits, NonFinitePolicy, Plan, Term, mib
-from gradsharding.round import Manifest, Round
-from gradsharding.store import DirectoryStore, MemoryStore
-from gradsharding.topology import Topology, flat, sharded
+from gradsharding.plan import MAX_PARTS, Limits, NonFinitePolicy, Plan, mib
+from gradsharding.planned import plan_command, size
+from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 
-TOPOLOGIES: dict[str, Topology] = {"flat": flat, "sharded": sharded}
+TOPOLOGIES: dict[str, Callable[..., Plan]] = {
+    "flat": flat, "sharded": sharded, "lambda-fl": lambda_fl, "lifl": lifl, "sharded-tree": sharded_tree,
+}  # fmt: skip
 """What ``--topology`` knows; each is a row of ``gradsharding plan``."""
 
-
-class Column(NamedTuple):
-    """A figure of a plan: its name in JSON, where it is found, and how people read it."""
-
-    name: str
-    value: Callable[[Plan], int]
-    show: Callable[[int], str]
-
-
-COLUMNS = (
-    Column("functions", lambda plan: plan.functions, str),
-    Column("memory", lambda plan: plan.memory, mib),
-    Column("gets", lambda plan: plan.gets, str),
-    Column("puts", lambda plan: plan.puts, str),
-    Column("bytes_read", lambda plan: plan.bytes_read, mib),
-    Column("bytes_written", lambda plan: plan.bytes_written, mib),
-)
-"""The columns of ``gradsharding plan``."""
+TAKES = {"shards": ("sharded", "sharded-tree"), "fan_in": ("lambda-fl", "lifl", "sharded-tree"), "shared_memory": ("lifl",)}
+"""The topologies that an option goes with."""
 
 
 class Commands(click.Group):
@@ -95,16 +76,6 @@ class Contributed(click.Command):
         return command
 
 
-def _size(text: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text!r} is not a number of bytes; write it like 512MiB or 2GB.") from None
-
-
-memory_option = click.option(
-    "--memory", type=_size, metavar="SIZE", default="512MiB", show_default=True, help="Memory that one function may use."
-)
 shards_option = click.option(
     "--shards", type=click.IntRange(1, MAX_PARTS - 1), metavar="N", help="Number of slices.  [default: of 8 MiB, or what the memory allows]"
 )
@@ -130,7 +101,11 @@ def cli() -> None:
 @shards_option
 @click.option("--topology", type=click.Choice([*TOPOLOGIES]), default="sharded", show_default=True, help="How the work is divided.")
 @click.option(
-    "--memory", type=_size, metavar="SIZE", help="Memory that one function may use.  [default: 512MiB, or what a Lambda function has]"
+    "--fan-in", type=click.IntRange(1), metavar="N", help="Inputs of a function in a tree.  [default: a root of the number of updates]"
+)
+@click.option("--shared-memory", is_flag=True, help="With lifl: pass partial sums through this machine's memory.")
+@click.option(
+    "--memory", type=size, metavar="SIZE", help="Memory that one function may use.  [default: 512MiB, or what a Lambda function has]"
 )
 @click.option(
     "--executor",
@@ -150,11 +125,14 @@ def aggregate_command(
     output: str,
     shards: int | None,
     topology: str,
+    fan_in: int | None,
     memory: int | None,
     where: str,
     store: str | None,
     nonfinite: NonFinitePolicy,
     report: str | None,
+    *,
+    shared_memory: bool,
 ) -> None:
     """Average safetensors files, weighted, into one, slice by slice: no function holds a whole model.
 
@@ -184,7 +162,7 @@ def aggregate_command(
     inputs = [update.place for update in given]
     out = writable(output, inputs)
     report_path = writable(report, [*inputs, out]).path if report else None
-    divide, runner = _topology(topology, shards), executor.open_executor(where)
+    divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
     limits = runner.limits(Limits(memory=memory) if memory else None)
     with open_round(store, given, out, nonfinite) as round_, _progress_bar() as bar:
         try:
@@ -197,57 +175,20 @@ def aggregate_command(
     click.echo(_summary(result, output, time.perf_counter() - started))
 
 
-@cli.command("plan", short_help="Show what each topology takes, before anything runs.")
-@click.argument("updates", nargs=-1, metavar="[[ID=]PATH[:WEIGHT]...]")
-@click.option("--size", type=_size, metavar="SIZE", help="Bytes of the model's float32 parameters, such as 528MB.")
-@click.option("--clients", type=click.IntRange(1, 10_000), metavar="N", help="Number of updates.")
-@shards_option
-@memory_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all sizes in bytes.")
-def plan_command(
-    updates: tuple[str, ...], size: int | None, clients: int | None, shards: int | None, memory: int, *, as_json: bool
-) -> None:
-    """Show what each topology takes, side by side, before anything runs: for a size, or for updates (their headers are read).
-
-    \b
-    Examples:
-      gradsharding plan --size 528MB --clients 20
-      gradsharding plan --size 14GB --clients 100 --memory 2GB --json
-      gradsharding plan alice.safetensors:120 bob.safetensors:80 --memory 128MiB
-
-    \b
-    functions             invocations, one for each slice
-    memory                upper bound for the largest function, the interpreter included
-    gets, puts            requests to the store
-    bytes read, written   by all functions together
-    """  # noqa: D301 - \b tells click to keep the lines that follow
-    limits, manifest = Limits(memory=memory), _manifest(updates, size, clients)
-    makers = {name: _topology(name, shards if name == "sharded" else None) for name in TOPOLOGIES}
-    plans = {name: make(manifest, limits, grain=DirectoryStore.grain, reading=DirectoryStore.reading) for name, make in makers.items()}
-    refusals = {name: _refusal(plan, limits) for name, plan in plans.items()}
-    if as_json:
-        figures = ({column.name: column.value(plan) for column in COLUMNS} for plan in plans.values())
-        rows = [{"topology": n, **f, "fits": refusals[n] is None, "remedy": refusals[n]} for n, f in zip(plans, figures, strict=True)]
-        head = {"size": manifest.layout.nbytes, "clients": len(manifest.terms), "allowed": memory}
-        click.echo(json.dumps({**head, "topologies": rows}, indent=2))
-        return
-    click.echo(f"{len(manifest.terms)} updates of {mib(manifest.layout.nbytes)}; a function may use {mib(memory)}")
-    table = Table("topology", box=box.SIMPLE_HEAD)
-    for column in COLUMNS:
-        table.add_column(column.name.replace("_", " "), justify="right")
-    for name, plan in plans.items():
-        table.add_row(name, *(column.show(column.value(plan)) for column in COLUMNS))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    for name in filter(refusals.get, refusals):
-        click.echo(f"{name} does not fit: {refusals[name]}.")
+cli.add_command(plan_command)
 
 
-def _topology(name: str, shards: int | None) -> Topology:
-    if shards is None:
-        return TOPOLOGIES[name]
-    if name != "sharded":
-        raise click.UsageError(f"--shards goes with --topology sharded, not with {name}.", click.get_current_context())
-    return partial(sharded, shards=shards)
+def _topology(name: str, shards: int | None, fan_in: int | None, *, shared_memory: bool) -> Topology:
+    """Give a topology with the parameters that it takes."""
+    given = {"shards": shards, "fan_in": fan_in, "shared_memory": shared_memory or None}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in given:
+        if name not in TAKES[option]:
+            flag = f"--{option.replace('_', '-')}"
+            raise click.UsageError(
+                f"{flag} goes with --topology {' or '.join(TAKES[option])}, not with {name}.", click.get_current_context()
+            )
+    return partial(TOPOLOGIES[name], **given)
 
 
 @contextlib.contextmanager
@@ -257,7 +198,7 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
 
         def begin(plan: Plan) -> executor.Progress:
-            row = bar.add_task("slices", total=plan.functions)
+            row = bar.add_task("slices" if len(plan.fan_ins) == 1 else "functions", total=plan.functions)
             return lambda _: bar.advance(row)
 
         yield begin
@@ -265,35 +206,13 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
 
 def _summary(result: Result, output: str, seconds: float) -> str:
     plan, now = result.plan, len(result.reports)
-    slices = f"{plan.functions} slice{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
+    unit = "slice" if len(plan.fan_ins) == 1 else "function"
+    slices = f"{plan.functions} {unit}{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
     observed = f"{mib(max(r.peak_memory for r in result.reports))} observed" if now else "nothing was left to do"
     return (
         f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"
         f"memory per function: {mib(plan.memory)} projected, {observed}; {seconds:.2f} s"
     )
-
-
-def _manifest(updates: Sequence[str], size: int | None, clients: int | None) -> Manifest:
-    """Seal the updates, or made-up ones of one float32 tensor."""
-    if bool(updates) == (size is not None or clients is not None):
-        raise click.UsageError("Give --size and --clients, or updates.", click.get_current_context())
-    if updates:
-        round_ = Round.create(MemoryStore(), "plan")
-        for update in read_updates(updates):
-            update.refer(round_)
-        return round_.seal()
-    if clients is None or size is None or size < 4:
-        raise click.UsageError("Give both --size, of at least 4 bytes, and --clients.", click.get_current_context())
-    terms = (Term(client=str(i), source="", version="", base=0, weight=1) for i in range(clients))
-    return Manifest(round="plan", layout=Layout.of({"parameters": ("F32", (size // 4,))}), terms=tuple(terms))
-
-
-def _refusal(plan: Plan, limits: Limits) -> str | None:
-    try:
-        plan.check(limits)
-    except PlanTooLarge as error:
-        return error.message
-    return None
 
 
 def main(args: Sequence[str] | None = None) -> int:

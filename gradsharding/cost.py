@@ -5,7 +5,8 @@ from decimal import Decimal
 from typing import Literal, NamedTuple
 
 from gradsharding.plan import Plan, TaskReport
-from gradsharding.prices import Architecture, Prices
+from gradsharding.platform import Architecture
+from gradsharding.prices import Prices
 from gradsharding.timing import Seconds, Speeds, forecast_seconds
 from gradsharding.value import Value
 
@@ -101,7 +102,7 @@ def forecast(
     at_once = [min(width * len(plan.slices), concurrency or width * len(plan.slices)) for width in plan.widths]
     gib_seconds = Decimal(memory) / GIB * Decimal(f"{seconds.billed:.3f}")
     usage = Usage(gib_seconds, sum(at_once), plan.gets, plan.puts, plan.bytes_read, plan.bytes_written)
-    return Forecast(seconds, _cost(usage, plan, prices, architecture, storage, clients))
+    return Forecast(seconds, priced(usage, plan, prices, architecture, storage, clients))
 
 
 def bill(
@@ -125,10 +126,11 @@ def bill(
         sum(report.bytes_read for report in seen),
         sum(report.bytes_written for report in seen) + plan.header_bytes,
     )
-    return _cost(usage, plan, prices, architecture, storage, clients)
+    return priced(usage, plan, prices, architecture, storage, clients)
 
 
-def _cost(usage: Usage, plan: Plan, prices: Prices, architecture: Architecture, storage: Storage, clients: Clients | None) -> Cost:
+def priced(usage: Usage, plan: Plan, prices: Prices, architecture: Architecture, storage: Storage, clients: Clients | None) -> Cost:
+    """Price what functions took for a plan, in both accountings."""
     functions = Bill(
         items=(
             _item("functions", usage.gib_seconds, "GiB-seconds", prices.lambda_second(architecture)),

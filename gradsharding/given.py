@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 from urllib.parse import unquote
 
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
+from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy
 from gradsharding.round import Round, check_id, check_weight
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, exists, file_path, file_reference, locate, open_store
@@ -82,6 +83,27 @@ def read_updates(texts: Sequence[str]) -> list[Given]:
             )
         given[update.client] = update
     return list(given.values())
+
+
+def found(text: str) -> tuple[Layout, int]:
+    """Read the header of an update, or of the first one in a directory or below a remote prefix, and tell how many are there; 0 for one.
+
+    Raise UserError if there is none, InvalidUpdate.
+    """
+    place = Place.of(text)
+    if place.path and place.path.is_dir():
+        store: ObjectStore = DirectoryStore(place.path)
+        keys = sorted(path.name for path in place.path.glob("*.safetensors"))
+    elif place.exists():
+        return inspect(place.reference, NOWHERE).layout, 0
+    elif place.path:
+        raise UserError(f"there is no file or directory {text}; check the path")
+    else:
+        store = open_store(place.reference.rstrip("/"))
+        keys = [key for key, _ in store.list("") if key.endswith(".safetensors")]
+    if not keys:
+        raise UserError(f"{text} has no update in it; updates are files or objects named *.safetensors")
+    return inspect(keys[0], store).layout, len(keys)
 
 
 def writable(text: str, taken: Sequence[Place]) -> Place:

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_valida
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import Arithmetic, sum_bytes, sum_runs
 from gradsharding.layout import Run, join_runs
+from gradsharding.platform import Architecture
 from gradsharding.reading import Reading
 from gradsharding.sharding import Slice, cut
 from gradsharding.value import Value
@@ -181,6 +182,9 @@ class Invocation(Value):
     max_memory: int
     init_seconds: float | None
     """Of a cold start; None for a warm one."""
+    architecture: Architecture | None = None
+    """Of the function, as far as the account tells."""
+    region: str | None = None
 
 
 class TaskReport(Value):

@@ -1,14 +1,14 @@
 """Which topology, how many shards, how much memory: every way is planned and priced, and the one to take is named with its reason."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from decimal import Decimal
 from functools import cached_property
 from typing import NamedTuple
 
 from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
-from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, PAYLOAD, READING, RUNTIME, TIMEOUT
-from gradsharding.prices import Architecture, Money, Prices, load_prices
+from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, PAYLOAD, READING, RUNTIME, TIMEOUT, Architecture
+from gradsharding.prices import Money, Prices, load_prices
 from gradsharding.round import Manifest
 from gradsharding.timing import Speeds, bottleneck, unlucky
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
@@ -25,6 +25,9 @@ SMALLEST_SLICE = 1 << 20
 WORTH = Decimal("1.1")
 """Up to so many times the least price is paid for the least time."""
 
+
+NAMES = ("flat", "sharded", "lambda-fl", "lifl", "sharded-tree")
+"""The topologies that are planned, as they are shown."""
 
 Maker = Callable[..., Plan]
 """A topology, with its parameters."""
@@ -109,30 +112,33 @@ def recommend(
     prices: Prices | None = None,
     speeds: Speeds | None = None,
     shards: int | None = None,
+    topologies: Collection[str] = NAMES,
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
 
-    ``shards`` fixes their number. Nothing is read or run.
+    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run.
     """
     search = _Search(manifest, needs or Needs(), prices or load_prices(), speeds or Speeds())
-    options = tuple(search.best_of(make, shapes) for make, shapes in _ways(manifest, shards))
+    ways = _ways(manifest, shards)
+    options = tuple(search.best_of(*ways[name]) for name in NAMES if name in topologies)
     fit = [option for option in options if option.problem is None]
     best = _choose(fit)
     return Advice(options, best, _why(best, fit, search.needs), search.servers(best))
 
 
-def _ways(manifest: Manifest, shards: int | None) -> Iterator[tuple[Maker, list[dict[str, int]]]]:
+def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list[dict[str, int]]]]:
     """Give each topology, with the parameters that are worth a try."""
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
-    counts = [shards] if shards else [*_ladder(1, most, 1.5)]
-    few = [shards] if shards else [*_ladder(1, most, 1.8)]
+    counts, few = ([shards] if shards else [*_ladder(1, most, step)] for step in (1.5, 1.8))
     half = min(len(manifest.terms) // 2, 4_096)  # with more, there would be one leaf
-    fans = [*_ladder(2, half, 2.5)] if half >= 2 else []
-    yield flat, [{}]
-    yield sharded, [{"shards": count} for count in counts]
-    yield lambda_fl, [{}, *({"fan_in": fan} for fan in fans)]
-    yield lifl, [{}, *({"fan_in": fan} for fan in fans)]
-    yield sharded_tree, [{"shards": count, **fan} for count in few for fan in ({}, *({"fan_in": fan} for fan in fans))]
+    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in (_ladder(2, half, 2.5) if half >= 2 else ()))]
+    return {
+        "flat": (flat, [{}]),
+        "sharded": (sharded, [{"shards": count} for count in counts]),
+        "lambda-fl": (lambda_fl, fans),
+        "lifl": (lifl, fans),
+        "sharded-tree": (sharded_tree, [{"shards": count, **fan} for count in few for fan in fans]),
+    }
 
 
 def _ladder(least: int, most: int, step: float) -> Iterable[int]:

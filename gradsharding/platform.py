@@ -1,9 +1,14 @@
-"""What AWS Lambda and S3 allow and take, as numbers. There is no code here, and nothing of AWS needs to be installed.
+"""What AWS Lambda and S3 allow and take, as numbers. Nothing is computed here, and nothing of AWS needs to be installed.
 
 Quotas: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html and https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html.
 """
 
+from typing import Literal
+
 from gradsharding.reading import Reading, connections
+
+Architecture = Literal["arm64", "x86_64"]
+"""What a function's processor may be."""
 
 MEMORY = range(128 << 20, (10_240 << 20) + 1, 1 << 20)
 """Bytes that a function may have. New accounts are often held to 3,008 MiB at first."""

@@ -5,15 +5,13 @@ import tomllib
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationError
 
 from gradsharding.errors import UserError
+from gradsharding.platform import Architecture
 from gradsharding.value import Value
-
-Architecture = Literal["arm64", "x86_64"]
-"""What a Lambda function's processor may be."""
 
 PACKAGED = Path(__file__).with_name("prices.toml")
 """The prices that this release brings along."""

@@ -13,7 +13,7 @@ import pytest
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.call import pack, unpack
-from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
@@ -107,12 +107,12 @@ def test_settings(start: Start) -> None:
     """Memory, time and concurrency are read from the account, and narrow what is allowed; who may not ask goes by defaults."""
     start(memory=256, timeout=7, concurrency=3)
     executor = LambdaExecutor("gradsharding")
-    assert (256 * MIB, 7, 3) == executor.settings
+    assert Settings(256 * MIB, 7, 3, "x86_64") == executor.settings
     assert Limits(memory=256 * MIB - RUNTIME, concurrency=3) == executor.limits(None)
     assert Limits(memory=128 * MIB, concurrency=2) == LambdaExecutor("gradsharding", concurrency=2).limits(Limits(memory=128 * MIB))
 
     start(memory=256, tells=False)
-    assert (None, None, None) == LambdaExecutor("gradsharding").settings
+    assert Settings(None, None, None, None) == LambdaExecutor("gradsharding").settings
     assert Limits() == LambdaExecutor("gradsharding").limits(None)
 
 

@@ -2,10 +2,7 @@
 
 import re
 import time
-import tomllib
 import uuid
-from decimal import Decimal
-from importlib.resources import files
 from typing import Any
 
 import click
@@ -17,6 +14,7 @@ from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.plan import mib
+from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.round import Round
 from gradsharding.store import open_store
 
@@ -47,8 +45,8 @@ def deploy(name: str, **options: Any) -> None:
     keys = {option: "".join(word.capitalize() for word in option.split("_")) for option in options}
     parameters = {keys[option]: str(value) for option, value in options.items() if value is not None}
     up = put_up(Account(), name, parameters, _tell)
-    store, executor, prices = up.outputs["Store"], up.outputs["Executor"], _prices()
-    alarm, stored = Decimal(prices["cloudwatch"]["alarm_month"]), prices["s3"]["gigabyte_month"]
+    store, executor, prices = up.outputs["Store"], up.outputs["Executor"], load_prices()
+    alarm, stored = prices.usd("alarm_month"), prices.usd("s3_gigabyte_month")
     click.echo(
         f"store:    {store}\nexecutor: {executor}\n\n"
         f"Try it:       gradsharding smoke{_named(name)}\n"
@@ -57,7 +55,7 @@ def deploy(name: str, **options: Any) -> None:
         f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
         f"Take it down: gradsharding destroy{_named(name)}\n\n"
         f"Left up and unused, it costs ${ALARMS * alarm} a month for {ALARMS} alarms, and ${stored} for each GB-month that lies in its "
-        f"buckets (list prices of us-east-1); rounds are deleted after {up.parameters.get('ExpireDays', '7')} days."
+        f"buckets (list prices of {HOME_REGION}); rounds are deleted after {up.parameters.get('ExpireDays', '7')} days."
     )
 
 
@@ -85,7 +83,7 @@ def smoke(name: str) -> None:
     finally:
         store.delete(key for key, _ in store.list(round_.key("")))
     click.echo(f"upload {ready - started:.1f} s, aggregation {ended - ready:.1f} s: {len(result.reports)} slices; every element is right")
-    click.echo(_bill(result, up.parameters.get("Architecture", "arm64")))
+    click.echo(_bill(result))
 
 
 @click.command(short_help="Take everything down again.")
@@ -105,31 +103,17 @@ def destroy(name: str, *, yes: bool) -> None:
     click.echo(f"stack {name} is gone; nothing that is billed is left")
 
 
-def _bill(result: Result, architecture: str) -> str:
+def _bill(result: Result) -> str:
     """Memory and cost of a finished round, in list prices."""
-    prices = _prices()
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
-    gets, puts = sum(report.gets for report in result.reports), sum(report.puts for report in result.reports) + result.puts
     lines = [f"memory per function: {mib(result.plan.memory)} projected, {mib(max(r.peak_memory for r in result.reports))} observed"]
-    seconds = sum(Decimal(str(one.billed_seconds)) * one.memory_size / (1 << 30) for one in told.values())
-    cost = seconds * Decimal(prices["lambda"]["gigabyte_second"][architecture]) + len(told) * Decimal(prices["lambda"]["request"])
-    requests = gets * Decimal(prices["s3"]["get"]) + puts * Decimal(prices["s3"]["put"])
-    if told:
-        cold = sum(one.init_seconds is not None for one in told.values())
-        largest = max(one.max_memory for one in told.values())
-        lines.append(
-            f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(max(o.memory_size for o in told.values()))} used"
-        )
-        lines.append(f"Lambda: {seconds:.2f} GB-s, ${cost:.7f}")
-    else:
-        lines.append("Lambda: the platform told no figures")
-    lines.append(f"S3: {gets} GETs, {puts} PUTs, ${requests:.7f}; uploads and the round's records not counted")
-    lines.append(f"list prices of us-east-1, {prices['lambda']['date']}")
-    return "\n".join(lines)
-
-
-def _prices() -> dict[str, Any]:
-    return tomllib.loads(files("gradsharding").joinpath("prices.toml").read_text())
+    if not (billed := result.cost()):
+        return "\n".join([*lines, "Lambda told no figures to bill it by"])
+    cold = sum(one.init_seconds is not None for one in told.values())
+    largest, had = max(one.max_memory for one in told.values()), max(one.memory_size for one in told.values())
+    lines.append(f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(had)} used")
+    region = next(iter(told.values())).region or HOME_REGION
+    return "\n".join([*lines, str(billed.aggregation), f"{load_prices(region).origin}; uploads and the round's records are not counted"])
 
 
 def _found(name: str) -> Deployed:

@@ -19,7 +19,7 @@ from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
 from gradsharding.executor import Progress, run_eagerly
 from gradsharding.plan import Invocation, Job, Limits, Task, TaskReport, mib
-from gradsharding.platform import RUNTIME
+from gradsharding.platform import RUNTIME, Architecture
 from gradsharding.store import ObjectStore
 
 CONCURRENCY = 100
@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     """Seconds."""
     concurrency: int | None
     """Invocations at once."""
+    architecture: Architecture | None
 
 
 class LambdaExecutor:
@@ -68,11 +69,12 @@ class LambdaExecutor:
         account = self._told(client.get_account_settings) or {}
         free = account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions")
         memory = config.get("MemorySize")
-        return Settings(memory and memory << 20, config.get("Timeout"), reserved.get("ReservedConcurrentExecutions", free))
+        most = reserved.get("ReservedConcurrentExecutions", free)
+        return Settings(memory and memory << 20, config.get("Timeout"), most, next(iter(config.get("Architectures", [])), None))
 
     def limits(self, limits: Limits | None) -> Limits:
         """What the function has, if it is less than what is allowed."""
-        memory, _, most = self.settings
+        memory, most = self.settings.memory, self.settings.concurrency
         room = memory - RUNTIME if memory else Limits().memory
         counts = [count for count in (most, self.concurrency, limits.concurrency if limits else None) if count is not None]
         return Limits(memory=min(room, limits.memory) if limits else room, concurrency=min(counts) if counts else None)
@@ -187,7 +189,7 @@ class _Run:
                 raise refused from error
             raise _Failed(TaskFailed(f"task {first} failed: its answer was lost ({error}); run it again", task=first)) from error
         log = base64.b64decode(answer.get("LogResult", "")).decode(errors="replace")
-        told = _figures(log, asked, len(tasks))
+        told = self._told(log, asked, len(tasks))
         if "FunctionError" in answer:
             raise self._broken(tasks[0], payload.decode(errors="replace"), told)
         found: dict[str, Any] = json.loads(payload)
@@ -200,6 +202,22 @@ class _Run:
         if isinstance(error, OutOfMemory):
             raise self._too_small(tasks[0], error.message)
         raise _Failed(error) if type(error) in (TaskFailed, StoreFailed) else error
+
+    def _told(self, log: str, asked: int, tasks: int) -> Invocation | None:
+        """Read the REPORT line that Lambda writes at the end of an invocation's log."""
+        if not (found := _REPORT.search(log)):
+            return None
+        return Invocation(
+            request=found["request"],
+            attempts=asked,
+            tasks=tasks,
+            billed_seconds=float(found["billed"]) / 1000,
+            memory_size=int(found["size"]) << 20,
+            max_memory=int(found["used"]) << 20,
+            init_seconds=float(found["init"]) / 1000 if found["init"] else None,
+            architecture=self._executor.settings.architecture,
+            region=self._client.meta.region_name,
+        )
 
     def _broken(self, task: Task, answer: str, told: Invocation | None) -> Exception:
         """Tell apart what ended a function before it could answer."""
@@ -228,21 +246,6 @@ def _message(answer: str) -> str:
         return str(json.loads(answer).get("errorMessage", answer))
     except (ValueError, AttributeError):
         return answer
-
-
-def _figures(log: str, asked: int, tasks: int) -> Invocation | None:
-    """Read the REPORT line that Lambda writes at the end of an invocation's log."""
-    if not (found := _REPORT.search(log)):
-        return None
-    return Invocation(
-        request=found["request"],
-        attempts=asked,
-        tasks=tasks,
-        billed_seconds=float(found["billed"]) / 1000,
-        memory_size=int(found["size"]) << 20,
-        max_memory=int(found["used"]) << 20,
-        init_seconds=float(found["init"]) / 1000 if found["init"] else None,
-    )
 
 
 def _pause(times: int) -> float:

@@ -36,6 +36,9 @@ answer is not delivered. throttle: 429. twice: it runs twice, and the second ans
 PAYLOAD = 6 << 20
 """Bytes of a synchronous request, at most."""
 
+HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+"""This machine's architecture, as Lambda names it."""
+
 
 def emulator() -> str | None:
     """Path of the runtime interface emulator: ``$GRADSHARDING_RIE``, on the PATH, or beside this Python; None if there is none."""
@@ -122,7 +125,7 @@ class LocalLambda:
             return 404, {"Message": f"Function not found: {name}", "Type": "User"}
         if rest[1:] == ["concurrency"]:
             return 200, {"ReservedConcurrentExecutions": self.concurrency}
-        return 200, {"FunctionName": name, "MemorySize": self.function.memory, "Timeout": self.function.timeout}
+        return 200, {"FunctionName": name, "MemorySize": self.function.memory, "Timeout": self.function.timeout, "Architectures": [HERE]}
 
     def invoke(self, name: str, body: bytes) -> tuple[int, dict[str, str], Any] | None:
         """Answer an invocation: status, headers, body. None for no answer."""

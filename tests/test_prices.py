@@ -1,0 +1,257 @@
+"""Prices are exact, dated and sourced; AWS's list is fetched only when asked, and nothing is half-written."""
+
+import json
+import threading
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradsharding import cli
+from gradsharding.errors import UserError
+from gradsharding.prices import PACKAGED, load_prices, price_file, user_file
+
+pytest.importorskip("urllib3", reason="urllib3 comes with boto3, which is not installed")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a home of its own, without price files."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("GRADSHARDING_PRICES", raising=False)
+    monkeypatch.delenv("GRADSHARDING_PRICE_LIST", raising=False)
+    return tmp_path
+
+
+def test_every_figure_has_a_source_and_a_date() -> None:
+    """Each packaged price names a source that the file describes, whose date is not to come."""
+    known = tomllib.loads(PACKAGED.read_text())
+    today, used = datetime.now(UTC).date(), set[str]()
+
+    assert all(source["date"] <= today and source["page"].startswith("https://") for source in known["source"].values())
+    for region in known["region"]:
+        prices = load_prices(region)
+        used |= {price.source for price in prices.figures.values()} | {machine.source for machine in prices.boxes.values()}
+        assert used <= {*prices.sources}
+    assert {*known["source"]} == used
+
+
+def test_exact() -> None:
+    """A price is the decimal that was written, not the float next to it."""
+    prices = load_prices()
+
+    assert Decimal("0.0000166667") == prices.lambda_second("x86_64")
+    assert Decimal("0.0000133334") == prices.lambda_second("arm64")
+    assert "0.0000133334" == str(prices.usd("lambda_second_arm64").__format__("f"))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("s3_put = { usd = 0.5, source = 'a' }", "0.5 is not a price; write it as text"),
+        ("s3_put = { usd = '-1', source = 'a' }", "must not be negative"),
+        ("s3_put = { usd = 'NaN', source = 'a' }", "is not a price"),
+        ("s3_put = { usd = 'cheap', source = 'a' }", "'cheap' is not a price"),
+        ("s3_put = { usd = '1', source = 'b' }", "names the source 'b', which is not in the file"),
+        ("s3_put = { usd = '1' }", "source: Field required"),
+        ("s3_put = ", "cannot be read as prices"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, why: str) -> None:
+    """A file with a wrong figure is refused with the figure and the reason."""
+    file = tmp_path / "prices.toml"
+    file.write_text(f"[source.a]\nname = 'a'\npage = 'https://a'\ndate = 2026-01-01\n[region.us-east-1]\n{text}\n")
+
+    with pytest.raises(UserError, match=why):
+        load_prices(path=file)
+
+
+def test_unknown() -> None:
+    """A region or a price that is not in the file is an error that says which are, and how to get others."""
+    with pytest.raises(UserError, match=r"has no prices for mars-1, only for us-east-1; fetch them with: gradsharding prices --refresh"):
+        load_prices("mars-1")
+    with pytest.raises(UserError, match="has no price tea for us-east-1"):
+        load_prices().usd("tea")
+
+
+def test_which_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is named comes first, then the user's, then the packaged one."""
+    assert PACKAGED == price_file()
+    user_file().parent.mkdir(parents=True)
+    user_file().write_text(PACKAGED.read_text().replace("0.0000133334", "0.1"))
+    assert user_file() == price_file()
+    assert Decimal("0.1") == load_prices().lambda_second("arm64")
+    assert str(user_file()) in load_prices().origin
+    monkeypatch.setenv("GRADSHARDING_PRICES", str(home / "mine.toml"))
+    assert home / "mine.toml" == price_file()
+    with pytest.raises(UserError, match=r"mine\.toml cannot be read as prices"):
+        load_prices()
+
+
+def offer(products: dict[str, tuple[dict[str, str], list[tuple[str, str]]]]) -> dict[str, Any]:
+    """Write an offer as AWS's price list does: products, and their tiers as (begin, dollars)."""
+    return {
+        "formatVersion": "v1.0",
+        "publicationDate": "2026-11-20T12:00:00Z",
+        "products": {sku: {"sku": sku, "attributes": attributes} for sku, (attributes, _) in products.items()},
+        "terms": {
+            "OnDemand": {
+                sku: {
+                    f"{sku}.T": {
+                        "priceDimensions": {
+                            f"{sku}.T.{i}": {"beginRange": begin, "pricePerUnit": {"USD": usd}} for i, (begin, usd) in enumerate(tiers)
+                        }
+                    }
+                }
+                for sku, (_, tiers) in products.items()
+            }
+        },
+    }
+
+
+def lists(prefix: str = "") -> dict[str, Any]:
+    """Give the offers of a region."""
+    here = {"location": "US East (N. Virginia)"}
+    return {
+        "AWSLambda": offer(
+            {
+                "A": ({"group": "AWS-Lambda-Duration", **here}, [("6000000000", "0.0000150000"), ("0", "0.0000166667")]),
+                "B": ({"group": "AWS-Lambda-Duration-ARM", **here}, [("0", "0.0000120000")]),
+                "C": ({"group": "AWS-Lambda-Requests-ARM", **here}, [("0", "0.0000002000")]),
+                "D": ({"group": "AWS-Lambda-Duration", "location": "Any"}, [("0", "0.0000000000")]),
+            }
+        ),
+        "AmazonS3": offer(
+            {
+                "E": ({"usagetype": f"{prefix}Requests-Tier1"}, [("0", "0.0000050000")]),
+                "F": ({"usagetype": f"{prefix}Requests-Tier2"}, [("0", "0.0000004000")]),
+                "G": ({"usagetype": f"{prefix}TimedStorage-ByteHrs"}, [("0", "0.0230000000"), ("51200", "0.0220000000")]),
+                "H": ({"usagetype": f"{prefix}EarlyDelete-ByteHrs"}, [("0", "9")]),
+            }
+        ),
+        "AWSDataTransfer": offer({"I": ({"usagetype": f"{prefix}DataTransfer-Out-Bytes"}, [("0", "0"), ("100", "0.0800000000")])}),
+        "AmazonCloudWatch": offer({"J": ({"usagetype": f"{prefix}CW:AlarmMonitorUsage"}, [("0", "0.1000000000")])}),
+    }
+
+
+class Lists:
+    """AWS's price list, on this machine."""
+
+    def __init__(self) -> None:
+        self.regions: dict[str, dict[str, Any]] = {"us-east-1": lists(), "eu-west-1": lists("EU-")}
+        self.asked: list[str] = []
+        self.url = ""
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lists]:
+    """Serve price lists over HTTP on loopback."""
+    known = Lists()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known.asked.append(self.path)
+            _, _, _, _, name, _, region, _ = self.path.split("/")
+            found = known.regions.get(region, {}).get(name)
+            self.send_response(404 if found is None else 200)
+            self.end_headers()
+            self.wfile.write(b"" if found is None else found if isinstance(found, bytes) else json.dumps(found).encode())
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+            """Keep quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    known.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("GRADSHARDING_PRICE_LIST", known.url)
+    yield known
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prices are shown with their sources and dates; nothing is asked of anybody."""
+    assert 0 == cli.main(["prices"])
+    said = capsys.readouterr().out
+    assert "s3_put" in said
+    assert "0.000005" in said
+    assert "2026-03-08" in said
+    assert 0 == cli.main(["prices", "--json"])
+    assert "0.000005" == json.loads(capsys.readouterr().out)["figures"]["s3_put"]["usd"]
+
+
+@pytest.mark.usefixtures("served")
+def test_refresh(capsys: pytest.CaptureFixture[str]) -> None:
+    """What changes is shown, the user's file is written with source and date, and counts from then on; the first paid tier is taken."""
+    before = load_prices()
+    assert 0 == cli.main(["prices", "--refresh"])
+    said, after = capsys.readouterr().out, load_prices()
+
+    assert "lambda_second_arm64: 0.0000133334 → 0.0000120000" in said
+    assert "transfer_out_gigabyte: 0.09 → 0.0800000000" in said
+    assert "s3_put" not in said
+    assert "express_put: not looked for, or not found; it stays 0.00000113, of 2025-04-10" in said
+    assert "EC2's list is too large to fetch: its prices stay" in said
+    assert f"8 prices of us-east-1 are now in {user_file()}" in said
+    assert str(user_file()) == after.file
+    assert (Decimal("0.000012"), Decimal("0.0000166667")) == (after.lambda_second("arm64"), after.lambda_second("x86_64"))
+    assert before.boxes == after.boxes
+    assert "2026-11-20" == str(after.sources[after.figures["s3_get"].source].date)
+    assert after.sources[after.figures["s3_get"].source].page.endswith("/offers/v1.0/aws/AmazonS3/current/us-east-1/index.json")
+    assert [] == [path.name for path in user_file().parent.iterdir() if path != user_file()]
+    assert 0 == cli.main(["prices", "--refresh"])
+    assert "→" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("served")
+def test_refresh_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other regions name their products with a prefix; what was known of the first region stays."""
+    assert 0 == cli.main(["prices", "--refresh", "--region", "eu-west-1"])
+    assert "s3_put: unknown → 0.0000050000" in capsys.readouterr().out
+    assert Decimal("0.000005") == load_prices("eu-west-1").usd("s3_put")
+    assert load_prices().figures == load_prices(path=PACKAGED).figures
+
+
+@pytest.mark.usefixtures("served")
+def test_no_such_region(capsys: pytest.CaptureFixture[str]) -> None:
+    """A region without a list is the user's mistake; nothing is written."""
+    assert 2 == cli.main(["prices", "--refresh", "--region", "mars-1"])
+    assert "is that the name of a region?" in capsys.readouterr().err
+    assert not user_file().exists()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"{}", b'{"publicationDate": "today"}', b'{"publicationDate": "2026-01-01", "products": []}'])
+def test_no_price_list(served: Lists, capsys: pytest.CaptureFixture[str], body: bytes) -> None:
+    """What is not a price list is refused; nothing is written."""
+    served.regions["us-east-1"]["AmazonS3"] = body
+    assert 2 == cli.main(["prices", "--refresh"])
+    assert "is not a price list" in capsys.readouterr().err
+    assert not user_file().exists()
+
+
+def test_unreachable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the list cannot be reached, one error says so; nothing is written."""
+    monkeypatch.setenv("GRADSHARDING_PRICE_LIST", "http://127.0.0.1:9")
+    assert 1 == cli.main(["prices", "--refresh"])
+    assert "AWS's price list cannot be reached" in capsys.readouterr().err
+    assert not user_file().exists()
+
+
+def test_no_plain_http(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prices are not taken over plain HTTP from elsewhere."""
+    monkeypatch.setenv("GRADSHARDING_PRICE_LIST", "http://prices.example")
+    assert 2 == cli.main(["prices", "--refresh"])
+    assert "is not https" in capsys.readouterr().err
+
+
+def test_nothing_else_fetches(served: Lists) -> None:
+    """Planning asks nobody for prices."""
+    assert 0 == cli.main(["plan", "--size", "1MB", "--clients", "2", "--json"])
+    assert [] == served.asked
