@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 CEPH = ceph-mon ceph-osd radosgw ceph-common
+SLURM = slurmctld slurmd slurm-client munge
 export FLWR_TELEMETRY_ENABLED = 0
 export RAY_USAGE_STATS_ENABLED = 0
 
@@ -18,7 +19,7 @@ test: .venv/.ready # what takes seconds
 test-all: .venv/.ready # and what takes minutes or gigabytes
 	$(BIN)/pytest
 
-rig: .venv/.rig # what the cloud's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack
+rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack, Slurm
 
 lint: types # style, types, and who may import whom
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
@@ -41,10 +42,12 @@ bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for three quarters of an
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-# Each in an environment of its own: their pins are not ours. Ceph comes from Debian; who is not root is told what to install.
+# Each in an environment of its own: their pins are not ours. Ceph and Slurm come from Debian; who is not root is told what to install.
 .venv/.rig: .venv/.ready
 	command -v radosgw >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get -q update && apt-get -qy install --no-install-recommends $(CEPH))
 	command -v radosgw >/dev/null || echo "without Ceph, its tests are skipped: apt-get install --no-install-recommends $(CEPH)"
+	command -v sbatch >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get -q update && apt-get -qy install --no-install-recommends $(SLURM))
+	command -v sbatch >/dev/null || echo "without Slurm, its tests are skipped: apt-get install --no-install-recommends $(SLURM)"
 	$(PYTHON) -m venv .venv/sam && .venv/sam/bin/pip install --quiet aws-sam-cli cfn-lint
 	$(PYTHON) -m venv .venv/ministack && .venv/ministack/bin/pip install --quiet 'ministack>=1.5' aws-sam-translator google-crc32c
 	cp .venv/sam/lib/python3*/site-packages/samcli/local/rapid/aws-lambda-rie-$$(uname -m | sed s/aarch64/arm64/) $(BIN)/aws-lambda-rie
