@@ -131,7 +131,7 @@ def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
     counts, few = ([shards] if shards else [*_ladder(1, most, step)] for step in (1.5, 1.8))
     half = min(len(manifest.terms) // 2, 4_096)  # with more, there would be one leaf
-    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in (_ladder(2, half, 2.5) if half >= 2 else ()))]
+    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in (_ladder(2, half, 4) if half >= 2 else ()))]
     return {
         "flat": (flat, [{}]),
         "sharded": (sharded, [{"shards": count} for count in counts]),
@@ -166,8 +166,8 @@ class _Search:
         """Give a topology at its best: the one that fits and is best to take, or the one that comes nearest to fitting."""
         limits = Limits(memory=self.needs.memory)
         plans = [make(self.manifest, limits, grain=GRAIN, reading=READING, **shape) for shape in shapes]
-        fit = [option for plan in plans for option in self.options(plan) if option.problem is None]
-        return _choose(fit) or min((option for plan in plans for option in self.options(plan)), key=self.distance)
+        options = [option for plan in plans for option in self.options(plan)]
+        return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
 
     def distance(self, option: Option) -> tuple[bool, float, float]:
         """How far an option is from fitting: memory first, then time."""

@@ -456,7 +456,16 @@ MISTAKES = {
     "unknown policy": Mistake(f"aggregate good.safetensors {OUT} --nonfinite ignore", ["'ignore'", "'raise', 'propagate'", "--help"]),
     "unknown executor": Mistake(f"aggregate good.safetensors {OUT} --executor cloud", ["'cloud'", "use inline, processes:N"]),
     "no processes": Mistake(f"aggregate good.safetensors {OUT} --executor processes:0", ["'processes:0'", "use inline, processes:N"]),
-    "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'flat', 'sharded'", "aggregate --help"]),
+    "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'sharded', 'lambda-fl'", "aggregate --help"]),
+    "fan-in of slices": Mistake(f"aggregate good.safetensors {OUT} --fan-in 2", ["--fan-in", "lambda-fl or lifl", "not with sharded"]),
+    "memory shared by slices": Mistake(f"aggregate good.safetensors {OUT} --shared-memory", ["--shared-memory", "not with sharded"]),
+    "fan-in of nothing": Mistake(f"aggregate good.safetensors {OUT} --topology lifl --fan-in 0", ["--fan-in", "aggregate --help"]),
+    "plan from nowhere": Mistake("plan --from nowhere", ["nowhere", "no file or directory"]),
+    "plan from one": Mistake("plan --from good.safetensors", ["is one update: give --clients, too", "plan --help"]),
+    "plan in no time": Mistake("plan --size 1GB --clients 2 --deadline 0s", ["'0s' is not a time", "60s, 5m or 1h", "plan --help"]),
+    "plan soon": Mistake("plan --size 1GB --clients 2 --deadline soon", ["'soon' is not a time", "plan --help"]),
+    "plan for free": Mistake("plan --size 1GB --clients 2 --budget free", ["'free' is not a sum", "US dollars", "plan --help"]),
+    "plan elsewhere": Mistake("plan --size 1GB --clients 2 --region mars-1", ["no prices for mars-1", "us-east-1", "prices --refresh"]),
     "unknown store": Mistake(f"aggregate good.safetensors {OUT} --store ftp://host/x", ["ftp://host/x", "use file:///directory"]),
     "store in memory": Mistake(f"aggregate good.safetensors {OUT} --store memory://x", ["memory://x", "use a file:// store"]),
     "store is a file": Mistake(f"aggregate good.safetensors {OUT} --store twin.safetensors", ["twin.safetensors", "check the path"]),
@@ -594,40 +603,99 @@ def test_whole_weights_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_plan_shows_topologies_side_by_side(tmp_path: Path) -> None:
-    """A plan is a table, a row for each topology; what does not fit is told with its remedy."""
-    said = done(gradsharding("plan", "--size", "528MB", "--clients", "20", "--shards", "4", cwd=tmp_path))
+    """A plan is a table, a row for each topology; what does not fit is told with the reason, and one is advised."""
+    said = done(gradsharding("plan", "--size", "528MB", "--clients", "20", "--shards", "4", "--memory", "1GiB", cwd=tmp_path))
 
-    head, *rows = [line.split() for line in said.splitlines() if line.startswith("  ") and line.strip()]
-    assert ["topology", "functions", "memory", "gets", "puts", "bytes", "read", "bytes", "written"] == head
-    assert [["flat", "1", "20", "4"], ["sharded", "4", "80", "7"]] == [[row[0], row[1], *row[4:6]] for row in rows]
-    assert "flat does not fit: task flat/0 projects" in said
-    assert "use at least 3 shards, or allow" in said
+    rows = [line.split() for line in said.splitlines() if line.startswith("  ") and line.strip()]
+    assert [
+        "topology",
+        "functions",
+        "waves",
+        "memory",
+        "gets",
+        "puts",
+        "read",
+        "written",
+        "p50",
+        "p95",
+        "aggregation",
+        "round",
+        "trip",
+    ] == rows[0]
+    assert ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"] == [row[0] for row in rows[1:]]
+    assert "flat does not fit: memory: a function needs 1200.0 MiB, and may have 1024.0 MiB." in said
     assert "sharded does not fit" not in said
+    assert "Take sharded: the fastest of those that cost at most 1.1 of the least" in said
+    assert "are downloads of the new model through the internet, whatever the topology" in said
+    assert "An always-on m7g.large, $0.0816 an hour, takes" in said
+    assert "Flower's own server would hold 10.8 GiB: r7g.large" in said
+    assert "List prices of us-east-1" in said
+    assert "times are modelled" in said
 
 
 def test_plan_as_json(call: Callable[..., str]) -> None:
     """Three clients of 32 MiB: each topology reads 96 MiB; four shards ask 12 times; all figures are plain numbers."""
     said = json.loads(call("plan", "--size", "32MiB", "--clients", "3", "--shards", "4", "--json"))
+    found = {row["topology"]: row for row in said["topologies"]}
 
-    flat, sharded = said["topologies"]
-    assert (32 << 20, 3, 512 << 20) == (said["size"], said["clients"], said["allowed"])
-    assert ["flat", 1, 3, 4, 96 << 20, True, None] == [
-        flat[k] for k in ("topology", "functions", "gets", "puts", "bytes_read", "fits", "remedy")
-    ]
-    assert ["sharded", 4, 12, 7, 96 << 20, True, None] == [
-        sharded[k] for k in ("topology", "functions", "gets", "puts", "bytes_read", "fits", "remedy")
-    ]
-    assert sharded["memory"] < flat["memory"]
+    assert (32 << 20, 3, 10240 << 20) == (said["size"], said["clients"], said["needs"]["memory"])
+    assert ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"] == [*found]
+    keys = ("shards", "fan_in", "functions", "waves", "gets", "puts", "bytes_read", "fits", "problem")
+    assert [1, None, 1, 1, 12, 4, 96 << 20, True, None] == [found["flat"][k] for k in keys]
+    assert [4, None, 4, 1, 12, 7, 96 << 20, True, None] == [found["sharded"][k] for k in keys]
+    assert found["sharded"]["memory"] < found["flat"]["memory"] < found["flat"]["function_memory"]
+    assert said["recommended"] in found
+    for row in found.values():
+        assert 0 < row["seconds"]["p50"] < row["seconds"]["p95"]
+        assert 0 < float(row["usd"]["aggregation"]) < float(row["usd"]["round_trip"])
+    assert all(server["most_rounds_an_hour"] > 0 for server in said["servers"])
 
 
-def test_plan_of_updates_is_what_aggregate_projects(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
-    """A plan of files, and the report of the run that follows, agree on every figure."""
-    planned = json.loads(call("plan", *updates, "--shards", "3", "--json"))["topologies"][1]
-    call("aggregate", *updates, "--shards", "3", "-o", "out", "--report", "r.json")
+def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
+    """A deadline, a budget, an architecture and a concurrency change what is advised; JSON says what was asked."""
 
-    projected = json.loads((tmp_path / "r.json").read_text())["projected"]
-    expected = {**{k: projected[k] for k in ("gets", "puts", "bytes_read", "bytes_written")}, "memory": projected["peak_memory"]}
-    assert expected == {k: planned[k] for k in expected}
+    def plan(*options: str) -> Any:
+        return json.loads(call("plan", "--size", "5GB", "--clients", "50", "--json", *options))
+
+    free, hurried = plan(), plan("--deadline", "30s", "--arch", "x86_64", "--concurrency", "2000")
+    named = {row["topology"]: row for row in hurried["topologies"]}
+    assert named[hurried["recommended"]]["seconds"]["p95"] <= 30
+    assert (30, "x86_64", 2000) == tuple(hurried["needs"][k] for k in ("deadline", "architecture", "concurrency"))
+    assert "time limit" in named["flat"]["problem"]
+    assert plan("--budget", "0.001")["recommended"] is None
+    assert plan("--clients-on-aws", "--budget", "5")["recommended"] == free["recommended"]
+    assert plan("--deadline", "5m")["needs"]["deadline"] == 300
+
+
+def test_plan_of_updates(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """A plan of files is one of their tensors and clients; --from reads one of them, or a directory."""
+    planned = json.loads(call("plan", *updates, "--json"))
+    directory = tmp_path / "some"
+    directory.mkdir()
+    for update in updates:
+        name = update.rpartition(":")[0].rpartition("=")[2] or update
+        (directory / Path(name).name).write_bytes((tmp_path / name).read_bytes())
+    found = json.loads(call("plan", "--from", "some", "--json"))
+    one = json.loads(call("plan", "--from", f"some/{next(directory.iterdir()).name}", "--clients", str(len(updates)), "--json"))
+
+    assert [row["bytes_read"] for row in planned["topologies"]] == [row["bytes_read"] for row in found["topologies"]]
+    assert (planned["size"], len(updates)) == (found["size"], found["clients"])
+    assert found == one
+
+
+@pytest.mark.parametrize("topology", ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"])
+def test_topologies_give_the_same_bytes(updates: list[str], call: Callable[..., str], tmp_path: Path, topology: str) -> None:
+    """Whatever the topology, the mean is the same; the report has its stages, and does what was projected."""
+    call("aggregate", *updates, "-o", "expected.safetensors")
+    more = {"lifl": ["--shared-memory"], "sharded-tree": ["--shards", "2", "--fan-in", "1"]}.get(topology, [])
+    said = call("aggregate", *updates, "-o", "out.safetensors", "--topology", topology, *more, "--report", "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+
+    assert (tmp_path / "expected.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    assert topology in said
+    assert {"flat": 1, "sharded": 1, "lambda-fl": 2, "lifl": 3, "sharded-tree": 2}[topology] == len(report["stages"])
+    for figure in ("gets", "puts", "bytes_read", "bytes_written"):
+        assert report["projected"][figure] == report["observed"][figure]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in sorted(cli.commands))], ids=" ".join)

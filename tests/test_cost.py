@@ -1,0 +1,121 @@
+"""Costs are exact decimals, in two accountings, of what is planned and of what was reported."""
+
+from decimal import Decimal
+
+import pytest
+
+from gradsharding import Limits, sharded
+from gradsharding.cost import Bill, Clients, Cost, Item, bill, forecast
+from gradsharding.plan import Invocation, Plan, TaskReport
+from gradsharding.platform import READING
+from gradsharding.prices import load_prices
+from gradsharding.topology import lambda_fl, paper
+from modelled import MB, manifest
+
+PRICES = load_prices()
+
+
+def plan(shards: int = 4, clients: int = 20, mb: int = 64) -> Plan:
+    """Plan a round."""
+    return sharded(manifest(mb * MB, clients), Limits(), reading=READING, shards=shards)
+
+
+def report(task: str, request: str | None, seconds: float = 1.5, gets: int = 40) -> TaskReport:
+    """Make up what a function said; ``request`` names the invocation that carried it."""
+    told = None
+    if request:
+        told = Invocation(
+            request=request, attempts=1, tasks=1, billed_seconds=seconds, memory_size=512 * MB, max_memory=100 * MB, init_seconds=None
+        )
+    return TaskReport(
+        task=task, worker="1", gets=gets, puts=1, bytes_read=10, bytes_written=5, peak_memory=1, seconds=1, read_seconds=1, write_seconds=0,
+        cpu_seconds=0.5, invocation=told,
+    )  # fmt: skip
+
+
+def amounts(cost: Bill) -> dict[str, Decimal]:
+    """Give a bill's items by name."""
+    return {item.what: item.usd for item in cost.items}
+
+
+def test_exact() -> None:
+    """A third of a cent a thousand times is exact; floats are nowhere."""
+    cost = Bill(items=tuple(Item(what="x", count=Decimal(1), unit="", price=Decimal("0.0000133334")) for _ in range(1000)))
+
+    assert Decimal("0.0133334") == cost.usd
+    assert all(isinstance(item.usd, Decimal) for item in forecast(plan(), PRICES, 512 * MB).cost.round_trip.items)
+
+
+def test_forecast_by_hand() -> None:
+    """Functions, their invocations and requests; then uploads, downloads, storage and transfer."""
+    found = forecast(plan(), PRICES, 512 * MB, architecture="x86_64")
+    one, all_ = (amounts(part) for part in found.cost)
+
+    assert Decimal(f"{found.seconds.billed:.3f}") / 2 * Decimal("0.0000166667") == one["functions"]
+    assert 4 * Decimal("0.0000002") == one["invocations"]
+    assert 160 * Decimal("0.0000004") == one["functions' GETs"]
+    assert 7 * Decimal("0.000005") == one["functions' PUTs"]
+    assert {"functions", "invocations", "functions' GETs", "functions' PUTs"} == {*one}
+    assert (20 * Decimal("0.000005"), 60 * Decimal("0.0000004")) == (all_["clients' PUTs"], all_["clients' GETs"])
+    moved = Decimal(20 * (64 * MB + plan().header_bytes)) / (1 << 30)
+    assert moved * Decimal("0.09") == all_["downloads through the internet"]
+    assert pytest.approx(float(moved) * 21 / 20 * 0.023 / 730, rel=1e-4) == float(all_["storage"])
+    assert found.cost.round_trip.usd == sum(all_.values())
+
+
+def test_clients_on_aws_pay_no_transfer() -> None:
+    """In the bucket's region, downloads are free; nothing else changes."""
+    here, there = (forecast(plan(), PRICES, 512 * MB, clients=Clients(on_aws=on_aws)).cost for on_aws in (True, False))
+
+    assert here.aggregation == there.aggregation
+    assert there.round_trip.usd - here.round_trip.usd == amounts(there.round_trip)["downloads through the internet"]
+
+
+def test_express() -> None:
+    """S3 Express asks less for a request, and something for each byte."""
+    cost = amounts(forecast(plan(), PRICES, 512 * MB, storage="express").cost.aggregation)
+
+    assert 160 * Decimal("0.00000003") == cost["functions' GETs"]
+    assert Decimal(20 * 64 * MB) / (1 << 30) * Decimal("0.0006") == cost["functions' reads"]
+
+
+def test_architectures() -> None:
+    """arm64 costs what its price says, x86_64 what its does."""
+    arm, x86 = (amounts(forecast(plan(), PRICES, 512 * MB, architecture=a).cost.aggregation)["functions"] for a in ("arm64", "x86_64"))
+
+    assert Decimal("0.0000133334") / Decimal("0.0000166667") == pytest.approx(arm / x86)
+
+
+def test_layout_of_the_paper_pays_for_its_objects() -> None:
+    """With an object for each client and slice, uploads and downloads are N·M requests, where one object a client makes N."""
+    many = amounts(forecast(paper(manifest(64 * MB, 20), Limits(), shards=4), PRICES, 1 << 30).cost.round_trip)
+    one = amounts(forecast(plan(), PRICES, 1 << 30).cost.round_trip)
+
+    assert (80 * Decimal("0.000005"), 20 * Decimal("0.000005")) == (many["clients' PUTs"], one["clients' PUTs"])
+
+
+def test_waves_share_invocations() -> None:
+    """Tasks beyond the concurrency are carried by the invocations that there are."""
+    assert 10 * Decimal("0.0000002") == amounts(forecast(plan(40), PRICES, 512 * MB, concurrency=10).cost.aggregation)["invocations"]
+    tree = lambda_fl(manifest(64 * MB, 20), Limits(), reading=READING)
+    assert 5 * Decimal("0.0000002") == amounts(forecast(tree, PRICES, 512 * MB).cost.aggregation)["invocations"]
+
+
+def test_bill() -> None:
+    """A bill counts each invocation once, whatever it carried, and the requests of all tasks and of the caller."""
+    reports = [report("sharded/0", "a"), report("sharded/1", "a"), report("sharded/2", "b", 2.25), report("sharded/3", "b", 2.25)]
+    found: Cost = bill(reports, plan(), PRICES, architecture="x86_64", puts=3)
+    one = amounts(found.aggregation)
+
+    assert (Decimal("1.5") + Decimal("2.25")) / 2 * Decimal("0.0000166667") == one["functions"]
+    assert (2 * Decimal("0.0000002"), 160 * Decimal("0.0000004")) == (one["invocations"], one["functions' GETs"])
+    assert 7 * Decimal("0.000005") == one["functions' PUTs"]
+    assert "GiB-seconds" in str(found.aggregation)
+    assert f"in all: ${found.aggregation.usd:.7f}" in str(found.aggregation)
+
+
+def test_bill_without_figures() -> None:
+    """Functions that told nothing of the platform cost their requests."""
+    found = amounts(bill([report("sharded/0", None)], plan(), PRICES).aggregation)
+
+    assert (Decimal(0), Decimal(0), 40 * Decimal("0.0000004")) == (found["functions"], found["invocations"], found["functions' GETs"])

@@ -1,0 +1,158 @@
+"""The planner names a way that keeps to what is asked, says why, and says what stands against the others."""
+
+import time
+from decimal import Decimal
+
+import pytest
+
+from gradsharding import Limits, sharded_tree
+from gradsharding.planner import NAMES, Advice, Needs, Option, flower_server, recommend
+from gradsharding.platform import PAYLOAD, READING, RUNTIME, TIMEOUT
+from gradsharding.prices import load_prices
+from gradsharding.timing import Speeds, unlucky
+from modelled import MB, manifest
+
+GB = 10**9
+
+
+def by_name(advice: Advice) -> dict[str, Option]:
+    """Give the options by topology."""
+    return {option.name: option for option in advice.options}
+
+
+def advise(nbytes: int, clients: int, **needs: object) -> Advice:
+    """Ask for advice."""
+    return recommend(manifest(nbytes, clients), Needs(**needs))  # type: ignore[arg-type]
+
+
+def test_every_topology() -> None:
+    """Each topology is planned at its best, and one of those that fit is named, with the others' price and pace beside it."""
+    advice = advise(528_000_000, 20)
+
+    assert NAMES == tuple(option.name for option in advice.options)
+    assert advice.best is by_name(advice)["sharded"]
+    assert "the fastest of those that cost at most 1.1 of the least" in advice.why
+    for name in {*NAMES} - {"sharded"}:
+        assert f"{name} costs" in advice.why
+    assert "What binds it: " in advice.why
+
+
+def test_a_functions_memory_covers_its_projection() -> None:
+    """What a function should have is at least what it projects, with Lambda's own runtime."""
+    for option in advise(528_000_000, 20).options:
+        assert option.memory >= option.plan.memory + RUNTIME
+
+
+def test_best_is_next_to_the_cheapest() -> None:
+    """No option that fits is more than a tenth cheaper than the one to take, nor among those of its price faster."""
+    advice = advise(5 * GB, 100)
+    assert advice.best
+    fit = [option for option in advice.options if option.problem is None]
+
+    assert advice.best.usd <= Decimal("1.1") * min(option.usd for option in fit)
+    assert all(option.forecast.seconds.p50 >= advice.best.forecast.seconds.p50 for option in fit if option.usd <= advice.best.usd)
+
+
+@pytest.mark.parametrize("deadline", [30.0, 60.0, 120.0])
+def test_deadline(deadline: float) -> None:
+    """Whoever is in a hurry gets more functions; what takes longer says so."""
+    advice = advise(14 * GB, 50, deadline=deadline)
+    assert advice.best
+
+    assert advice.best.forecast.seconds.p95 <= deadline
+    assert (by_name(advice)["flat"].problem or "").startswith(("memory", "time limit"))
+
+
+def test_impossible() -> None:
+    """Where nothing fits, nothing is named, and each topology says what stands against it."""
+    advice = advise(14 * GB, 50, deadline=0.5)
+
+    assert advice.best is None
+    assert "no topology keeps to what is asked" in advice.why
+    assert all(option.problem for option in advice.options)
+    assert "deadline: 95 rounds of 100 take up to" in (by_name(advice)["sharded"].problem or "")
+
+
+def test_memory() -> None:
+    """Functions that may have little get small slices; whole models do not fit, with the numbers."""
+    advice = advise(2 * GB, 20, memory=512 * MB)
+    found = by_name(advice)
+
+    assert advice.best
+    assert advice.best.memory <= 512 * MB
+    assert (found["lambda-fl"].problem or "").startswith("memory: a function needs ")
+    assert "may have 512.0 MiB" in (found["lambda-fl"].problem or "")
+
+
+def test_budget() -> None:
+    """A budget that a round keeps to changes nothing; one that it does not is named with the sum."""
+    free = advise(528_000_000, 20, on_aws=True)
+    assert free.best
+    enough = advise(528_000_000, 20, on_aws=True, budget="1")
+    too_little = advise(528_000_000, 20, on_aws=True, budget="0.001")
+
+    assert enough.best == free.best
+    assert too_little.best is None
+    assert all("and $0.001 is allowed" in (option.problem or "") for option in too_little.options)
+
+
+def test_concurrency_binds() -> None:
+    """Few functions at once make waves, and the advice says that they bind it."""
+    advice = advise(14 * GB, 100, concurrency=10)
+    assert advice.best
+
+    assert advice.best.waves > len(advice.best.plan.fan_ins) or advice.best.plan.functions <= 10
+    assert advise(14 * GB, 1000, concurrency=10).options[1].waves > 1
+
+
+def test_time_limit() -> None:
+    """So many clients that a function could not read a slice of each in its time get a tree of slices."""
+    advice = advise(10**12, 10_000)
+    found = by_name(advice)
+    assert advice.best
+
+    assert "sharded-tree" == advice.best.name
+    assert "Lambda ends it after 900 s" in (found["sharded"].problem or "")
+    assert unlucky(advice.best.forecast.seconds.longest, Speeds()) <= TIMEOUT
+
+
+def test_payload() -> None:
+    """An invocation that would name too many updates is not proposed."""
+    advice = advise(100 * MB, 60_000)
+    found = by_name(advice)
+    assert advice.best
+
+    assert (found["flat"].problem or "").startswith(("payload: an invocation would name its updates in", "time limit"))
+    assert max(len(kind.task.terms) for kind in advice.best.plan.kinds[0]) * 150 < PAYLOAD
+
+
+def test_shards_may_be_fixed() -> None:
+    """A number of shards that is asked for is kept."""
+    found = by_name(recommend(manifest(528_000_000, 20), shards=7))
+
+    assert (7, 7) == (len(found["sharded"].plan.slices), len(found["sharded-tree"].plan.slices))
+
+
+def test_servers() -> None:
+    """An always-on machine's price is compared by the hour: from how many rounds on it is cheaper, if it can do so many."""
+    advice = advise(528_000_000, 20)
+    assert advice.best
+    functions = sum(item.usd for item in advice.best.forecast.cost.aggregation.items if item.what in ("functions", "invocations"))
+
+    for server in advice.servers:
+        rounds = server.hour / functions
+        assert pytest.approx(3600 / server.seconds) == server.most
+        assert (None if rounds > server.most else rounds) == server.worth_from
+    assert ("r7g.large", 22 * 528_000_000) == flower_server(manifest(528_000_000, 20), load_prices())
+    assert flower_server(manifest(10**12, 20), load_prices()) is None
+
+
+def test_a_large_plan_costs_no_more_than_its_slices() -> None:
+    """Planning 10,000 functions takes less than making their tasks: figures come from the few kinds that there are."""
+    started = time.perf_counter()
+    plan = sharded_tree(manifest(10**11, 2_000), Limits(), reading=READING, shards=910, fan_in=200)
+    assert plan.memory + plan.gets + plan.puts + plan.bytes_read + plan.bytes_written
+    planned = time.perf_counter()
+
+    assert 10_010 == plan.functions == len(plan.tasks)
+    assert planned - started < time.perf_counter() - planned

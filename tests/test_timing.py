@@ -1,0 +1,99 @@
+"""The time model: laws that it keeps, and measured rounds that it predicts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import calibration
+from gradsharding import Limits, flat, sharded
+from gradsharding.platform import READING
+from gradsharding.timing import Seconds, Speeds, bottleneck, forecast_seconds, slowest, task_seconds
+from gradsharding.topology import lambda_fl, lifl
+from modelled import MB, in_paper, manifest
+
+GIB = 1 << 30
+RESULT = Path(calibration.__file__).parent / "results" / "calibration.json"
+
+
+def seconds(shards: int, memory: int = 2 * GIB, concurrency: int | None = None, clients: int = 20) -> Seconds:
+    """Forecast a round of 512 MiB."""
+    return forecast_seconds(sharded(manifest(512 * MB, clients), Limits(), reading=READING, shards=shards), memory, concurrency)
+
+
+def test_by_hand() -> None:
+    """One function in the paper's loop: a latency and a stream for each input, folding, a latency and a stream for the result."""
+    known = Speeds(connection_rate=50e6, latency=0.1, write_rate=25e6, fold_rate=1e9, spread=0.3, invoke=1.0)
+    (task,) = in_paper("flat", manifest(100_000_000, 4)).tasks
+
+    assert pytest.approx(4 * (0.1 + 2) + 0.4 + 0.1 + 4) == task_seconds(task, 2 * GIB, known)
+    assert pytest.approx(4 * (0.1 + 2) + 0.8 + 0.1 + 4) == task_seconds(task, 1769 * MB // 2, known)
+    plan = in_paper("flat", manifest(100_000_000, 4))
+    assert pytest.approx(0.3 + 1 + 12.9) == forecast_seconds(plan, 2 * GIB, None, known).p50
+
+
+def test_more_functions_are_faster_and_the_slowest_counts() -> None:
+    """Twice the shards take about half the time, less what the slowest of more functions loses; what is billed stays nearly the same."""
+    one, two, many = seconds(1), seconds(2), seconds(64)
+
+    assert one.p50 / 2 < two.p50 < one.p50 / 1.5
+    assert many.billed == pytest.approx(one.billed, rel=0.1)
+    assert all(s.p50 < s.p95 and s.longest <= s.p50 for s in (one, two, many))
+
+
+@given(shards=st.integers(1, 200), concurrency=st.integers(1, 50))
+def test_waves(shards: int, concurrency: int) -> None:
+    """Fewer functions at once never make a round faster, nor its bill another; a round of w waves takes at least w mean functions."""
+    free, bound = seconds(shards), seconds(shards, concurrency=concurrency)
+
+    assert bound.p50 >= 0.7 * free.p50  # the last wave may be smaller, and its slowest less slow
+    assert bound.billed == free.billed
+    assert bound.p50 >= -(-shards // concurrency) * free.billed / shards
+
+
+def test_memory_brings_cpu() -> None:
+    """A small function waits for its CPU, a larger one for the network; beyond that, more memory buys nothing."""
+    (task,) = sharded(manifest(64 * MB, 20), Limits(), reading=READING, shards=1).tasks
+
+    assert "CPU, which comes with memory" == bottleneck(task, 256 * MB, Speeds())
+    assert "the network of a function" == bottleneck(task, 1024 * MB, Speeds())
+    assert seconds(8, 256 * MB).p50 > 1.5 * seconds(8, 1024 * MB).p50
+    assert seconds(8, 2048 * MB) == seconds(8, 4096 * MB)
+
+
+def test_stages_add_up() -> None:
+    """A tree takes the time of its levels one after another; through shared memory, less."""
+    made = manifest(512 * MB, 20)
+    one, two, three = (forecast_seconds(make(made, Limits(), reading=READING), 4 * GIB) for make in (flat, lambda_fl, lifl))
+    shared = forecast_seconds(lifl(made, Limits(), reading=READING, shared_memory=True), 4 * GIB)
+
+    assert one.billed < two.billed < three.billed
+    assert shared.p50 < three.p50
+
+
+def test_slowest() -> None:
+    """The slowest of more functions is slower; one alone is as fast as it is."""
+    assert 1 == slowest(1, 0.5)
+    assert sorted(found := [slowest(n, 0.2) for n in (1, 2, 5, 100)]) == found
+
+
+def test_measured_rounds_are_predicted() -> None:
+    """Each wall time of others that is known is met within 15 %, with one bandwidth for each of their campaigns."""
+    found = calibration.calibrate(Speeds())
+
+    assert 14 == len(found["points"])
+    assert found["largest_residual"] <= calibration.TARGET
+    committed = json.loads(RESULT.read_text())
+    assert [p["residual"] for p in committed["points"]] == pytest.approx([p["residual"] for p in found["points"]])
+
+
+def test_published_prices() -> None:
+    """The prices published of six rounds come out to the cent, in both accountings; functions' mean is a fraction of the slowest's time."""
+    rows = calibration.costs()
+
+    assert 6 == len(rows)
+    for row in rows:
+        assert (row["agg_only_published"], row["round_trip_published"]) == (row["agg_only"], row["round_trip"])
+        assert 0.75 < row["of_the_slowest"] < 1
