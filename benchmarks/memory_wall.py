@@ -5,7 +5,6 @@ the memory. A size stands if all functions of a round end well. Beside it, the l
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,12 +83,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--step", type=TypeAdapter(ByteSize).validate_python, default="4MiB", help="sizes are multiples of this")
     parser.add_argument("--most", type=TypeAdapter(ByteSize).validate_python, default="2GiB", help="no larger models are tried")
+    parser.add_argument("--dir", type=Path, help="on a disk: files in memory would be charged to who writes them")
     parser.add_argument("--only", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     table = Table("topology", "largest model that ran", "of a function's memory", "largest that the plan lets through")
     found: dict[str, Any] = {}
-    with place(Path(tempfile.gettempdir())) as store:  # a disk: files in memory would be charged to who writes them
+    with place(options.dir) as store:
         for name in options.only:
             make = TOPOLOGIES[name]
             ran = largest(lambda n, make=make: stands(make, n, options.clients, options.memory, store), options.most, options.step)  # type: ignore[misc]

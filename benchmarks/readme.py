@@ -6,12 +6,23 @@ from typing import Any
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+LAYOUT = "model, paper's layout"
 BEGIN, END = "<!-- from benchmarks/results: python benchmarks/readme.py -->\n", "<!-- end -->\n"
 
 
 def section() -> str:
     """Give the README's tables as Markdown."""
-    return "\n".join((embedded(_results("embedded")), flower_round(_results("flower_round")), s3_worker(_results("s3_worker"))))
+    return "\n".join(
+        (
+            embedded(_results("embedded")),
+            flower_round(_results("flower_round")),
+            s3_worker(_results("s3_worker")),
+            topologies(_results("topologies")),
+            memory_wall(_results("memory_wall")),
+            crossover(_results("crossover"), _results("calibration")),
+            scale(_results("scale")),
+        )
+    )
 
 
 def embedded(found: dict[str, Any]) -> str:
@@ -80,6 +91,83 @@ def s3_worker(found: dict[str, Any]) -> str:
         f"ours {ours:.1f}, of which the float64 sums are 2; the loop's {serial:.1f}.\n"
         "Where 75 MB/s is all there is, as is reported of a Lambda function, one connection nearly fills it,\n"
         "and reading ahead gains what latency takes. Without a limit, folding competes with the server and the client for two cores.\n"
+    )
+
+
+def topologies(found: dict[str, Any]) -> str:
+    """Table what each topology takes on this machine."""
+
+    def row(name: str, one: dict[str, Any]) -> str:
+        tree = "+".join(map(str, one["widths"]))
+        cells = (
+            name,
+            f"{one['functions']} ({tree} × {one['shards']})",
+            f"{one['seconds']['median']:.2f} s",
+            f"{one['of_the_fastest']:.2f}",
+            f"{one['cpu_seconds']['median']:.2f} s",
+            f"{one['peak_memory'] / 2**20:,.0f} of {one['projected_memory'] / 2**20:,.0f} MiB",
+            str(one["gets"]),
+            str(one["puts"]),
+            f"{one['bytes_read'] / 1e6:,.0f} MB",
+        )
+        return f"| {' | '.join(cells)} |\n"
+
+    setup = found["setup"]
+    return (
+        f"**Topologies**: {setup['clients']} updates of {setup['bytes'] / 1e6:.0f} MB in a directory, {setup['at_once']} worker processes, "
+        f"{setup['repetitions']} repetitions in turn;\nall results are the same bytes. {_origin(found)}\n\n"
+        "| | functions | time, median | of the fastest | CPU | peak of projected memory | GETs | PUTs | read |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+        + "".join(row(name, one) for name, one in found["topologies"].items())
+        + "\nPUTs count three for the result's assembly. Functions take turns on two cores: what many at once gain is not in these times.\n"
+    )
+
+
+def memory_wall(found: dict[str, Any]) -> str:
+    """Tell the largest models that were aggregated in functions of a given memory."""
+    setup, most = found["setup"], found["setup"]["most"]
+
+    def row(name: str, one: dict[str, Any]) -> str:
+        ran, planned = (f"{one[key] / 2**20:,.0f} MiB" + " or more" * (one[key] >= most) for key in ("ran", "planned"))
+        return f"| {name} | {ran} | {planned} |\n"
+
+    return (
+        f"**The memory wall**: the largest model that ran in functions of {setup['memory'] / 2**20:.0f} MiB, {setup['clients']} updates; "
+        f"no larger ones than {most / 2**20:,.0f} MiB were tried.\n{_origin(found)}\n\n"
+        "| | ran | the plan lets through |\n|---|---|---|\n" + "".join(row(name, one) for name, one in found["topologies"].items())
+    )
+
+
+def crossover(found: dict[str, Any], calibrated: dict[str, Any]) -> str:
+    """Say in five lines what holds of the paper's claims, with the figure."""
+    claims = found["claims"]
+    lines = "".join(
+        f"{i}. *{c['claim']}*: {c['verdict']}. Model, its layout: {c[LAYOUT]}; this engine: {c['model, this engine']}.\n"
+        for i, c in enumerate(claims, 1)
+    )
+    return (
+        "**Where does sharding win?** Modelled, not run: list prices, and a time model that meets the "
+        f"{len(calibrated['points'])} wall times published with\n[arXiv:2604.22072](https://arxiv.org/abs/2604.22072) within "
+        f"{calibrated['largest_residual']:.1%}, with one bandwidth for each of their campaigns (within "
+        f"{calibrated['largest_residual_by_default']:.0%} with one for all).\n{_origin(found)} The paper's three claims:\n\n"
+        + lines
+        + "\n![US dollars for 1,000 rounds by model size, in both accountings](benchmarks/results/crossover.svg)\n"
+    )
+
+
+def scale(found: dict[str, Any]) -> str:
+    """Tell how far it goes."""
+    rounds = found["rounds"]
+    largest = max((r for r in rounds if r["topology"]), key=lambda r: (r["bytes"] * r["clients"], r["bytes"]))
+    plans = "; ".join(f"{name} in {seconds:.2f} s" for name, seconds in found["planning_seconds"].items() if "made" not in name)
+    clients, nbytes = max(r["clients"] for r in rounds), max(r["bytes"] for r in rounds)
+    return (
+        f"**How far it goes**: modelled for up to {clients:,} clients and {nbytes / 1e12:g} TB, "
+        f"{found['config']['concurrency']:,} functions at once. {_origin(found)}\n"
+        f"Largest: {largest['clients']:,} clients of {largest['bytes'] / 1e9:,g} GB, {largest['topology']}, "
+        f"{largest['functions']:,} functions, {largest['p50'] / 3600:,.1f} hours, "
+        f"${float(largest['usd_aggregation']):,.0f} for the aggregation.\n"
+        f"The planner: {plans}. [The figure](benchmarks/results/scale.svg).\n"
     )
 
 

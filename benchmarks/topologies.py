@@ -120,8 +120,8 @@ def compare(store: DirectoryStore, nbytes: int, clients: int, executor: Executor
 
 @contextlib.contextmanager
 def place(directory: Path | None) -> Iterator[DirectoryStore]:
-    """Open a store in a directory of its own, which is deleted in the end; in memory unless told otherwise."""
-    made = Path(tempfile.mkdtemp(prefix="topologies-", dir=directory or "/dev/shm"))  # noqa: S108 - mkdtemp's is private
+    """Open a store in a directory of its own, which is deleted in the end."""
+    made = Path(tempfile.mkdtemp(prefix="topologies-", dir=directory))
     try:
         yield DirectoryStore(made)
     finally:
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pool", help=f"{KINDS}; by default, one worker process for each CPU, held to its memory")
-    parser.add_argument("--dir", type=Path, help="a directory that all workers reach; by default, in this machine's memory")
+    parser.add_argument("--dir", type=Path, help="a directory that all workers reach; by default, the one for temporary files")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     console = Console(width=150)

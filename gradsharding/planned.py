@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -216,7 +217,7 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
     for option in advice.options:
         if option.problem:
             click.echo(f"{option.name} does not fit: {option.problem}.")
-    click.echo(f"Take {advice.best.name}: {advice.why}." if advice.best else f"{_capital(advice.why)}.")
+    click.echo(textwrap.fill(f"Take {advice.best.name}: {advice.why}." if advice.best else f"{_capital(advice.why)}.", 150))
     if not needs.on_aws:
         moved = Decimal(count * layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
         click.echo(f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology.")

@@ -93,7 +93,8 @@ class Prices(Value):
     def origin(self) -> str:
         """Say which prices these are, and how old the oldest is."""
         used = {price.source for price in self.figures.values()}
-        return f"list prices of {self.region}, {min(self.sources[name].date for name in used)} or later ({self.file})"
+        where = "as this release has them" if self.file == str(PACKAGED) else self.file
+        return f"list prices of {self.region}, {min(self.sources[name].date for name in used)} or later, {where}"
 
 
 def user_file() -> Path:

@@ -136,3 +136,70 @@ def test_s3_worker_compares_rivals_on_the_same_updates(tmp_path: Path) -> None:
         assert route["rivals"]["ours"]["grown"]["most"] < 2 * found["setup"]["bytes"] + (56 << 20)
     slow, fast = (found["routes"][f"{latency} ms, 90 MB/s a connection"]["rivals"]["serial"]["seconds"] for latency in (100, 0))
     assert fast["median"] < slow["median"]
+
+
+def ran(tmp_path: Path, script: str, *arguments: str) -> Any:
+    """Run a benchmark, small; give its report."""
+    output = tmp_path / "found.json"
+    command = [sys.executable, str(BENCHMARKS / script), "--output", str(output), *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert 0 == ended.returncode, ended.stderr
+    return json.loads(output.read_text())
+
+
+@pytest.mark.slow
+def test_shard_sweep(tmp_path: Path) -> None:
+    """More shards take less memory of a function each, and more requests."""
+    found = ran(tmp_path, "shard_sweep.py", "--size", "8MB", "--clients", "3", "--shards", "1", "4", "--repetitions", "1")["shards"]
+
+    assert ([3, 12], [4, 7]) == ([one["gets"] for one in found.values()], [one["puts"] for one in found.values()])
+    assert found["4"]["projected_memory"] < found["1"]["projected_memory"]
+    assert all(one["peak_memory"] <= one["projected_memory"] for one in found.values())
+
+
+@pytest.mark.slow
+def test_memory_wall(tmp_path: Path) -> None:
+    """What a plan lets through runs; what is sharded runs at sizes where whole models are stopped; the paper's loop is stopped first."""
+    small = ("--memory", "128MiB", "--clients", "2", "--step", "8MiB", "--most", "96MiB")
+    only = ("--only", "flat", "flat, paper's loop", "sharded, 8 shards")
+    found = ran(tmp_path, "memory_wall.py", *small, *only)["topologies"]
+
+    assert all(one["planned"] <= one["ran"] for one in found.values())
+    assert found["flat, paper's loop"]["ran"] < found["flat"]["ran"] < found["sharded, 8 shards"]["ran"] == 96 << 20
+
+
+@pytest.mark.slow
+def test_crossover(tmp_path: Path) -> None:
+    """The three claims come out beside the paper's own figures; with the paper's layout, the round trip's crossing is above the aggregation's."""
+    config = json.loads((BENCHMARKS / "configs" / "crossover.json").read_text())
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({**config, "sizes_mb": [10, 100, 1000], "clients": [20], "coarse": 2, "figure_mb": [43, 512]}))
+    found = ran(tmp_path, "crossover.py", "--config", str(small))
+    crossing = {row["accounting"]: row["paper: lambda-fl"] for row in found["crossings"]}
+
+    assert 3 == len(found["claims"])
+    assert "cross at 110 MiB against λ-FL" in found["claims"][0]["paper"]
+    assert float(crossing["aggregation"]) < float(crossing["round trip"])
+    assert 100 < float(crossing["round trip"]) < 125
+    assert (tmp_path / "found.svg").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_scale(tmp_path: Path) -> None:
+    """Each size and number of clients gets a plan, or says what stands against every topology."""
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"concurrency": 100, "bytes": [10**8, 10**12], "clients": [10, 1000]}))
+    found = ran(tmp_path, "scale.py", "--config", str(small))
+
+    assert 4 == len(found["rounds"])
+    assert all(row["topology"] or len(row["against"]) == 5 for row in found["rounds"])
+    assert [10, 1000, 10, 1000] == [row["clients"] for row in found["rounds"]]
+
+
+def test_every_benchmark_is_in_the_table() -> None:
+    """Each committed result has its question in the table, and each script its result."""
+    table = (BENCHMARKS / "README.md").read_text()
+    results = {path.name for path in (BENCHMARKS / "results").glob("*.json")}
+
+    assert all(f"(results/{name})" in table for name in results)
+    assert {f"{name.removesuffix('.json')}.py" for name in results} <= {path.name for path in BENCHMARKS.glob("*.py")}

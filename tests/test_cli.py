@@ -270,6 +270,31 @@ def test_killed_run_is_resumed(large: Path, tmp_path: Path, executor: str) -> No
     assert [out] == everything(out.parent)
 
 
+@pytest.mark.parametrize("topology", ["sharded-tree --shards 400 --fan-in 1", "lifl --fan-in 1", "lifl --fan-in 1 --shared-memory"])
+def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> None:
+    """The same for trees: partial sums that were written count, and none are left behind, in the store or in shared memory."""
+    out, whole, store = tmp_path / "out" / "mean", tmp_path / "whole", tmp_path / "store"
+    out.parent.mkdir()
+    command = [str(out), "--topology", *topology.split(), "--executor", "processes:1", "--store", str(store)]
+    with start(large, *command) as run:
+        for _ in range(60_000):
+            assert run.poll() is None, "the run ended before it could be stopped"
+            shared = [path for place in Path("/dev/shm").glob("gradsharding-*") for path in place.glob("lifl.*")]  # noqa: S108
+            if shared or len([*store.glob("rounds/*/partials/*/*")]) > 0:
+                break
+            time.sleep(0.001)
+        run.kill()
+    assert (-signal.SIGKILL, False) == (run.returncode, out.exists())
+
+    said = done(gradsharding("aggregate", *LARGE, "-o", *command, cwd=large))
+    done(gradsharding("aggregate", *LARGE, "-o", str(whole), cwd=large))
+
+    assert " of them now" in said
+    assert whole.read_bytes() == out.read_bytes()
+    assert [] == [*Path("/dev/shm").glob("gradsharding-*")]  # noqa: S108
+    assert [] == [path for path in store.glob("rounds/*/partials/**/*") if path.is_file()]
+
+
 @pytest.mark.parametrize("executor", ["inline", "processes:2", "threads:2"])
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
@@ -456,7 +481,7 @@ MISTAKES = {
     "unknown policy": Mistake(f"aggregate good.safetensors {OUT} --nonfinite ignore", ["'ignore'", "'raise', 'propagate'", "--help"]),
     "unknown executor": Mistake(f"aggregate good.safetensors {OUT} --executor cloud", ["'cloud'", "use inline, processes:N"]),
     "no processes": Mistake(f"aggregate good.safetensors {OUT} --executor processes:0", ["'processes:0'", "use inline, processes:N"]),
-    "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'sharded', 'lambda-fl'", "aggregate --help"]),
+    "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'lambda-fl'", "aggregate --help"]),
     "fan-in of slices": Mistake(f"aggregate good.safetensors {OUT} --fan-in 2", ["--fan-in", "lambda-fl or lifl", "not with sharded"]),
     "memory shared by slices": Mistake(f"aggregate good.safetensors {OUT} --shared-memory", ["--shared-memory", "not with sharded"]),
     "fan-in of nothing": Mistake(f"aggregate good.safetensors {OUT} --topology lifl --fan-in 0", ["--fan-in", "aggregate --help"]),

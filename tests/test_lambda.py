@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFai
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.plan import Job, Limits, Task, Term
 from gradsharding.platform import PAYLOAD, RUNTIME
+from gradsharding.prices import load_prices
 from gradsharding.reading import STREAM
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, ObjectStore
@@ -100,6 +102,24 @@ def test_figures(ceph_store: S3Store, start: Start) -> None:
     assert cold.init_seconds is not None
     assert warm.init_seconds is None
     assert 0 < warm.max_memory <= 512 * MIB
+
+
+@RUNS_HERE
+def test_bill_stands_beside_the_forecast(ceph_store: S3Store, start: Start) -> None:
+    """The report of a round on Lambda bills what the platform told, exactly, beside what was forecast, in both accountings."""
+    start(concurrency=2, memory=512)
+    result = aggregate(_round(ceph_store, sample_updates()), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding"))
+    told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
+    cost, prices = result.report()["cost"], load_prices()
+
+    seconds = sum(Decimal(str(one.billed_seconds)) / 2 for one in told.values())
+    requests = result.plan.gets * prices.usd("s3_get") + result.plan.puts * prices.usd("s3_put")
+    expected = seconds * prices.lambda_second("x86_64") + len(told) * prices.usd("lambda_request") + requests
+    assert expected == Decimal(cost["aggregation"]["observed"])
+    for accounting in ("aggregation", "round_trip"):
+        assert Decimal(cost[accounting]["projected"]) > 0
+    assert Decimal(cost["round_trip"]["observed"]) == sum(Decimal(item["usd"]) for item in cost["items"])
+    assert cost["prices"].startswith("list prices of us-east-1, ")
 
 
 @RUNS_HERE

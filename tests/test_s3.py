@@ -40,7 +40,7 @@ from gradsharding.store import DirectoryStore, locate, open_store
 from gradsharding.testing import StoreContract, assert_same, read, reference_mean, sample_updates
 from gradsharding.testing.proxy import Path, Proxy
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
-from gradsharding.topology import Topology, sharded
+from gradsharding.topology import Topology, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import encode
 
 MIB = 1 << 20
@@ -345,6 +345,25 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
     listed = ceph_store.client.list_objects_v2(Bucket=ceph_store.bucket)["Contents"]
     assert not [found["Key"] for found in listed if ".gradsharding" in found["Key"]]
     assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
+
+
+@pytest.mark.parametrize("make", [lambda_fl, lifl, sharded_tree], ids=["lambda-fl", "lifl", "sharded-tree"])
+def test_trees(ceph_store: S3Store, make: Any) -> None:
+    """Trees make the requests on S3 that were planned, their partial sums are objects while they run, and gone when they end."""
+    draw = np.random.default_rng(0)
+    updates = {f"c{i}": ({"w": draw.normal(size=3 * MIB).astype("f4")}, i + 1) for i in range(5)}
+    round_ = Round.create(ceph_store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    seen = list[str]()
+    told = lambda _: seen.extend(key for key, _ in ceph_store.list("rounds/r/partials/"))  # noqa: E731
+    result = aggregate(round_, topology=make, executor=ProcessExecutor(2), progress=lambda _: told)
+
+    assert_same(reference_mean(updates), result.arrays())
+    assert seen
+    assert (result.plan.gets, result.plan.bytes_read) == tuple(sum(getattr(r, k) for r in result.reports) for k in ("gets", "bytes_read"))
+    assert max(report.peak_memory for report in result.reports) <= result.plan.memory
+    assert [] == [key for key, _ in ceph_store.list("rounds/r/partials/")]
 
 
 def test_resumed(ceph_store: S3Store) -> None:

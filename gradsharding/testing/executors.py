@@ -1,6 +1,7 @@
 """What every Executor promises, stated as tests to inherit."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
@@ -14,7 +15,7 @@ from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
 from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import read
-from gradsharding.topology import sharded
+from gradsharding.topology import lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import load
 
 
@@ -64,6 +65,22 @@ class ExecutorContract:
         assert parts == store.parts(started.job.output, started.job.upload)
         assert_same(reference_mean(updates), started.complete())
 
+    @pytest.mark.parametrize("make", [lambda_fl, lifl, partial(sharded_tree, shards=3)], ids=["lambda-fl", "lifl", "sharded-tree"])
+    def test_tree(self, executor: Executor, store: ObjectStore, make: Callable[..., Plan]) -> None:
+        """A task that reads partial sums runs once they are written; reports come in the order of the tasks all the same."""
+        updates = sample_updates(5)
+        started = Started.of(store, updates, make=make)
+        reports = started.run(executor)
+
+        assert [task.id for task in started.plan.tasks] == [report.task for report in reports]
+        assert [(t.gets, t.puts, t.bytes_read, t.bytes_written) for t in started.plan.tasks] == [
+            (r.gets, r.puts, r.bytes_read, r.bytes_written) for r in reports
+        ]
+        expected, found = reference_mean(updates), started.complete()
+        last_bits = {"float64"}  # summed in another order
+        assert_same(*({name: a for name, a in arrays.items() if name not in last_bits} for arrays in (expected, found)))
+        np.testing.assert_allclose(found["float64"], expected["float64"], rtol=1e-14)
+
     def test_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
         """A task that meets NaN raises NonFinite here, with the client and the byte."""
         bad = {"a": [1, 2, 3], "b": [1, np.nan, 3]}
@@ -108,13 +125,13 @@ class Started(NamedTuple):
     job: Job
 
     @classmethod
-    def of(cls, store: ObjectStore, updates: Updates, *, shards: int = 5, name: str = "r") -> Self:
+    def of(cls, store: ObjectStore, updates: Updates, *, shards: int = 5, name: str = "r", make: Callable[..., Plan] | None = None) -> Self:
         """Submit, seal, plan and begin."""
         round_ = Round.create(store, name)
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
-        plan = sharded(manifest, Limits(), shards=shards, reading=store.reading)
+        plan = (make or partial(sharded, shards=shards))(manifest, Limits(), grain=store.grain, reading=store.reading)
         job = Job(store=store.url, output=round_.output, upload=(upload := round_.begin(plan)[0]), partials=round_.partials(upload))
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())
         return cls(round_, plan, job)
