@@ -79,10 +79,10 @@ def largest(fits: Callable[[int], bool], most: int, step: int) -> int:
 def main() -> None:
     """Search, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=TypeAdapter(ByteSize).validate_python, default="512MiB", help="of one function")
+    parser.add_argument("--memory", type=TypeAdapter(ByteSize).validate_python, default="256MiB", help="of one function")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--step", type=TypeAdapter(ByteSize).validate_python, default="4MiB", help="sizes are multiples of this")
-    parser.add_argument("--most", type=TypeAdapter(ByteSize).validate_python, default="2GiB", help="no larger models are tried")
+    parser.add_argument("--most", type=TypeAdapter(ByteSize).validate_python, default="1GiB", help="no larger models are tried")
     parser.add_argument("--dir", type=Path, help="on a disk: files in memory would be charged to who writes them")
     parser.add_argument("--only", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -170,7 +170,7 @@ def test_memory_wall(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_crossover(tmp_path: Path) -> None:
-    """The three claims come out beside the paper's own figures; with the paper's layout, the round trip's crossing is above the aggregation's."""
+    """The three claims come out beside the paper's own figures; the layouts and accountings differ as they should."""
     config = json.loads((BENCHMARKS / "configs" / "crossover.json").read_text())
     small = tmp_path / "small.json"
     small.write_text(json.dumps({**config, "sizes_mb": [10, 100, 1000], "clients": [20], "coarse": 2, "figure_mb": [43, 512]}))

@@ -192,7 +192,7 @@ def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: 
 
 def test_what_functions_cannot_reach(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store, an update or an output on this machine is refused by name."""
-    monkeypatch.setattr(LambdaExecutor, "settings", (None, None, None))
+    monkeypatch.setattr(LambdaExecutor, "settings", Settings(None, None, None, None))
     with pytest.raises(UserError, match=r"file://.* cannot be reached by Lambda functions; use an s3:// store"):
         aggregate(_round(DirectoryStore(tmp_path), sample_updates()), executor=LambdaExecutor("gradsharding"))
     round_ = Round.create(ceph_store, "r2")
