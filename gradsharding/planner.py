@@ -1,5 +1,6 @@
 """Which topology, how many shards, how much memory: every way is planned and priced, and the one to take is named with its reason."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from decimal import Decimal
 from functools import cached_property
@@ -21,6 +22,9 @@ SIZES = tuple(size * MIB for size in (256, 384, 512, 640, 768, 1024, 1280, 1769,
 
 SMALLEST_SLICE = 1 << 20
 """Bytes: smaller slices than this are not tried; each would be a request that is mostly latency."""
+
+DEEP = 10_000
+"""Clients beyond which a tree of three levels is tried, too."""
 
 WORTH = Decimal("1.1")
 """Up to so many times the least price is paid for the least time."""
@@ -130,13 +134,16 @@ def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list
     """Give each topology, with the parameters that are worth a try."""
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
     counts, few = ([shards] if shards else [*_ladder(1, most, step)] for step in (1.5, 1.8))
-    half = min(len(manifest.terms) // 2, 4_096)  # with more, there would be one leaf
-    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in (_ladder(2, half, 4) if half >= 2 else ()))]
+    clients = len(manifest.terms)
+    root, half = math.isqrt(clients), clients // 2  # with a larger fan-in, there would be one leaf
+    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in _ladder(max(2, root // 8), min(half, 8 * root), 4) if 2 <= fan <= half)]
+    if clients > DEEP:
+        fans.append({"levels": 3})
     return {
         "flat": (flat, [{}]),
         "sharded": (sharded, [{"shards": count} for count in counts]),
         "lambda-fl": (lambda_fl, fans),
-        "lifl": (lifl, fans),
+        "lifl": (lifl, [shape for shape in fans if "levels" not in shape]),
         "sharded-tree": (sharded_tree, [{"shards": count, **fan} for count in few for fan in fans]),
     }
 
