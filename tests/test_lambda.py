@@ -14,6 +14,7 @@ import pytest
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.call import pack, unpack
+from gradsharding.aws.commands import bill_text
 from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
@@ -120,6 +121,10 @@ def test_bill_stands_beside_the_forecast(ceph_store: S3Store, start: Start) -> N
         assert Decimal(cost[accounting]["projected"]) > 0
     assert Decimal(cost["round_trip"]["observed"]) == sum(Decimal(item["usd"]) for item in cost["items"])
     assert cost["prices"].startswith("list prices of us-east-1, ")
+    shown = bill_text(result)
+    assert re.search(r"invocations: \d, \d of them cold starts; .* of 512\.0 MiB used", shown)
+    assert "GiB-seconds" in shown
+    assert prices.origin in shown
 
 
 @RUNS_HERE

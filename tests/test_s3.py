@@ -1,6 +1,7 @@
 """S3 is a store like any other, on moto and on Ceph, whatever the network does to it."""
 
 import contextlib
+import json
 import os
 import pickle
 import subprocess
@@ -399,6 +400,12 @@ def test_command_line(ceph_store: S3Store, tmp_path: Any) -> None:
     assert (tmp_path / "mean.safetensors").read_bytes() == read(ceph_store, "mean.safetensors")
     assert ["in/ann.safetensors", "in/bob.safetensors", "mean.safetensors"] == [key for key, _ in ceph_store.list("")]
     assert b"\x00\x00@?" == read(ceph_store, "mean.safetensors")[-4:]
+
+    plan = [sys.executable, "-m", "gradsharding", "plan", "--json", "--from"]
+    planned = json.loads(subprocess.run([*plan, f"{place}/in/"], capture_output=True, check=True).stdout)
+    assert (20, 2) == (planned["size"], planned["clients"])
+    one = [f"{place}/in/ann.safetensors", "--clients", "2"]
+    assert planned == json.loads(subprocess.run([*plan, *one], capture_output=True, check=True).stdout)
 
     missing = subprocess.run([*command, f"{place}/in/cid.safetensors", "-o", f"{place}/x"], capture_output=True, text=True, check=False)
     assert (2, True) == (missing.returncode, "there is no file for" in missing.stderr)

@@ -12,6 +12,7 @@ from gradsharding.aggregate import Result, aggregate
 from gradsharding.aws.bundle import WHEELS
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
+from gradsharding.cost import bill
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.plan import mib
 from gradsharding.prices import HOME_REGION, load_prices
@@ -83,7 +84,7 @@ def smoke(name: str) -> None:
     finally:
         store.delete(key for key, _ in store.list(round_.key("")))
     click.echo(f"upload {ready - started:.1f} s, aggregation {ended - ready:.1f} s: {len(result.reports)} slices; every element is right")
-    click.echo(_bill(result))
+    click.echo(bill_text(result))
 
 
 @click.command(short_help="Take everything down again.")
@@ -103,17 +104,19 @@ def destroy(name: str, *, yes: bool) -> None:
     click.echo(f"stack {name} is gone; nothing that is billed is left")
 
 
-def _bill(result: Result) -> str:
+def bill_text(result: Result) -> str:
     """Memory and cost of a finished round, in list prices."""
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
     lines = [f"memory per function: {mib(result.plan.memory)} projected, {mib(max(r.peak_memory for r in result.reports))} observed"]
-    if not (billed := result.cost()):
-        return "\n".join([*lines, "Lambda told no figures to bill it by"])
-    cold = sum(one.init_seconds is not None for one in told.values())
-    largest, had = max(one.max_memory for one in told.values()), max(one.memory_size for one in told.values())
-    lines.append(f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(had)} used")
-    region = next(iter(told.values())).region or HOME_REGION
-    return "\n".join([*lines, str(billed.aggregation), f"{load_prices(region).origin}; uploads and the round's records are not counted"])
+    if told:
+        cold = sum(one.init_seconds is not None for one in told.values())
+        largest, had = max(one.max_memory for one in told.values()), max(one.memory_size for one in told.values())
+        lines.append(f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(had)} used")
+    else:
+        lines.append("invocations: Lambda told no figures, so that only requests to the store are counted")
+    prices = load_prices(next((one.region for one in told.values() if one.region), HOME_REGION))
+    billed = result.cost() or bill(result.reports, result.plan, prices, puts=result.puts)
+    return "\n".join([*lines, str(billed.aggregation), f"{prices.origin}; uploads and the round's records are not counted"])
 
 
 def _found(name: str) -> Deployed:
