@@ -6,16 +6,13 @@ where the vector or the stream of its bytes is cut. Sums may be written out, und
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from gradsharding.dtypes import NUMPY, Array, Buffer, is_float, rounded, widen
 from gradsharding.errors import InvalidUpdate
 from gradsharding.layout import ITEM_SIZE, WIDTH, Run
-
-Buffer = bytes | bytearray | memoryview
-Array = npt.NDArray[Any]
 
 Arithmetic = Literal["float64", "float32"]
 """What floats are summed in. float32 is there to compare with systems that do so; F64 is summed in float64 all the same."""
@@ -34,19 +31,7 @@ WIDE_SIZE = 80
 
 _WORD = (1 << 64) - 1
 
-NUMPY = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
-    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}  # fmt: skip
-"""numpy's names of the dtypes; BF16, which numpy lacks, as its bits."""
-
 _I128 = np.dtype([("low", "<u8"), ("high", "<i8")])
-
-
-def is_float(dtype: str) -> bool:
-    """Tell whether a safetensors ``dtype`` is summed in float64."""
-    return dtype in ("F64", "F32", "F16", "BF16")
 
 
 def is_wide(dtype: str, total: int) -> bool:
@@ -156,7 +141,7 @@ class Fold:
             return _divide_integers(sums, self._total).astype(NUMPY[dtype])
         self.finite = self.finite and bool(np.isfinite(sums).all())
         mean = np.divide(sums, sums.dtype.type(self._total), out=self._scratch.view(sums.dtype)[: sums.size])
-        return _round_to_bfloat16(mean) if dtype == "BF16" else mean.astype(NUMPY[dtype])
+        return rounded(mean, dtype)
 
 
 def first_nonfinite(runs: Sequence[Run], chunks: Iterable[Buffer]) -> int | None:
@@ -195,28 +180,6 @@ def _elements(runs: Sequence[Run], chunks: Iterable[Buffer]) -> Iterator[tuple[i
                 index, first = index + 1, 0
     if index < len(runs):
         raise InvalidUpdate(f"a read ended in the middle of a slice, at element {first} of run {index}; the object was cut short")
-
-
-def widen(block: Array) -> npt.NDArray[np.float32]:
-    """Turn bfloat16 bits into the equal float32 values."""
-    bits = block.astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
-
-
-def _round_to_bfloat16(values: Array) -> Array:
-    """Round float64 to the nearest bfloat16, ties to even, in one rounding.
-
-    Going through float32 would round twice. Rounding to float32 *to odd* first keeps what the second
-    rounding must know (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
-    """
-    near = values.astype(np.float32)
-    bits = near.view(np.uint32)
-    back = near.astype(np.float64)
-    fix = (back != values) & (bits & 1 == 0)
-    bits += np.where(fix, np.where(np.abs(values) > np.abs(back), 1, -1), 0).astype(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
 def _to_words(sums: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from gradsharding.kernel import Buffer
+from gradsharding.dtypes import Buffer
 from gradsharding.plan import Term
 from gradsharding.round import Manifest, Round, integral_weights
 from gradsharding.sharding import cut

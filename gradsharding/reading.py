@@ -5,8 +5,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate
-from gradsharding.kernel import Buffer
 from gradsharding.value import Value
 
 STAGING = 4 << 20

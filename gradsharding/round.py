@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import (
     ChangedObject,
     DuplicateClient,
@@ -33,7 +34,6 @@ from gradsharding.errors import (
     TooFewClients,
     UserError,
 )
-from gradsharding.kernel import Buffer
 from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy, Plan, Term
 from gradsharding.store import ObjectStore, exists, file_path, locate

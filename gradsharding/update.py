@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from gradsharding.dtypes import NUMPY, Buffer, widen
 from gradsharding.errors import InvalidUpdate
-from gradsharding.kernel import NUMPY, Buffer, widen
 from gradsharding.layout import ITEM_SIZE, Layout, header_length
 from gradsharding.store import Source, Stat, locate
 

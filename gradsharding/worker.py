@@ -18,8 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, to_wire
-from gradsharding.kernel import Buffer, Fold, first_nonfinite
+from gradsharding.kernel import Fold, first_nonfinite
 from gradsharding.plan import PARTIAL, Job, Task, TaskReport, Term, mib
 from gradsharding.reading import Request, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store

@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from gradsharding.dtypes import NUMPY, Buffer, is_float, widen
 from gradsharding.errors import InvalidUpdate
-from gradsharding.kernel import NUMPY, SCRATCH, Buffer, Fold, first_nonfinite, is_float, is_wide, sum_bytes, widen
+from gradsharding.kernel import SCRATCH, Fold, first_nonfinite, is_wide, sum_bytes
 from gradsharding.layout import Run
 from gradsharding.testing import assert_same, reference_mean
 

@@ -14,8 +14,9 @@ import pytest
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.s3 import S3Store
+from gradsharding.dtypes import NUMPY
 from gradsharding.executor import ProcessExecutor
-from gradsharding.kernel import NUMPY, is_wide
+from gradsharding.kernel import is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.plan import RESERVED, Job, Limits, Task, Term
 from gradsharding.platform import RESIDENT

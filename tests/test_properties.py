@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.aggregate import Result, aggregate
-from gradsharding.kernel import NUMPY, Fold, first_nonfinite
+from gradsharding.dtypes import NUMPY
+from gradsharding.kernel import Fold, first_nonfinite
 from gradsharding.layout import ITEM_SIZE, Layout, join_runs
 from gradsharding.plan import Limits
 from gradsharding.round import Manifest, Round

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.aggregate import aggregate
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate, MissingObject
-from gradsharding.kernel import Buffer
 from gradsharding.plan import Limits, Plan
 from gradsharding.reading import STAGING, STREAM, Reading, Request, combined, connections, read_ahead
 from gradsharding.round import Manifest, Round

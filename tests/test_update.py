@@ -9,8 +9,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate, MissingObject
-from gradsharding.kernel import Buffer
 from gradsharding.store import MemoryStore
 from gradsharding.testing import CountingStore, assert_same, sample_updates
 from gradsharding.update import Raw, encode, inspect, load, load_raw

@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import cast
 
 from gradsharding.aws.checksum import crc32c, encoded
-from gradsharding.kernel import Buffer
+from gradsharding.dtypes import Buffer
 
 
 class Body(io.RawIOBase):

@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from gradsharding.kernel import Buffer
+from gradsharding.dtypes import Buffer
 
 try:
     from awscrt.checksums import crc32c as _native

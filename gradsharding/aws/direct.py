@@ -20,8 +20,8 @@ from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.body import Body
 from gradsharding.aws.ranged import Answer, stream
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
-from gradsharding.kernel import Buffer
 from gradsharding.plan import MAX_PARTS
 from gradsharding.store.protocol import Stat, changed, missing
 from gradsharding.value import Value

@@ -8,8 +8,8 @@ from typing import IO, NamedTuple, Protocol, cast
 
 from urllib3.exceptions import HTTPError
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import StoreFailed
-from gradsharding.kernel import Buffer
 
 ATTEMPTS = 6
 """How often a read that breaks off goes on, and a conditional write in conflict is tried."""

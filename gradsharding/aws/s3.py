@@ -15,8 +15,8 @@ from gradsharding.aws.body import Body
 from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.aws.compose import MINIMUM, Composed, compose, is_kept
 from gradsharding.aws.ranged import ATTEMPTS, Answer, pause, stream
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
-from gradsharding.kernel import Buffer
 from gradsharding.platform import GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, NamedTuple, TypeVar
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject
-from gradsharding.kernel import Buffer
 from gradsharding.reading import STREAM
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 

@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import UserError
-from gradsharding.kernel import Buffer
 from gradsharding.reading import STREAM
 from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
-from gradsharding.kernel import Buffer
 from gradsharding.reading import Reading
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
-from gradsharding.kernel import Buffer
+from gradsharding.dtypes import Buffer
 from gradsharding.store import ObjectStore, Stat
 
 _T = TypeVar("_T")

@@ -9,8 +9,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from gradsharding import Raw
+from gradsharding.dtypes import NUMPY
 from gradsharding.errors import InvalidUpdate
-from gradsharding.kernel import NUMPY
 
 if TYPE_CHECKING:
     import torch

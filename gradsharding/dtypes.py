@@ -1,0 +1,62 @@
+"""What the elements of each dtype are in numpy's terms: their names, their bits, and how to round to them once."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Buffer = bytes | bytearray | memoryview
+Array = npt.NDArray[Any]
+
+NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+"""numpy's names of the dtypes; BF16, which numpy lacks, as its bits."""
+
+
+class Format(NamedTuple):
+    """A binary float: a sign, an exponent, ``mantissa`` bits; its finite values are multiples of ``2**least`` below ``2**greatest``."""
+
+    bits: str
+    """numpy's name of its bits, an unsigned integer."""
+    mantissa: int
+    least: int
+    greatest: int
+
+
+FORMATS = {"F32": Format("<u4", 23, -149, 128), "F16": Format("<u2", 10, -24, 16), "BF16": Format("<u2", 7, -133, 128)}
+"""The floats narrower than float64 (IEEE 754; bfloat16 alike)."""
+
+
+def is_float(dtype: str) -> bool:
+    """Tell whether a safetensors ``dtype`` is a float."""
+    return dtype in ("F64", "F32", "F16", "BF16")
+
+
+def widen(block: Array) -> npt.NDArray[np.float32]:
+    """Turn bfloat16 bits into the equal float32 values."""
+    bits = block.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """Round float64 to the nearest element of a float ``dtype``, ties to even, in one rounding."""
+    return _to_bfloat16(values) if dtype == "BF16" else values.astype(NUMPY[dtype])
+
+
+def _to_bfloat16(values: Array) -> Array:
+    """Round float64 to bfloat16 bits.
+
+    Going through float32 would round twice. Rounding to float32 *to odd* first keeps what the second
+    rounding must know (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    """
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32)
+    back = near.astype(np.float64)
+    fix = (back != values) & (bits & 1 == 0)
+    bits += np.where(fix, np.where(np.abs(values) > np.abs(back), 1, -1), 0).astype(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
