@@ -43,7 +43,7 @@ def widen(block: Array) -> npt.NDArray[np.float32]:
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """Round float64 to the nearest element of a float ``dtype``, ties to even, in one rounding."""
+    """Round float64 to the nearest element of a float ``dtype``, ties to even, in one rounding; bfloat16 comes as its bits."""
     return _to_bfloat16(values) if dtype == "BF16" else values.astype(NUMPY[dtype])
 
 

@@ -52,7 +52,7 @@ NAN, PLUS, MINUS = 1, 2, 4
 
 
 def planes(dtype: str, total: int) -> int:
-    """Number of digits that sums of ``dtype`` elements under ``total`` weight may have.
+    """Number of digits that sums of ``dtype`` elements (F32, F16 or BF16) under ``total`` weight may have.
 
     >>> planes("F32", 1000), planes("BF16", 1000), planes("F16", 1000)
     (7, 6, 2)
@@ -74,7 +74,9 @@ def written_bytes(dtype: str, length: int, total: int) -> int:
 
 
 class ExactSums:
-    """Sums of ``length`` elements of a float dtype narrower than float64.
+    """Sums of ``length`` elements of F32, F16 or BF16; ``total`` is the sum of all weights that will be in the mean, 2**53 at most.
+
+    Arrays have one dimension; those of elements have the dtype that ``NUMPY`` names, so that bfloat16 comes and goes as its bits.
 
     >>> sums = ExactSums("F32", 1, 3, np.zeros(8 * planes("F32", 3), np.uint8))
     >>> for value in (2.0**60, 1.0, -(2.0**60)):
@@ -84,11 +86,11 @@ class ExactSums:
     """
 
     def __init__(self, dtype: str, length: int, total: int, place: Array) -> None:
-        """Keep sums in ``place``: zeros, 8 bytes for each element and plane. Raise UserError where subnormal numbers are lost."""
+        """Keep sums in ``place``: uint8 zeros, 8 for each element and plane. Raise UserError where subnormal numbers are lost."""
         _require_subnormals()
         self._dtype, self._form, self._length, self._total = dtype, FORMATS[dtype], length, total
-        self._bytes = place.reshape(planes(dtype, total), 8 * length)
-        digits, units = place.view("<f8").reshape(-1, length), _units(dtype, total)
+        units = _units(dtype, total)
+        self._bytes, digits = place.reshape(len(units), 8 * length), place.view("<f8").reshape(len(units), length)
         self._blocks = [_Block(digits[:, i : i + BLOCK], units) for i in range(0, length, BLOCK)]
         self._scratch = _Scratch(min(length, BLOCK), self._form.bits)
         self._specials: Array | None = None
@@ -118,7 +120,7 @@ class ExactSums:
             block.add(start, product, low + shift, high + shift + part.bit_length(), scratch.rounded[: elements.size])
 
     def mean(self, first: int, count: int) -> Array:
-        """Divide a block's sums by the total and round once, to the elements' dtype."""
+        """Give the ``count`` means of the block that begins at element ``first``, rounded once to the elements' dtype."""
         block, total = self._blocks[first // BLOCK], float(self._total)
         near = block.head() / total  # off by 2**-51 of itself at most: by the sum of the digits, and by the division
         below, above = rounded(near * (1 - _CLOSE), self._dtype), rounded(near * (1 + _CLOSE), self._dtype)
@@ -152,9 +154,14 @@ class ExactSums:
         return [bytes([bool(told)]), table.data, *rows, *told]
 
     def merge(self, take: Callable[[int], Buffer]) -> None:
-        """Add what other sums of the same dtype, length and total have written; ``take`` gives the next so many bytes of it."""
+        """Add what other sums of the same dtype, length and total have written; ``take`` gives the next so many bytes of it.
+
+        Raise InvalidUpdate if they were not written so.
+        """
         told = take(1)[0]
-        table = np.frombuffer(bytes(take(2 * len(self._bytes) * len(self._blocks))), np.uint8).reshape(len(self._bytes), -1, 2)
+        table = np.frombuffer(bytes(take(2 * len(self._bytes) * len(self._blocks))), np.uint8).reshape(
+            len(self._bytes), len(self._blocks), 2
+        )
         if (table.sum(2) > DIGIT_BYTES).any():
             raise InvalidUpdate("partial sums have digits wider than 48 bits; they were not written as exact sums of this release")
         for p, row in enumerate(table.tolist()):
