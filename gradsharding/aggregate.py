@@ -1,6 +1,5 @@
 """The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ import numpy.typing as npt
 from gradsharding.cost import Bill, Cost, bill, forecast
 from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
 from gradsharding.executor import Executor, InlineExecutor, Progress
-from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, TaskReport, mib
+from gradsharding.kernel import Arithmetic
+from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, Task, TaskReport, mib
 from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, exists, file_path, locate
 from gradsharding.topology import Topology, sharded
-from gradsharding.update import inspect, load
+from gradsharding.update import data_digest, load
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,7 @@ class Result:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""
-        source, key = locate(self.record.source, self.round.store)
-        update = inspect(self.record.source, self.round.store)
-        sha = hashlib.sha256()
-        for chunk in source.get(key, update.base, update.stat.size, version=self.record.version):
-            sha.update(chunk)
-        return sha.hexdigest()
+        return self.record.digest or data_digest(self.record.source, self.round.store, version=self.record.version)
 
     def cost(self) -> Cost | None:
         """Bill the round by what Lambda reported, at list prices; None if it ran elsewhere. Raise UserError for want of prices."""
@@ -80,6 +75,7 @@ class Result:
         plan, reports = self.plan, self.reports
         return {
             "topology": plan.topology,
+            "arithmetic": plan.arithmetic,
             "clients": plan.clients,
             "bytes": plan.result_bytes,
             "stages": self._stages(),
@@ -101,6 +97,7 @@ def aggregate(
     round: Round,  # noqa: A002
     *,
     topology: Topology = sharded,
+    arithmetic: Arithmetic = "float64",
     limits: Limits | None = None,
     executor: Executor | None = None,
     nonfinite: NonFinitePolicy = "raise",
@@ -112,6 +109,9 @@ def aggregate(
     Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
     tasks whose parts are missing. ``overwrite`` lets the result replace an object that is there.
 
+    In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
+    the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
+
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge or ObjectExists (the output is taken) before any data is
     read; NonFinite, MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published.
     """
@@ -119,15 +119,15 @@ def aggregate(
     limits = executor.limits(limits)
     manifest = round.seal()
     target, key = locate(round.output, round.store)
-    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round, manifest))
+    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round, manifest), arithmetic=arithmetic)
     plan.check(limits)
     if record := round.result():
-        return Result(round, record, plan, (), 0)
+        return Result(round, _summed_alike(record, plan, round), plan, (), 0)
     upload, begun = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite)
     try:
         done = target.parts(key, upload)
     except MissingObject:  # completed by a call that died before it could say so, or lost
-        if record := None if overwrite else _made_of(upload, round, manifest):
+        if record := None if overwrite else _made_of(upload, round, manifest, plan):
             return Result(round, record, plan, (), 0)
         round.forget_plan()
         (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
@@ -139,12 +139,19 @@ def aggregate(
         reports += executor.run(plan.missing(done, _partials(plan, job, round.store)), job, round.store, limits, tell)
         stat = target.complete(key, upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
-        if record := round.result() or (None if overwrite else _made_of(upload, round, manifest)):  # another call was faster
+        if record := round.result() or (None if overwrite else _made_of(upload, round, manifest, plan)):  # another call was faster
             return Result(round, record, plan, tuple(reports), 1 + begun)
         raise
     if len(plan.stages) > 1:
         round.forget_partials(upload)
-    return Result(round, round.publish(manifest, stat.version), plan, tuple(reports), 2 + begun)
+    return Result(round, round.publish(manifest, stat.version, plan.arithmetic), plan, tuple(reports), 2 + begun)
+
+
+def _summed_alike(record: ResultRecord, plan: Plan, round: Round) -> ResultRecord:  # noqa: A002
+    """Give a published result back; raise UserError if it was summed in other arithmetic than is asked for now."""
+    if record.arithmetic != plan.arithmetic:
+        raise UserError(f"round {round.id} is done, in {record.arithmetic}; its result stays: for {plan.arithmetic}, make another round")
+    return record
 
 
 def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> Job:  # noqa: A002
@@ -171,7 +178,11 @@ def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
         return set()
     store, prefix = locate(f"{job.partials}/", home)
     there = {f"{job.partials}/{key.removeprefix(prefix)}": stat.size for key, stat in store.list(prefix)}
-    return {task.id for reference, task in tasks.items() if there.get(reference) == task.sum_nbytes}
+
+    def whole(task: Task, nbytes: int) -> bool:
+        return 0 < nbytes <= task.sum_nbytes if task.varying else nbytes == task.sum_nbytes
+
+    return {task.id for reference, task in tasks.items() if reference in there and whole(task, there[reference])}
 
 
 def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
@@ -181,14 +192,14 @@ def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
     return combined(store.reading for store in (*stores, round.store, locate(round.output, round.store)[0]))
 
 
-def _made_of(upload: str, round: Round, manifest: Manifest) -> ResultRecord | None:  # noqa: A002
+def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
     """Publish what another call has completed from the same upload; None if it is under way, or nothing came of it."""
     target, key = locate(round.output, round.store)
     try:
         target.parts(key, upload)
     except MissingObject:
         round.forget_partials(upload)
-        return round.publish(manifest, target.head(key).version) if exists(target, key) else None
+        return round.publish(manifest, target.head(key).version, plan.arithmetic) if exists(target, key) else None
     return None
 
 

@@ -20,9 +20,13 @@ from gradsharding import __version__, executor
 from gradsharding.aggregate import Result, aggregate
 from gradsharding.errors import GradShardingError, NonFinite, UserError
 from gradsharding.given import located, open_round, read_updates, replace, writable
+from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, NonFinitePolicy, Plan, mib
-from gradsharding.planned import plan_command, size
+from gradsharding.planned import exact_option, plan_command, size
+from gradsharding.round import Round, check_id
+from gradsharding.store import open_store
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.verify import verify
 
 TOPOLOGIES: dict[str, Callable[..., Plan]] = {
     "flat": flat, "sharded": sharded, "lambda-fl": lambda_fl, "lifl": lifl, "sharded-tree": sharded_tree,
@@ -119,6 +123,7 @@ def cli() -> None:
 @click.option(
     "--nonfinite", type=click.Choice(get_args(NonFinitePolicy)), default="raise", show_default=True, help="What NaN or infinity does."
 )
+@exact_option
 @click.option("--report", metavar="PATH", help="Write what was projected and what was observed, as JSON.")
 def aggregate_command(
     updates: tuple[str, ...],
@@ -133,6 +138,7 @@ def aggregate_command(
     report: str | None,
     *,
     shared_memory: bool,
+    exact: bool,
 ) -> None:
     """Average safetensors files, weighted, into one, slice by slice: no function holds a whole model.
 
@@ -156,6 +162,9 @@ def aggregate_command(
 
     The output is complete or not there. If the command is stopped, even by kill -9, the same command with the same --store
     goes on where it stopped; without --store it begins anew.
+
+    With --exact the average is the weighted mean of real arithmetic, rounded once: the same bits, whatever the topology, the slices, the
+    executor and the order of anything. It takes more memory and time. With --store too, `gradsharding verify` checks it afterwards.
     """  # noqa: D301 - \b tells click to keep the lines that follow
     started = time.perf_counter()
     given = read_updates(updates)
@@ -164,18 +173,54 @@ def aggregate_command(
     report_path = writable(report, [*inputs, out]).path if report else None
     divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
     limits = runner.limits(Limits(memory=memory) if memory else None)
-    with open_round(store, given, out, nonfinite) as round_, _progress_bar() as bar:
+    arithmetic: Arithmetic = "exact" if exact else "float64"
+    with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
         try:
-            result = aggregate(round_, topology=divide, limits=limits, executor=runner, nonfinite=nonfinite, progress=bar, overwrite=True)
+            result = aggregate(
+                round_,
+                topology=divide,
+                arithmetic=arithmetic,
+                limits=limits,
+                executor=runner,
+                nonfinite=nonfinite,
+                progress=bar,
+                overwrite=True,
+            )
         except NonFinite as error:
             located_error = located(error, given)
             raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
         if report_path:
             replace(report_path, json.dumps(result.report(), indent=2) + "\n")
     click.echo(_summary(result, output, time.perf_counter() - started))
+    if exact:
+        click.echo(f"exact: SHA-256 {result.digest()}" + (f"; to check it: gradsharding verify {store} {round_.id}" if store else ""))
 
 
 cli.add_command(plan_command)
+
+
+@cli.command("verify", short_help="Compute parts of an exact result again, and compare bit for bit.")
+@click.argument("store")
+@click.argument("round_id", metavar="ROUND")
+@click.option("--sample", type=click.IntRange(1), metavar="K", default=10, show_default=True, help="Slices to compute again.")
+def verify_command(store: str, round_id: str, sample: int) -> None:
+    """Check an exact result: its digest, and K slices of it, drawn at random, from the very updates that were sealed.
+
+    \b
+    Examples:
+      gradsharding aggregate a.safetensors:120 b.safetensors:80 -o mean.safetensors --exact --store work
+      gradsharding verify work r-0123456789abcdef0123456789abcdef
+
+    STORE is the directory or s3:// URL that keeps the round's records, ROUND its id; `gradsharding aggregate` tells both. A slice has
+    4,096 elements; they are computed by Python's integers, which share nothing with the engine. With K as large as the model
+    has slices, every element is checked. A difference is an error that names the first element that differs, and exit status 1.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
+    verified = verify(Round(open_store(store), check_id(round_id)), sample=sample)
+    record = verified.record
+    elements = f"{verified.elements:,} of {record.layout.elements:,} elements"
+    click.echo(f"round {round_id}: exact mean of {len(record.clients)} clients, {mib(record.layout.nbytes)}")
+    click.echo(f"SHA-256 {record.digest}: as published")
+    click.echo(f"{verified.slices:,} of {verified.of:,} slices ({elements}) computed again from the sealed updates: the same bits")
 
 
 def _topology(name: str, shards: int | None, fan_in: int | None, *, shared_memory: bool) -> Topology:

@@ -138,6 +138,9 @@ def priced(usage: Usage, plan: Plan, prices: Prices, architecture: Architecture,
         )
     )
     aggregation = functions + _requests("functions' ", usage.gets, usage.puts, usage.bytes_read, usage.bytes_written, prices, storage)
+    if plan.arithmetic == "exact":
+        back = plan.result_bytes
+        aggregation += _requests("the digest's ", plan.reading.requests(back), 0, back, 0, prices, storage)
     whose = clients or Clients()
     objects = len(plan.slices) if plan.cut_updates else 1
     reads = len(plan.slices) if plan.cut_updates else 3  # a stat, the header, the data
@@ -152,21 +155,17 @@ def priced(usage: Usage, plan: Plan, prices: Prices, architecture: Architecture,
 
 
 def _requests(whose: str, gets: int, puts: int, bytes_read: int, bytes_written: int, prices: Prices, storage: Storage) -> Bill:
-    if storage == "standard":
-        return Bill(
-            items=(
-                _item(f"{whose}GETs", gets, "requests", prices.usd("s3_get")),
-                _item(f"{whose}PUTs", puts, "requests", prices.usd("s3_put")),
-            )
-        )
-    return Bill(
-        items=(
-            _item(f"{whose}GETs", gets, "requests", prices.usd("express_get")),
-            _item(f"{whose}PUTs", puts, "requests", prices.usd("express_put")),
+    class_ = "s3" if storage == "standard" else "express"
+    items = [
+        _item(f"{whose}GETs", gets, "requests", prices.usd(f"{class_}_get")),
+        _item(f"{whose}PUTs", puts, "requests", prices.usd(f"{class_}_put")),
+    ]
+    if storage == "express":
+        items += [
             _item(f"{whose}reads", Decimal(bytes_read) / GIB, "GiB", prices.usd("express_gigabyte_out")),
             _item(f"{whose}writes", Decimal(bytes_written) / GIB, "GiB", prices.usd("express_gigabyte_in")),
-        )
-    )
+        ]
+    return Bill(items=tuple(item for item in items if item.count))
 
 
 def _item(what: str, count: Decimal | int, unit: str, price: Decimal) -> Item:

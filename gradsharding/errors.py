@@ -16,6 +16,7 @@
     ├── ChangedObject                     the object is not the version that was sealed
     ├── IncompleteUpload                  parts are missing; the object was not published
     ├── StoreFailed                       a store could not be reached, or failed, after several attempts
+    ├── VerificationFailed                a published result is not what its updates make
     ├── StackFailed                       CloudFormation did not do what it was asked for
     └── TaskFailed                        a function broke, with its task's name
         └── OutOfMemory (MemoryError)     it outgrew the allowed memory
@@ -102,6 +103,10 @@ class StoreFailed(GradShardingError):
 
 class StackFailed(GradShardingError):
     """CloudFormation did not do what it was asked for; the message gives its reason."""
+
+
+class VerificationFailed(GradShardingError):
+    """A published result is not, bit for bit, what its updates make."""
 
 
 class TaskFailed(GradShardingError):

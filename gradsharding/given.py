@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 from urllib.parse import unquote
 
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
+from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy
 from gradsharding.round import Round, check_id, check_weight
@@ -145,14 +146,16 @@ def replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def open_round(store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy) -> Iterator[Round]:
+def open_round(
+    store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic
+) -> Iterator[Round]:
     """Give the one round of these inputs and this output: in ``store``, where it can be resumed, or in a temporary place.
 
     A round that nobody can or should resume leaves nothing behind.
     """
     with contextlib.ExitStack() as stack:
         home = open_store(store) if store else stack.enter_context(_store_beside(output))
-        round_ = Round.create(home, _round_id(given, output, nonfinite), output=output.reference)
+        round_ = Round.create(home, _round_id(given, output, nonfinite, arithmetic), output=output.reference)
         try:
             for update in given:
                 update.refer(round_)
@@ -228,7 +231,7 @@ def _store_beside(output: Place) -> Iterator[ObjectStore]:
         store.delete(key for key, _ in store.list(""))
 
 
-def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy) -> str:
+def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic) -> str:
     """Derive an id from all that decides the result, so that the same call finds its round again."""
     inputs = sorted([u.client, u.place.reference, u.header.stat.version, u.weight] for u in given)
-    return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite]).encode()).hexdigest()[:32]
+    return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite, arithmetic]).encode()).hexdigest()[:32]

@@ -1,24 +1,25 @@
 """The fold: sums += weight · elements, over bytes that may be cut anywhere. This module does no I/O.
 
-Floats are summed in float64, integers exactly; the division happens once, at the end, and rounds once
-(to nearest, ties to even). The result depends on the order of the additions and on nothing else: not on
-where the vector or the stream of its bytes is cut. Sums may be written out, undivided, and merged elsewhere.
+Floats are summed in float64, or exactly; integers always exactly; the division happens once, at the end, and rounds once
+(to nearest, ties to even). In float64 the result depends on the order of the additions and on nothing else: not on where the
+vector or the stream of its bytes is cut. Exact, it does not depend on that either. Sums may be written out, undivided, and
+merged elsewhere.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gradsharding.dtypes import NUMPY, Array, Buffer, is_float, rounded, widen
+from gradsharding import exact
+from gradsharding.dtypes import NUMPY, Array, Buffer, is_float, widen
 from gradsharding.errors import InvalidUpdate
-from gradsharding.layout import ITEM_SIZE, WIDTH, Run
+from gradsharding.exact import ExactSums
+from gradsharding.layout import ITEM_SIZE, Run
+from gradsharding.sums import BLOCK, WIDE_SIZE, FloatSums, IntegerSums, Scratch, Sums, WideSums
 
-Arithmetic = Literal["float64", "float32"]
+Arithmetic = Literal["float64", "exact", "float32"]
 """What floats are summed in. float32 is there to compare with systems that do so; F64 is summed in float64 all the same."""
-
-BLOCK = 32_768
-"""Elements per step: the block and its temporaries stay in the second-level cache."""
 
 SCRATCH = 4 << 20
 """Bytes that bound a fold's temporaries: a handful of blocks."""
@@ -26,12 +27,16 @@ SCRATCH = 4 << 20
 RUN_SIZE = 512
 """Bytes that bound what is kept for a run beside its sums; the scratch has room for the first 2,048 of them."""
 
-WIDE_SIZE = 80
-"""Bytes that one exact wide integer sum takes: a pointer, a Python int of up to 120 bits, and either form in which it is written."""
 
-_WORD = (1 << 64) - 1
+class Size(NamedTuple):
+    """Bytes that the sums of a run take, temporaries not counted."""
 
-_I128 = np.dtype([("low", "<u8"), ("high", "<i8")])
+    place: int
+    """Of the fold's own array."""
+    memory: int
+    """In all, at most."""
+    written: int
+    """As they are written, at most."""
 
 
 def is_wide(dtype: str, total: int) -> bool:
@@ -39,24 +44,25 @@ def is_wide(dtype: str, total: int) -> bool:
     return not is_float(dtype) and 8 * ITEM_SIZE[dtype] + total.bit_length() > 63
 
 
-def sum_dtype(dtype: str, total: int, arithmetic: Arithmetic = "float64") -> str:
-    """Name the dtype of the sums of ``dtype`` elements under ``total`` weight: F64 or F32, I64 or I128."""
-    if not is_float(dtype):
-        return "I128" if is_wide(dtype, total) else "I64"
-    return "F32" if arithmetic == "float32" and dtype != "F64" else "F64"
+def is_exact(dtype: str, arithmetic: Arithmetic) -> bool:
+    """Tell whether elements of ``dtype`` have exact float sums, which take as many bytes as their values need when they are written."""
+    return arithmetic == "exact" and is_float(dtype)
 
 
-def sum_runs(runs: Iterable[Run], total: int, arithmetic: Arithmetic = "float64") -> tuple[Run, ...]:
-    """Give the runs of the sums of ``runs``, one for one: what ``Fold.sums`` writes and ``Fold.merge`` reads."""
-    return tuple(Run(sum_dtype(run.dtype, total, arithmetic), run.length) for run in runs)
+def size(run: Run, total: int, arithmetic: Arithmetic = "float64") -> Size:
+    """Bytes that the sums of ``run`` under ``total`` weight take."""
+    dtype, length = run
+    if is_exact(dtype, arithmetic):
+        return Size(8 * length * exact.planes(dtype, total), exact.memory(dtype, length, total), exact.written_bytes(dtype, length, total))
+    if is_wide(dtype, total):
+        return Size(8 * length, WIDE_SIZE * length, 16 * length)
+    return Size(*3 * [np.dtype(_sum_dtype(dtype, arithmetic)).itemsize * length])
 
 
 def sum_bytes(runs: Iterable[Run], total: int, arithmetic: Arithmetic = "float64") -> int:
-    """Bytes of memory that the sums of ``runs`` under ``total`` weight take, temporaries included."""
-    kept = sum_runs(runs, total, arithmetic)
-    return (
-        SCRATCH + RUN_SIZE * max(0, len(kept) - 2_048) + sum(r.length * (WIDE_SIZE if r.dtype == "I128" else WIDTH[r.dtype]) for r in kept)
-    )
+    """Bytes of memory that the sums of ``runs`` under ``total`` weight take at most, temporaries included."""
+    sizes = [size(run, total, arithmetic).memory for run in runs]
+    return SCRATCH + RUN_SIZE * max(0, len(sizes) - 2_048) + sum(sizes)
 
 
 class Fold:
@@ -70,40 +76,41 @@ class Fold:
     """
 
     def __init__(self, runs: Sequence[Run], total: int, arithmetic: Arithmetic = "float64") -> None:
-        """Start sums for ``runs``; ``total`` is the sum of all weights that will be in the mean, here or where these sums are merged."""
+        """Start sums for ``runs``; ``total`` is the sum of all weights that will be in the mean, here or where these sums are merged.
+
+        Raise UserError if exact sums are asked for where subnormal numbers are lost.
+        """
         self._runs = tuple(runs)
-        self._sum_runs = sum_runs(runs, total, arithmetic)
-        self._total = total
-        self._arena = np.zeros(sum(min(run.nbytes, 8 * run.length) for run in self._sum_runs), np.uint8)
-        self._sums = [*self._split()]
-        self._scratch = np.empty(BLOCK, np.float64)
-        self.finite = True
+        places = [size(run, total, arithmetic).place for run in self._runs]
+        self._arena, scratch = np.zeros(sum(places), np.uint8), np.empty((3, BLOCK))
+        ends = np.cumsum(places)
+        self._sums = [
+            _begin(run, total, arithmetic, self._arena[end - place : end], scratch)
+            for run, place, end in zip(self._runs, places, ends, strict=True)
+        ]
+
+    @property
+    def finite(self) -> bool:
         """After ``mean`` or ``sums``: whether every float sum was finite."""
+        return all(sums.finite for sums in self._sums)
 
     def add(self, chunks: Iterable[Buffer], weight: int) -> None:
         """Add ``weight`` times one client's slice, whose bytes arrive as ``chunks``; raise InvalidUpdate if short."""
         with np.errstate(all="ignore"):  # ``finite`` tells
-            for index, first, piece in _elements(self._runs, chunks):
-                dtype, sums = self._runs[index].dtype, self._sums[index]
-                for i in range(0, piece.size, BLOCK):
-                    block = piece[i : i + BLOCK]
-                    self._add_block(sums[first + i : first + i + block.size], block, dtype, weight)
+            for index, first, elements in _blocks(self._runs, chunks):
+                self._sums[index].add(first, elements, weight)
 
     def merge(self, chunks: Iterable[Buffer]) -> None:
         """Add what ``sums`` of another fold, of the same runs, total and arithmetic, has written; raise InvalidUpdate if short."""
+        stream = _Stream(chunks)
         with np.errstate(all="ignore"):
-            for index, first, piece in _elements(self._sum_runs, chunks):
-                sums = self._sums[index]
-                for i in range(0, piece.size, BLOCK):
-                    block, place = piece[i : i + BLOCK], sums[first + i : first + i + BLOCK]
-                    place[: block.size] += _from_words(block) if block.dtype == _I128 else block
+            for sums in self._sums:
+                sums.merge(stream.take)
+        stream.end()
 
     def sums(self) -> list[Buffer]:
-        """Give the sums, undivided: little-endian elements of ``sum_runs``, without a copy but of I128."""
-        for run, sums in zip(self._sum_runs, self._sums, strict=True):
-            if run.dtype[0] == "F":
-                self.finite = self.finite and all(np.isfinite(sums[i : i + BLOCK]).all() for i in range(0, run.length, BLOCK))
-        return [_to_words(sums).data if sums.dtype == object else sums.view(np.uint8).data for sums in self._sums if sums.size]
+        """Give the sums, undivided, run by run. Ends the fold: they are made in their own memory, where they can be."""
+        return [buffer for sums in self._sums for buffer in sums.written()]
 
     def mean(self) -> memoryview:
         """Divide, round once and give the slice's bytes in its own dtypes. Ends the fold: the sums are overwritten.
@@ -111,95 +118,78 @@ class Fold:
         The result is packed into the front of the sums' own memory, so no second slice is ever held.
         """
         end = 0
-        for run, sums in zip(self._runs, self._sums, strict=True):
-            size = ITEM_SIZE[run.dtype]
-            for i in range(0, run.length, BLOCK):
-                with np.errstate(all="ignore"):
-                    block = self._mean_block(sums[i : i + BLOCK], run.dtype)
-                self._arena[end : end + block.size * size] = block.view(np.uint8)
-                end += block.size * size
+        with np.errstate(all="ignore"):
+            for sums in self._sums:
+                for block in sums.means():
+                    self._arena[end : end + block.nbytes] = block.view(np.uint8)
+                    end += block.nbytes
         return self._arena[:end].data
-
-    def _split(self) -> Iterator[Array]:
-        begin = 0
-        for run in self._sum_runs:
-            place = self._arena[begin : begin + min(run.nbytes, 8 * run.length)]
-            begin += place.size
-            yield np.zeros(run.length, object) if run.dtype == "I128" else place.view(NUMPY[run.dtype])
-
-    def _add_block(self, sums: Array, block: Array, dtype: str, weight: int) -> None:
-        if sums.dtype == object:
-            sums += block.astype(object) * weight  # exact: Python integers do not overflow
-            return
-        product = self._scratch.view(sums.dtype)[: block.size]
-        np.copyto(product, widen(block) if dtype == "BF16" else block)
-        np.multiply(product, sums.dtype.type(weight), out=product)
-        np.add(sums, product, out=sums)
-
-    def _mean_block(self, sums: Array, dtype: str) -> Array:
-        if not is_float(dtype):
-            return _divide_integers(sums, self._total).astype(NUMPY[dtype])
-        self.finite = self.finite and bool(np.isfinite(sums).all())
-        mean = np.divide(sums, sums.dtype.type(self._total), out=self._scratch.view(sums.dtype)[: sums.size])
-        return rounded(mean, dtype)
 
 
 def first_nonfinite(runs: Sequence[Run], chunks: Iterable[Buffer]) -> int | None:
     """Find the first NaN or infinity in a slice's bytes: its offset in bytes, or None."""
     begins = np.cumsum([0, *(run.nbytes for run in runs)])
-    for index, first, piece in _elements(runs, chunks):
+    for index, first, elements in _blocks(runs, chunks):
         dtype = runs[index].dtype
         if is_float(dtype):
-            bad = np.flatnonzero(~np.isfinite(widen(piece) if dtype == "BF16" else piece))
+            bad = np.flatnonzero(~np.isfinite(widen(elements, dtype)))
             if bad.size:
                 return int(begins[index]) + (first + int(bad[0])) * ITEM_SIZE[dtype]
     return None
 
 
-def _elements(runs: Sequence[Run], chunks: Iterable[Buffer]) -> Iterator[tuple[int, int, Array]]:
-    """Give whole elements as (index of run, first element in it, array), whatever the cuts between chunks."""
-    index, first, rest = 0, 0, b""
-    for chunk in chunks:
-        view = memoryview(chunk).cast("B")
-        while view:
-            if index == len(runs):
-                raise InvalidUpdate(f"a read gave at least {len(view)} bytes more than the slice has; it was not answered by range")
-            dtype = runs[index].dtype
-            size = WIDTH[dtype]
-            if rest or len(view) < size:  # an element lies across two chunks
-                rest, view = rest + bytes(view[: size - len(rest)]), view[size - len(rest) :]
-                if len(rest) < size:
-                    continue
-                piece, rest = memoryview(rest), b""
-            else:
-                take = size * min(len(view) // size, runs[index].length - first)
-                piece, view = view[:take], view[take:]
-            yield index, first, np.frombuffer(piece, _I128 if dtype == "I128" else NUMPY[dtype])
-            first += len(piece) // size
-            if first == runs[index].length:
-                index, first = index + 1, 0
-    if index < len(runs):
-        raise InvalidUpdate(f"a read ended in the middle of a slice, at element {first} of run {index}; the object was cut short")
+def _begin(run: Run, total: int, arithmetic: Arithmetic, place: Array, scratch: Scratch) -> Sums:
+    """Begin the sums of a run in its ``place``."""
+    dtype, length = run
+    if is_exact(dtype, arithmetic):
+        return ExactSums(dtype, length, total, place, scratch)
+    if is_wide(dtype, total):
+        return WideSums(dtype, length, total)  # the place is for the mean
+    return (FloatSums if is_float(dtype) else IntegerSums)(dtype, total, place.view(_sum_dtype(dtype, arithmetic)), scratch)
 
 
-def _to_words(sums: Array) -> Array:
-    """Turn Python integers into I128: two words each, the lower one first, in two's complement."""
-    words = np.empty(sums.size, _I128)
-    for i in range(0, sums.size, BLOCK):
-        block = sums[i : i + BLOCK]
-        words["low"][i : i + BLOCK] = (block & _WORD).astype(np.uint64)
-        words["high"][i : i + BLOCK] = (block >> 64).astype(np.int64)
-    return words.view(np.uint8)
+def _sum_dtype(dtype: str, arithmetic: Arithmetic) -> str:
+    """Name, as numpy does, what sums of ``dtype`` elements are kept in, if they are neither exact nor wide."""
+    if not is_float(dtype):
+        return "<i8"
+    return "<f4" if arithmetic == "float32" and dtype != "F64" else "<f8"
 
 
-def _from_words(block: Array) -> Array:
-    """Turn I128 into Python integers."""
-    return np.asarray(block["high"].astype(object) * (1 << 64) + block["low"].astype(object))
+def _blocks(runs: Sequence[Run], chunks: Iterable[Buffer]) -> Iterator[tuple[int, int, Array]]:
+    """Give elements as (index of run, first element in it, array of ``BLOCK`` elements at most), whatever the cuts between chunks."""
+    stream = _Stream(chunks)
+    for index, (dtype, length) in enumerate(runs):
+        width, name = ITEM_SIZE[dtype], NUMPY[dtype]
+        for first in range(0, length, BLOCK):
+            yield index, first, np.frombuffer(stream.take(width * min(BLOCK, length - first)), name)
+    stream.end()
 
 
-def _divide_integers(sums: Array, total: int) -> Array:
-    """Divide exactly and round to nearest, ties to even; ``sums`` are int64 or Python integers."""
-    quotient = sums // total
-    twice = (sums - quotient * total) * 2
-    quotient += (twice > total) | ((twice == total) & (quotient % 2 == 1))
-    return quotient
+class _Stream:
+    """The bytes of chunks, of which each is valid until the next is asked for."""
+
+    def __init__(self, chunks: Iterable[Buffer]) -> None:
+        self._chunks, self._rest, self._taken = iter(chunks), memoryview(b""), 0
+
+    def take(self, count: int) -> Buffer:
+        """Give the next ``count`` bytes, without a copy where they lie in one chunk; raise InvalidUpdate if there are fewer."""
+        joined = bytearray()
+        while len(joined) + len(self._rest) < count:
+            joined += self._rest
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                ended = self._taken + len(joined)
+                raise InvalidUpdate(f"a read ended after {ended} bytes, in the middle of a slice; the object was cut short")
+            self._rest = memoryview(chunk).cast("B")
+        missing = count - len(joined)
+        last, self._rest = self._rest[:missing], self._rest[missing:]
+        self._taken += count
+        if not joined:
+            return last
+        joined += last
+        return joined
+
+    def end(self) -> None:
+        """Raise InvalidUpdate if there are bytes left."""
+        if left := len(self._rest) or next(filter(None, (memoryview(chunk).nbytes for chunk in self._chunks)), 0):
+            raise InvalidUpdate(f"a read gave at least {left} bytes more than the slice has; it was not answered by range")

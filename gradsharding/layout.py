@@ -31,9 +31,6 @@ ITEM_SIZE = {
 }  # fmt: skip
 """Supported dtypes, by their safetensors names, with the bytes of one element."""
 
-WIDTH = {**ITEM_SIZE, "I128": 16}
-"""The same, with the dtype of integer sums that may not fit into 64 bits: it is in partial sums, never in an update."""
-
 
 class Tensor(Value):
     """One named array: ``shape`` elements of ``dtype`` in bytes ``start`` to ``stop`` of the data section."""
@@ -54,7 +51,7 @@ class Run(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the run."""
-        return self.length * WIDTH[self.dtype]
+        return self.length * ITEM_SIZE[self.dtype]
 
 
 class Layout(Value):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_validator
 
 from gradsharding.errors import PlanTooLarge
-from gradsharding.kernel import Arithmetic, sum_bytes, sum_runs
+from gradsharding.kernel import Arithmetic, is_exact, size, sum_bytes
 from gradsharding.layout import Run, join_runs
 from gradsharding.platform import Architecture
 from gradsharding.reading import Reading
@@ -116,8 +116,13 @@ class Task(Value):
 
     @property
     def sum_nbytes(self) -> int:
-        """Bytes of its sums, as partial sums are written."""
-        return sum(run.nbytes for run in sum_runs(self.runs, self.total, self.arithmetic))
+        """Bytes of its sums, as partial sums are written; at most, where they are exact."""
+        return sum(size(run, self.total, self.arithmetic).written for run in self.runs)
+
+    @property
+    def varying(self) -> bool:
+        """Whether the bytes of partial sums, its own and its inputs', depend on their values."""
+        return any(is_exact(run.dtype, self.arithmetic) for run in self.runs)
 
     @property
     def input_nbytes(self) -> int:
@@ -131,9 +136,14 @@ class Task(Value):
         return RESERVED + listed + self.reading.memory(self.input_nbytes) + sum_bytes(self.runs, self.total, self.arithmetic)
 
     @property
+    def asks(self) -> int:
+        """Requests for the size of each input, before it is read."""
+        return int(bool(self.partials) and self.varying)
+
+    @property
     def gets(self) -> int:
-        """GET requests to the store."""
-        return 0 if self.partials and self.shared else self.inputs * self.reading.requests(self.input_nbytes)
+        """GET requests to the store, those for sizes included; at most, where partial sums vary."""
+        return 0 if self.partials and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
 
     @property
     def puts(self) -> int:
@@ -142,12 +152,12 @@ class Task(Value):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that it reads."""
+        """Bytes that it reads; at most, where partial sums vary."""
         return self.inputs * self.input_nbytes
 
     @property
     def bytes_written(self) -> int:
-        """Bytes that it writes."""
+        """Bytes that it writes; at most, where partial sums vary."""
         return self.sum_nbytes if self.part == PARTIAL else self.nbytes
 
 

@@ -52,6 +52,9 @@ def dollars(text: str) -> Decimal:
     return Decimal(text.removeprefix("$"))
 
 
+exact_option = click.option("--exact", is_flag=True, help="Sum exactly: the same bits, whatever the path.")
+
+
 @click.command("plan", short_help="Show what each topology takes, before anything runs.")
 @click.argument("updates", nargs=-1, metavar="[[ID=]PATH[:WEIGHT]...]")
 @click.option("--size", "nbytes", type=size, metavar="SIZE", help="Bytes of the model's float32 parameters, such as 528MB.")
@@ -72,6 +75,7 @@ def dollars(text: str) -> Decimal:
 @click.option("--storage", type=click.Choice(["standard", "express"]), default="standard", show_default=True, help="S3's storage class.")
 @click.option("--region", default=HOME_REGION, show_default=True, help="Whose prices count.")
 @click.option("--clients-on-aws", "on_aws", is_flag=True, help="The clients are in that region: their downloads are free.")
+@exact_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with sizes in bytes, times in seconds and sums in US dollars.")
 def plan_command(
     updates: tuple[str, ...],
@@ -81,6 +85,7 @@ def plan_command(
     shards: int | None,
     region: str,
     *,
+    exact: bool,
     as_json: bool,
     **needs: Any,
 ) -> None:
@@ -105,10 +110,13 @@ def plan_command(
 
     Times come from a model that was held against measurements of others (benchmarks/calibration.py); this project has never
     run on AWS. Prices are list prices, without free tiers: see `gradsharding prices`.
+
+    With --exact, what passes between the functions of a tree takes as many bytes as the updates' values need; memory, requests, bytes,
+    times and prices of trees are then upper bounds.
     """  # noqa: D301 - \b tells click to keep the lines that follow
     manifest = _manifest(updates, nbytes, place, clients)
     prices, wanted = load_prices(region), Needs(**needs)
-    advice = recommend(manifest, wanted, prices=prices, shards=shards)
+    advice = recommend(manifest, wanted, prices=prices, shards=shards, arithmetic="exact" if exact else "float64")
     if as_json:
         click.echo(json.dumps(_as_json(advice, manifest, wanted, prices), indent=2))
     else:
@@ -144,6 +152,7 @@ def _as_json(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         "size": manifest.layout.nbytes,
         "clients": len(manifest.terms),
         "needs": needs.model_dump(mode="json"),
+        "arithmetic": advice.options[0].plan.arithmetic,
         "topologies": [_row(option) for option in advice.options],
         "recommended": advice.best.name if advice.best else None,
         "why": advice.why,
@@ -218,6 +227,8 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
         if option.problem:
             click.echo(f"{option.name} does not fit: {option.problem}.")
     click.echo(textwrap.fill(f"Take {advice.best.name}: {advice.why}." if advice.best else f"{_capital(advice.why)}.", 150))
+    if advice.options[0].plan.arithmetic == "exact":
+        click.echo("Exact sums: a tree's figures are upper bounds, and each takes in that the result is read once, for its digest.")
     if not needs.on_aws:
         moved = Decimal(count * layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
         click.echo(f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology.")

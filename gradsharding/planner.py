@@ -7,11 +7,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
+from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, PAYLOAD, READING, RUNTIME, TIMEOUT, Architecture
 from gradsharding.prices import Money, Prices, load_prices
 from gradsharding.round import Manifest
-from gradsharding.timing import Speeds, bottleneck, unlucky
+from gradsharding.timing import Speeds, bottleneck, unlucky, working
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.value import Value
 
@@ -117,12 +118,13 @@ def recommend(
     speeds: Speeds | None = None,
     shards: int | None = None,
     topologies: Collection[str] = NAMES,
+    arithmetic: Arithmetic = "float64",
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
 
-    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run.
+    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. Raise UserError for exact sums of F64.
     """
-    search = _Search(manifest, needs or Needs(), prices or load_prices(), speeds or Speeds())
+    search = _Search(manifest, needs or Needs(), prices or load_prices(), speeds or Speeds(), arithmetic)
     ways = _ways(manifest, shards)
     options = tuple(search.best_of(*ways[name]) for name in NAMES if name in topologies)
     fit = [option for option in options if option.problem is None]
@@ -160,8 +162,8 @@ def _ladder(least: int, most: int, step: float) -> Iterable[int]:
 class _Search:
     """What all options of one search share."""
 
-    def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds) -> None:
-        self.manifest, self.needs, self.prices, self.speeds = manifest, needs, prices, speeds
+    def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds, arithmetic: Arithmetic) -> None:
+        self.manifest, self.needs, self.prices, self.speeds, self.arithmetic = manifest, needs, prices, speeds, arithmetic
 
     @cached_property
     def term_bytes(self) -> float:
@@ -172,7 +174,8 @@ class _Search:
     def best_of(self, make: Maker, shapes: Iterable[dict[str, int]]) -> Option:
         """Give a topology at its best: the one that fits and is best to take, or the one that comes nearest to fitting."""
         limits = Limits(memory=self.needs.memory)
-        plans = [make(self.manifest, limits, grain=GRAIN, reading=READING, **shape) for shape in shapes]
+        how = {"grain": GRAIN, "reading": READING, "arithmetic": self.arithmetic}
+        plans = [make(self.manifest, limits, **how, **shape) for shape in shapes]
         options = [option for plan in plans for option in self.options(plan)]
         return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
 
@@ -237,8 +240,8 @@ class _Search:
         found = []
         nbytes = self.manifest.layout.nbytes * len(self.manifest.terms)
         for name, box in self.prices.boxes.items():
-            working = box.vcpus / (1 / self.speeds.client_rate + 1 / self.speeds.fold_rate)
-            seconds = nbytes / min(float(box.network_gbit) * 1e9 / 8, working) + self.speeds.latency
+            rate = min(float(box.network_gbit) * 1e9 / 8, working(box.vcpus, self.arithmetic, self.speeds))
+            seconds = nbytes / rate + self.speeds.latency
             alike = None
             if best:  # what both pay S3 falls out
                 functions = sum((i.usd for i in best.forecast.cost.aggregation.items if i.what in ("functions", "invocations")), Decimal(0))

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from gradsharding.dtypes import Buffer
@@ -35,9 +36,9 @@ class Reading(Value):
     whole: bool = False
     """Take all of an input's bytes first, then make an array of them, then fold it: as the paper has it, to compare with."""
 
-    def requests(self, nbytes: int) -> int:
-        """Number of requests for a slice of ``nbytes``."""
-        return -(-nbytes // self.piece(nbytes)) if nbytes else 1
+    def requests(self, nbytes: int, most: int | None = None) -> int:
+        """Number of requests for ``nbytes``, in the pieces of a slice of that size, or of ``most``."""
+        return -(-nbytes // self.piece(most or nbytes)) if nbytes else 1
 
     def piece(self, nbytes: int) -> int:
         """Bytes of each request for a slice of ``nbytes``: all alike, but that the last one may ask for less."""
@@ -78,6 +79,13 @@ class Request(NamedTuple):
 
     size: int
     open: Callable[[], Iterator[Buffer]]
+
+
+def divided(nbytes: int, size: int, read: Callable[[int, int], Iterator[Buffer]]) -> Iterator[Request]:
+    """Give the requests of ``size`` bytes each that ``read`` bytes 0 to ``nbytes``: for no bytes, there is one."""
+    for start in range(0, max(1, nbytes), size):
+        stop = min(start + size, nbytes)
+        yield Request(stop - start, partial(read, start, stop))
 
 
 def read_ahead(requests: Iterable[Request], reading: Reading, size: int) -> Generator[memoryview, None, None]:

@@ -34,10 +34,11 @@ from gradsharding.errors import (
     TooFewClients,
     UserError,
 )
+from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import NonFinitePolicy, Plan, Term
 from gradsharding.store import ObjectStore, exists, file_path, locate
-from gradsharding.update import Raw, Update, encode, inspect
+from gradsharding.update import Raw, Update, data_digest, encode, inspect
 from gradsharding.value import Value
 
 MAX_WEIGHT = 1 << 53
@@ -97,6 +98,9 @@ class ResultRecord(Value):
     clients: tuple[str, ...]
     weight: int
     layout: Layout
+    arithmetic: Arithmetic = "float64"
+    digest: str | None = None
+    """SHA-256 (hex) of the data section of an exact result, which depends on the contributions alone; None for any other."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class Round:
 
         Raise TooFewClients if there is none, LayoutMismatch naming the tensor that differs, InvalidWeight.
         """
-        if sealed := self._find("manifest.json", Manifest):
+        if sealed := self.sealed():
             return sealed
         excluded = set(leave_out)
         receipts = [receipt for receipt in self.receipts() if receipt.client not in excluded]
@@ -186,6 +190,10 @@ class Round:
         weights = integral_weights({receipt.client: receipt.weight for receipt in receipts})
         terms = (Term(client=r.client, source=r.source, version=r.version, base=r.base, weight=weights[r.client]) for r in receipts)
         return self.freeze(Manifest(round=self.id, layout=layout, terms=tuple(terms)))
+
+    def sealed(self) -> Manifest | None:
+        """The contributions, if the round is sealed."""
+        return self._find("manifest.json", Manifest)
 
     def freeze(self, manifest: Manifest) -> Manifest:
         """Record the contributions; those recorded first stay, and are given back."""
@@ -236,8 +244,8 @@ class Round:
             self.forget_partials(found.upload)
             self.forget_plan()
 
-    def publish(self, manifest: Manifest, version: str) -> ResultRecord:
-        """Record the finished result: the round is done."""
+    def publish(self, manifest: Manifest, version: str, arithmetic: Arithmetic = "float64") -> ResultRecord:
+        """Record the finished result: the round is done. An exact one is read once, for its digest."""
         terms = manifest.terms
         record = ResultRecord(
             source=self.output,
@@ -245,6 +253,8 @@ class Round:
             clients=tuple(term.client for term in terms),
             weight=sum(term.weight for term in terms),
             layout=manifest.layout,
+            arithmetic=arithmetic,
+            digest=data_digest(self.output, self.store, version=version) if arithmetic == "exact" else None,
         )
         return self._create("result.json", record)
 

@@ -7,6 +7,7 @@ import math
 from statistics import NormalDist
 from typing import NamedTuple
 
+from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Kind, Plan, Task
 from gradsharding.platform import VCPU
 from gradsharding.value import Value
@@ -27,6 +28,10 @@ class Speeds(Value):
     """Of shared memory, written or read. Measured on a small machine (``benchmarks/results/topologies.json``)."""
     fold_rate: float = 4.3e9
     """Of adding an input to the sums, on one vCPU."""
+    exact_rate: float = 1.7e9
+    """The same, for exact sums. Measured on a small machine (``benchmarks/results/kernel_speed.json``)."""
+    exact_end_rate: float = 0.4e9
+    """Of writing exact sums down, which takes longer than rounding them to the mean, in bytes of the slice. Measured there."""
     client_rate: float = 250e6
     """Of what boto3 can take in, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
     spread: float = 0.19
@@ -53,7 +58,8 @@ class Seconds(NamedTuple):
 def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
     """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once."""
     known = speeds or Speeds()
-    assembly = 3 * known.latency  # of the result: its begin, its header, its end
+    assembly = 3 * known.latency  # of the result: its begin, its header, its end; and then, maybe, its digest
+    assembly += plan.result_bytes / known.client_rate if plan.arithmetic == "exact" else 0
     stages = [_stage(kinds, memory, concurrency, known) for kinds in plan.kinds]
     p50 = assembly + sum(wall for wall, _ in stages)
     billed = sum(kind.times * task_seconds(kind.task, memory, known) for kinds in plan.kinds for kind in kinds)
@@ -65,7 +71,14 @@ def task_seconds(task: Task, memory: int, speeds: Speeds) -> float:
     """Forecast what a function of ``memory`` bytes takes for a task, in the mean."""
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
     written = to_store if task.puts else task.bytes_written / speeds.shared_rate
-    return _read_seconds(task, min(1.0, memory / VCPU), speeds) + written
+    cpu = min(1.0, memory / VCPU)
+    ended = task.nbytes / (cpu * speeds.exact_end_rate) if task.arithmetic == "exact" else 0
+    return _read_seconds(task, cpu, speeds) + ended + written
+
+
+def working(cpu: float, arithmetic: Arithmetic, speeds: Speeds) -> float:
+    """Bytes a second that so many vCPUs take in and fold."""
+    return cpu / (1 / speeds.client_rate + 1 / _fold_rate(arithmetic, speeds))
 
 
 def unlucky(seconds: float, speeds: Speeds) -> float:
@@ -78,7 +91,7 @@ def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
     rates = {
         "the network of a function": speeds.function_rate,
         "S3's connections": task.reading.parallel * _connection(task, speeds),
-        "CPU, which comes with memory": _working(min(1.0, memory / VCPU), speeds),
+        "CPU, which comes with memory": working(min(1.0, memory / VCPU), task.arithmetic, speeds),
     }
     return min(rates, key=lambda name: rates[name])
 
@@ -108,10 +121,10 @@ def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
     """Reading and folding all inputs, on so many vCPUs."""
     nbytes, reading = task.bytes_read, task.reading
     if task.partials and task.shared:
-        return nbytes * (1 / speeds.shared_rate + 1 / (cpu * speeds.fold_rate))
+        return nbytes * (1 / speeds.shared_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
     if reading.whole:  # nothing goes on while anything else does
-        return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * speeds.fold_rate))
-    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), _working(cpu, speeds))
+        return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
+    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), working(cpu, task.arithmetic, speeds))
     return speeds.latency + nbytes / rate
 
 
@@ -121,6 +134,5 @@ def _connection(task: Task, speeds: Speeds) -> float:
     return piece / (speeds.latency + piece / speeds.connection_rate)
 
 
-def _working(cpu: float, speeds: Speeds) -> float:
-    """Bytes a second that so many vCPUs take in and fold."""
-    return cpu / (1 / speeds.client_rate + 1 / speeds.fold_rate)
+def _fold_rate(arithmetic: Arithmetic, speeds: Speeds) -> float:
+    return speeds.exact_rate if arithmetic == "exact" else speeds.fold_rate

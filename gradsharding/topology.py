@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 from gradsharding.errors import UserError
-from gradsharding.kernel import SCRATCH
+from gradsharding.kernel import SCRATCH, Arithmetic
 from gradsharding.plan import RESERVED, Limits, Plan
 from gradsharding.reading import STAGING, STREAM, Reading
 from gradsharding.round import Manifest
@@ -15,9 +15,9 @@ provisioned for them: the sums, an object's bytes, the array made of them; and t
 
 
 class Topology(Protocol):
-    """A manifest, the limits of a function, the bytes that suit a slice, and how a function reads, make a plan."""
+    """A manifest, the limits of a function, the bytes that suit a slice, how a function reads and what it sums in make a plan."""
 
-    def __call__(self, manifest: Manifest, limits: Limits, *, grain: int, reading: Reading) -> Plan:
+    def __call__(self, manifest: Manifest, limits: Limits, *, grain: int, reading: Reading, arithmetic: Arithmetic = "float64") -> Plan:
         """Make the plan; the same arguments make the same plan."""
         ...
 
@@ -93,12 +93,15 @@ def paper(
     *,
     grain: int = 0,  # noqa: ARG001 - the clients have cut already
     reading: Reading = STREAM,  # noqa: ARG001 - the paper's own
+    arithmetic: Arithmetic = "float32",
     shards: int,
 ) -> Plan:
     """The paper's own layout and loop (arXiv 2604.22072): one object for each client and slice, read whole, summed in float32.
 
-    ``gradsharding.paper.submit`` writes such objects.
+    ``gradsharding.paper.submit`` writes such objects. Raise UserError for exact sums.
     """
+    if arithmetic == "exact":
+        raise UserError("the paper's loop sums in float32; for exact sums take sharded, or another topology")
     return in_paper_loop(_plan("paper", manifest, STREAM, cut_updates=True)).recut(shards)
 
 
@@ -107,7 +110,17 @@ def in_paper_loop(plan: Plan) -> Plan:
     return plan.but(reading=PAPER_READING, arithmetic="float32")
 
 
-def _plan(name: str, manifest: Manifest, reading: Reading, fan_ins: tuple[int, ...] | None = None, **how: Any) -> Plan:
+def _plan(
+    name: str,
+    manifest: Manifest,
+    reading: Reading,
+    fan_ins: tuple[int, ...] | None = None,
+    *,
+    arithmetic: Arithmetic = "float64",
+    **how: Any,
+) -> Plan:
+    if arithmetic == "exact":
+        _require_narrow(manifest)
     return Plan(
         topology=name,
         header_bytes=len(manifest.layout.header()),
@@ -115,8 +128,18 @@ def _plan(name: str, manifest: Manifest, reading: Reading, fan_ins: tuple[int, .
         terms=manifest.terms,
         fan_ins=fan_ins or (len(manifest.terms),),
         reading=reading,
+        arithmetic=arithmetic,
         **how,
     )
+
+
+def _require_narrow(manifest: Manifest) -> None:
+    """Raise UserError if there is a tensor that exact sums are not made for: a float64 would need 360 bytes an element."""
+    wide = next((tensor.name for tensor in manifest.layout.tensors if tensor.dtype == "F64"), None)
+    if wide is not None:
+        raise UserError(
+            f"tensor {wide!r} is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out", tensor=wide
+        )
 
 
 def _sliced(plan: Plan, limits: Limits, grain: int, shards: int | None) -> Plan:

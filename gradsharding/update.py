@@ -1,7 +1,9 @@
 """An update is one safetensors object: arrays in, arrays out, its header read without its data."""
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,8 @@ import numpy.typing as npt
 from gradsharding.dtypes import NUMPY, Buffer, widen
 from gradsharding.errors import InvalidUpdate
 from gradsharding.layout import ITEM_SIZE, Layout, header_length
-from gradsharding.store import Source, Stat, locate
+from gradsharding.reading import divided, read_ahead
+from gradsharding.store import ObjectStore, Source, Stat, locate
 
 _FIRST_READ = 64 << 10
 """Bytes of the first read of an object: most headers are shorter, so that one request is enough."""
@@ -57,10 +60,30 @@ def inspect(reference: str, store: Source) -> Update:
         raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
 
 
+def data_digest(reference: str, store: ObjectStore, *, version: str | None = None) -> str:
+    """SHA-256 (hex) of an object's data section, read as its store wants it. Raise ChangedObject if it is not at ``version``."""
+    update = inspect(reference, store)
+    source, key = locate(reference, store)
+    base, nbytes, pinned = update.base, update.layout.nbytes, version or update.stat.version
+    sha, size = hashlib.sha256(), max(1, source.reading.piece(nbytes))
+
+    def read(start: int, stop: int) -> Iterator[Buffer]:
+        return source.get(key, base + start, base + stop, version=pinned)
+
+    if not source.reading.chunk:
+        for chunk in read(0, nbytes):
+            sha.update(chunk)
+        return sha.hexdigest()
+    with contextlib.closing(read_ahead(divided(nbytes, size, read), source.reading, size)) as pieces:
+        for piece in pieces:
+            sha.update(piece)
+    return sha.hexdigest()
+
+
 def load(reference: str, store: Source) -> dict[str, npt.NDArray[Any]]:
     """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32."""
     return {
-        name: widen(np.frombuffer(raw.data, NUMPY["BF16"])).reshape(raw.shape)
+        name: widen(np.frombuffer(raw.data, NUMPY["BF16"]), "BF16").reshape(raw.shape)
         if raw.dtype == "BF16"
         else np.frombuffer(raw.data, NUMPY[raw.dtype]).reshape(raw.shape)
         for name, raw in load_raw(reference, store).items()

@@ -12,7 +12,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from gradsharding.dtypes import Buffer
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, to_wire
 from gradsharding.kernel import Fold, first_nonfinite
 from gradsharding.plan import PARTIAL, Job, Task, TaskReport, Term, mib
-from gradsharding.reading import Request, read_ahead
+from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
 
 
@@ -35,7 +36,8 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     started, busy = time.perf_counter(), time.process_time()
     watch = _Watch()
     fold = Fold(task.runs, task.total, task.arithmetic)
-    with contextlib.closing(_slices(task, job, store)) as slices:
+    inputs = _inputs(task, job, store)
+    with contextlib.closing(_slices(inputs, task, store)) as slices:
         for term, chunks in zip(task.terms, slices, strict=False):
             with _naming(term):
                 fold.add(watch.reading(chunks), term.weight)
@@ -50,7 +52,7 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     return TaskReport(
         task=task.id,
         worker=str(os.getpid()),
-        gets=task.gets,
+        gets=_gets(inputs, task),
         puts=task.puts,
         bytes_read=watch.count,
         bytes_written=sum(memoryview(buffer).nbytes for buffer in result),
@@ -109,34 +111,47 @@ class _Input(NamedTuple):
     reference: str
     version: str | None
     base: int
+    nbytes: int
 
 
-def _inputs(task: Task, job: Job) -> list[_Input]:
-    """Give where the slice of each term begins, and each partial sum."""
-    terms = [_Input(term.source, term.version, term.base + task.start) for term in task.terms]
-    return terms + [_Input(job.partial(partial.task), None, 0) for partial in task.partials]
+def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
+    """Give where the slice of each term is, or each partial sum; those whose size varies are asked for it."""
+    if task.terms:
+        return [_Input(term.source, term.version, term.base + task.start, task.nbytes) for term in task.terms]
+    references = [job.partial(one.task) for one in task.partials]
+    sizes: Iterable[int] = [task.sum_nbytes] * len(references)
+    if task.asks:
+        with ThreadPoolExecutor(task.reading.parallel) as pool:
+            sizes = pool.map(lambda reference: _size(reference, store), references)
+    return [_Input(reference, None, 0, nbytes) for reference, nbytes in zip(references, sizes, strict=True)]
 
 
-def _slices(task: Task, job: Job, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
+def _size(reference: str, store: ObjectStore) -> int:
+    source, key = locate(reference, store)
+    return source.head(key).size
+
+
+def _gets(inputs: Sequence[_Input], task: Task) -> int:
+    """GET requests to the store that finding and reading the inputs takes."""
+    if task.partials and task.shared:
+        return 0
+    return sum(task.asks + task.reading.requests(one.nbytes, task.input_nbytes) for one in inputs)
+
+
+def _slices(inputs: Sequence[_Input], task: Task, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
     """Give the chunks of each input, one input after another, read as the plan says."""
-    inputs, nbytes = _inputs(task, job), task.input_nbytes
     if not task.reading.chunk:
         for one in inputs:
-            chunks = _chunks(0, nbytes, one, store)
+            chunks = _chunks(one, store, 0, one.nbytes)
             yield _whole(chunks) if task.reading.whole else chunks
         return
-    count, size = task.reading.requests(nbytes), task.reading.piece(nbytes)
-    starts = [i * size for i in range(count)]
-    requests = (
-        Request(min(size, nbytes - start), partial(_chunks, start, min(start + size, nbytes), one, store))
-        for one in inputs
-        for start in starts
-    )
+    size = max(1, task.reading.piece(task.input_nbytes))
+    requests = (request for one in inputs for request in divided(one.nbytes, size, partial(_chunks, one, store)))
     with contextlib.closing(read_ahead(requests, task.reading, size)) as pieces:
-        yield from (islice(pieces, count) for _ in inputs)
+        yield from (islice(pieces, task.reading.requests(one.nbytes, task.input_nbytes)) for one in inputs)
 
 
-def _chunks(start: int, stop: int, one: _Input, store: ObjectStore) -> Iterator[Buffer]:
+def _chunks(one: _Input, store: ObjectStore, start: int, stop: int) -> Iterator[Buffer]:
     """Stream bytes ``start`` to ``stop`` of an input; nothing is asked before the first is wanted."""
     source, key = locate(one.reference, store)
     yield from source.get(key, one.base + start, one.base + stop, version=one.version)
@@ -175,8 +190,8 @@ def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:
     """Read the slice once more to say whose value it is; only a failing task pays for this."""
     found: list[list[str | int]] = []  # as JSON has it, so that it is the same on either side of the wire
     for term in task.terms:
-        one = _Input(term.source, term.version, term.base + task.start)
-        byte = first_nonfinite(task.runs, _chunks(0, task.nbytes, one, store))
+        one = _Input(term.source, term.version, term.base + task.start, task.nbytes)
+        byte = first_nonfinite(task.runs, _chunks(one, store, 0, one.nbytes))
         if byte is not None:
             found.append([term.client, task.start + byte])
     if not found:

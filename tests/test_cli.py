@@ -195,7 +195,7 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
 
     report, data = reports[5], (tmp_path / "out").read_bytes()
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "seconds"}
-    assert {"topology", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
+    assert {"topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
     assert (figures, figures) == (set(report["projected"]), set(report["observed"]))
     assert ("sharded", 3, 5) == (report["topology"], report["clients"], len(report["stages"][0]["tasks"]))
     assert [report["projected"][name] for name in ("gets", "puts")] == [report["observed"][name] for name in ("gets", "puts")] == [15, 8]

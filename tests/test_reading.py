@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -125,7 +126,7 @@ def test_worker_reads_ahead(chunk: int, parallel: int, shards: int) -> None:
     round_.seal()
     before = store.gets
 
-    def topology(manifest: Manifest, limits: Limits, *, grain: int, reading: Reading) -> Plan:  # noqa: ARG001 - another one here
+    def topology(manifest: Manifest, limits: Limits, **_: Any) -> Plan:  # another reading here
         return sharded(manifest, limits, reading=Reading(chunk=chunk, parallel=parallel), shards=shards)
 
     result = aggregate(round_, topology=topology)

@@ -37,6 +37,8 @@ class RoundReport:
     peak_memory: int
     projected_memory: int
     seconds: float
+    digest: str | None
+    """SHA-256 of the mean's data section, if it was summed exactly."""
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class RoundReport:
             peak_memory=max(report.peak_memory for report in observed),
             projected_memory=averaged.plan.memory,
             seconds=sum(report.seconds for report in observed),
+            digest=averaged.record.digest,
         )
 
 

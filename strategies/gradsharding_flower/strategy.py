@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
 from gradsharding.errors import GradShardingError, InvalidUpdate, PlanTooLarge, StoreRefused, UserError
+from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import Term, mib
 from gradsharding.round import Manifest
@@ -52,6 +53,9 @@ class GradSharding(Strategy):
         Where the slices are averaged.
     limits : Limits | None (default: None)
         What one function may use (default: 512 MiB, or what the Lambda function has).
+    exact : bool (default: False)
+        Sum exactly: the mean has the same bits whatever the topology, its slices, the executor and the order of anything.
+        Takes more memory and time, and refuses float64 tensors; the server reads each mean once, for its digest.
     mode : str (default: "direct")
         "direct": every ClientApp has ``upload_mod``; updates go to the store and only receipts to the server.
         "relay": no ClientApp has it; the server writes updates to the store as they come in, one at a time.
@@ -75,6 +79,7 @@ class GradSharding(Strategy):
         shards: int | None = None,
         executor: Executor | str = "processes",
         limits: Limits | None = None,
+        exact: bool = False,
         mode: Mode = "direct",
         presigned: bool | None = None,
         url_seconds: int = 900,
@@ -90,6 +95,7 @@ class GradSharding(Strategy):
         self.limits = limits
         self.topology: Topology = partial(sharded, shards=shards)
         """How the mean is divided over functions."""
+        self.arithmetic: Arithmetic = "exact" if exact else "float64"
         self.mode = mode
         self.min_replies = min_replies
         self.keep = keep
@@ -112,6 +118,7 @@ class GradSharding(Strategy):
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
         log.info("\t│\t├── Topology: %s | executor: %s", described(self.topology), type(self.executor).__name__)
+        log.info("\t│\t├── Arithmetic: %s", self.arithmetic)
         log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "by themselves")
         log.info("\t│\t└── Allowed memory of a function: %s", mib(self.limits.memory) if self.limits else "what the executor has")
         self.inner.summary()
@@ -218,7 +225,8 @@ class GradSharding(Strategy):
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
         limits = self.executor.limits(self.limits)
-        self.topology(manifest, limits, grain=self.store.grain, reading=self.store.reading).check(limits)
+        store = self.store
+        self.topology(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
@@ -305,7 +313,7 @@ class GradSharding(Strategy):
             content[key] = ArrayRecord()
 
     def _aggregate(self, round_: Round) -> Averaged:
-        return aggregate(round_, topology=self.topology, limits=self.limits, executor=self.executor)
+        return aggregate(round_, topology=self.topology, arithmetic=self.arithmetic, limits=self.limits, executor=self.executor)
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
         """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
