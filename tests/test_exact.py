@@ -95,6 +95,8 @@ def draw(kind: str, dtype: str, clients: int, length: int, seed: int) -> list[tu
             elements = np.where(rng.integers(0, 2, (clients, length)) == 1, some(infinity - 9, infinity), some(0, 9))
         case "neighbours":
             elements = some(0, infinity - 3)[:1] + rng.integers(0, 3, (clients, length))
+        case "cancelling":
+            elements = some(0, infinity - 1)  # one more is still finite
         case _:
             elements = some(0, infinity)
     weights = [int(2 ** rng.uniform(0, rng.choice([1, 10, 29, 44]))) for _ in range(clients)]

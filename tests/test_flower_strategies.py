@@ -32,10 +32,11 @@ from flwr.serverapp.strategy import (
 )
 
 from flower_federation import NODES, State, averaged, client, grid_of, initial, record, reply, sharding, state_of, train, weight_of
-from gradsharding import MemoryStore
+from gradsharding import DirectoryStore, MemoryStore, Round
 from gradsharding.errors import UserError
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.update import load
+from gradsharding.verify import verify
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
 from gradsharding_flower.reference import client_id
 
@@ -288,6 +289,35 @@ def test_other_topologies(name: str, inner: str, tmp_path: Path) -> None:
     assert [len(report.clients) for report in one.history] == [len(report.clients) for report in tree.history]
     for tensor in ("a", "b"):
         np.testing.assert_array_max_ulp(found.arrays[tensor].numpy(), expected.arrays[tensor].numpy(), maxulp=1)
+
+
+def test_exact() -> None:
+    """With ``exact=True`` every topology trains the same model to the last bit, and each round's report has the digest of its mean."""
+    strategies = [sharding(MemoryStore(), shards=shards, exact=True) for shards in (1, 5)]
+    strategies += [make(FedAvg(), store=MemoryStore(), executor="inline", exact=True) for make in (LambdaFL, LIFL)]
+    models = [state_of(strategy.start(grid_of(), record(initial())).arrays) for strategy in strategies]
+
+    for strategy, model in zip(strategies, models, strict=True):
+        assert_same(models[0], model)
+        assert [report.digest for report in strategies[0].history] == [report.digest for report in strategy.history]
+        assert 3 == len({report.digest for report in strategy.history} - {None})
+
+
+def test_exact_is_verified_in_the_store(tmp_path: Path) -> None:
+    """With ``keep=True`` the rounds of a run can be verified afterwards, element by element."""
+    strategy = sharding(tmp_path, exact=True, keep=True)
+    strategy.start(grid_of(), record(initial()), num_rounds=2)
+    names = sorted(path.parent.name for path in (tmp_path / "rounds").glob("*/result.json"))
+    verified = [verify(Round(DirectoryStore(tmp_path), name)) for name in names]
+
+    assert [report.digest for report in strategy.history] == [one.record.digest for one in verified]
+    assert {20} == {one.elements for one in verified}
+
+
+def test_exact_refuses_float64() -> None:
+    """A model with a float64 tensor is refused by its name, before any client trains."""
+    with pytest.raises(UserError, match="tensor 'w' is F64, and exact sums are of F32, F16 and BF16"):
+        sharding(MemoryStore(), exact=True).start(grid_of(), record({"w": np.zeros(3)}))
 
 
 @pytest.mark.parametrize("strategy", [LambdaFL, LIFL])

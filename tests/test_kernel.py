@@ -110,6 +110,16 @@ def test_every_bfloat16() -> None:
     assert finite.tolist() == fold("BF16", (finite.tolist(), 3), (finite.tolist(), 4))
 
 
+def test_every_float16() -> None:
+    """Every float16 is widened to the float32 that numpy makes of it, NaN to NaN, and averages to itself."""
+    every = np.arange(1 << 16).astype("<u2").view("<f2")
+    finite = every[np.isfinite(every) & (every.view("<u2") != 0x8000)]
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(every.astype("f4"), widen(every, "F16"), strict=True)
+
+    assert finite.tolist() == fold("F16", (finite.tolist(), 3), (finite.tolist(), 4))
+
+
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16"])
 def test_random_floats(dtype: str) -> None:
     """Random values of all magnitudes have the bits of the reference."""

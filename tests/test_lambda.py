@@ -19,6 +19,7 @@ from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
+from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Job, Limits, Task, Term
 from gradsharding.platform import PAYLOAD, RUNTIME
 from gradsharding.prices import load_prices
@@ -29,7 +30,7 @@ from gradsharding.testing import ExecutorContract, assert_same, read, reference_
 from gradsharding.testing.executors import Started
 from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
 from gradsharding.testing.s3 import Ceph
-from gradsharding.topology import sharded
+from gradsharding.topology import Topology, lambda_fl, sharded, sharded_tree
 
 MIB = 1 << 20
 RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
@@ -237,8 +238,9 @@ def test_call_of_another_release() -> None:
 
 
 @RUNS_HERE
-def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path) -> None:
-    """The same round on a directory with processes, on Ceph with processes and on Ceph with Lambda gives one digest."""
+@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
+def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path, arithmetic: Arithmetic) -> None:
+    """A directory with processes, Ceph with processes and Ceph with Lambda give one digest; exact, they do as trees, too."""
     draw = np.random.default_rng(0)
     updates = {f"c{i}": ({"w": draw.normal(size=3 * MIB).astype("f4"), "n": np.array(i)}, i + 1) for i in range(4)}
     start(concurrency=2)
@@ -248,7 +250,11 @@ def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path) -> None:
         (ceph_store, ProcessExecutor(2)),
         (copy, LambdaExecutor("gradsharding")),
     ]
-    results = [aggregate(_round(store, updates), topology=partial(sharded, shards=3), executor=executor) for store, executor in places]
+    trees: list[Topology] = [partial(sharded, shards=3)] * 3 if arithmetic == "float64" else [sharded, lambda_fl, sharded_tree]
+    results = [
+        aggregate(_round(store, updates), topology=topology, arithmetic=arithmetic, limits=Limits(memory=600 << 20), executor=executor)
+        for (store, executor), topology in zip(places, trees, strict=True)
+    ]
 
     assert 1 == len({result.digest() for result in results})
     assert_same(reference_mean(updates), results[-1].arrays())

@@ -14,9 +14,9 @@ import pytest
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.s3 import S3Store
-from gradsharding.dtypes import NUMPY
+from gradsharding.dtypes import FORMATS, NUMPY
 from gradsharding.executor import ProcessExecutor
-from gradsharding.kernel import is_wide
+from gradsharding.kernel import Arithmetic, is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.plan import RESERVED, Job, Limits, Task, Term
 from gradsharding.platform import RESIDENT
@@ -24,7 +24,7 @@ from gradsharding.reading import STREAM
 from gradsharding.round import MAX_WEIGHT, Round
 from gradsharding.store import DirectoryStore, file_reference
 from gradsharding.testing import read
-from gradsharding.topology import flat, sharded
+from gradsharding.topology import Topology, flat, lambda_fl, sharded
 
 MIB = 1 << 20
 
@@ -102,8 +102,54 @@ def test_projected_covers_measured(tmp_path: Path, dtype: str, elements: int) ->
     assert max(peaks.values()) <= 1.05 * min(peaks.values())
 
 
+def finite(dtype: str, elements: int) -> bytes:
+    """Draw elements of all magnitudes, none of them a zero: the mean of a value with itself is that value."""
+    form = FORMATS[dtype]
+    draw, width = np.random.default_rng(0), 8 * np.dtype(form.bits).itemsize
+    magnitudes = draw.integers(1, (2 * form.greatest - 1) << form.mantissa, elements)
+    return (magnitudes | draw.integers(0, 2, elements) << (width - 1)).astype(form.bits).tobytes()
+
+
+@pytest.mark.parametrize("make", [flat, lambda_fl], ids=["flat", "lambda-fl"])
+@pytest.mark.parametrize(("dtype", "elements"), [("F32", MIB), ("F32", 4 * MIB), ("F16", 4 * MIB), ("BF16", 2 * MIB)])
+def test_projected_covers_exact_sums(tmp_path: Path, dtype: str, elements: int, make: Topology) -> None:
+    """Exact sums of values of all magnitudes keep within the projection, and so do functions that pass them on; the largest is near it."""
+    path = tmp_path / "update.safetensors"
+    data = finite(dtype, elements)
+    path.write_bytes(Layout.of({"w": (dtype, (elements,))}).header() + data)
+    near = list[int]()
+    for clients in (4, 16):
+        round_ = Round.create(DirectoryStore(tmp_path), f"r{clients}")
+        for i in range(clients):
+            round_.refer(f"c{i}", file_reference(path), 1_000 + i)
+        result = aggregate(round_, topology=make, arithmetic="exact", executor=ProcessExecutor(1), limits=Limits(memory=1 << 30))
+        assert data == read(round_.store, round_.output)[-len(data) :]
+        for task, report in zip(result.plan.tasks, result.reports, strict=True):
+            assert report.peak_memory <= task.memory
+        near.append(result.plan.memory - max(report.peak_memory for report in result.reports))
+
+    assert max(near) < 32 * MIB + elements  # a byte an element is for what is not finite
+
+
+def test_projected_covers_exact_sums_with_nan(tmp_path: Path) -> None:
+    """Where a value is not finite, and everything is undecided between two neighbours, the projection holds as well."""
+    elements = 4 * MIB
+    halves = [np.where(np.arange(elements) % 2 == 0, 0x3F800000, 0x3F800001 + i).astype("<u4").view("<f4") for i in (0, 2)]
+    halves[0][7] = np.nan
+    round_ = Round.create(DirectoryStore(tmp_path), "r")
+    for client, values in zip("ab", halves, strict=True):
+        round_.submit(client, {"w": values}, 1)
+    limits = Limits(memory=1 << 30)
+    result = aggregate(round_, topology=lambda_fl, arithmetic="exact", executor=ProcessExecutor(1), nonfinite="propagate", limits=limits)
+
+    assert np.isnan(result.arrays()["w"][7])
+    for task, report in zip(result.plan.tasks, result.reports, strict=True):
+        assert report.peak_memory <= task.memory
+
+
+@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
 @pytest.mark.parametrize(("clients", "tensors"), [(20_000, 1), (2, 60_000)], ids=["many clients", "many runs"])
-def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int) -> None:
+def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int, arithmetic: Arithmetic) -> None:
     """A small model with very many clients, or with very many changes of dtype, keeps within its projection too."""
     dtypes = ("F32", "F16")
     sizes = [ITEM_SIZE[dtypes[i % 2]] for i in range(tensors)]
@@ -112,7 +158,7 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int)
     runs = tuple(Run(dtypes[i % 2], 1) for i in range(tensors))
     source, version = file_reference(path), DirectoryStore(tmp_path).head("update").version
     terms = tuple(Term(client=f"client-{i:06d}", source=source, version=version, base=0, weight=1) for i in range(clients))
-    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, total=clients, part=1, offset=0, reading=STREAM)
+    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, total=clients, part=1, reading=STREAM, arithmetic=arithmetic)
     store = DirectoryStore(tmp_path / "store")
     job = Job(store=store.url, output="result", upload=store.begin("result"))
     [report] = ProcessExecutor(1).run([task], job, store, Limits(memory=task.memory), lambda _: None)

@@ -149,10 +149,14 @@ def test_servers() -> None:
 
 def test_a_large_plan_costs_no_more_than_its_slices() -> None:
     """Planning 10,000 functions takes less than making their tasks: figures come from the few kinds that there are."""
-    started = time.perf_counter()
-    plan = sharded_tree(manifest(10**11, 2_000), Limits(), reading=READING, shards=910, fan_in=200)
-    assert plan.memory + plan.gets + plan.puts + plan.bytes_read + plan.bytes_written
-    planned = time.perf_counter()
+    sealed, planning, making = manifest(10**11, 2_000), list[float](), list[float]()
+    for _ in range(3):  # the least: anything may come between
+        started = time.perf_counter()
+        plan = sharded_tree(sealed, Limits(), reading=READING, shards=910, fan_in=200)
+        assert plan.memory + plan.gets + plan.puts + plan.bytes_read + plan.bytes_written
+        planned = time.perf_counter()
+        assert 10_010 == plan.functions == len(plan.tasks)
+        planning.append(planned - started)
+        making.append(time.perf_counter() - planned)
 
-    assert 10_010 == plan.functions == len(plan.tasks)
-    assert planned - started < time.perf_counter() - planned
+    assert min(planning) < min(making)

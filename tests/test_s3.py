@@ -35,6 +35,7 @@ from gradsharding.errors import (
     UserError,
 )
 from gradsharding.executor import InlineExecutor, ProcessExecutor
+from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, locate, open_store
@@ -43,6 +44,7 @@ from gradsharding.testing.proxy import Path, Proxy
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from gradsharding.topology import Topology, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import encode
+from gradsharding.verify import verify
 
 MIB = 1 << 20
 
@@ -348,8 +350,9 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
     assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
 
 
+@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
 @pytest.mark.parametrize("make", [lambda_fl, lifl, sharded_tree], ids=["lambda-fl", "lifl", "sharded-tree"])
-def test_trees(ceph_store: S3Store, make: Any) -> None:
+def test_trees(ceph_store: S3Store, make: Any, arithmetic: Arithmetic) -> None:
     """Trees make the requests on S3 that were planned, their partial sums are objects while they run, and gone when they end."""
     draw = np.random.default_rng(0)
     updates = {f"c{i}": ({"w": draw.normal(size=3 * MIB).astype("f4")}, i + 1) for i in range(5)}
@@ -358,11 +361,17 @@ def test_trees(ceph_store: S3Store, make: Any) -> None:
         round_.submit(client, arrays, weight)
     seen = list[str]()
     told = lambda _: seen.extend(key for key, _ in ceph_store.list("rounds/r/partials/"))  # noqa: E731
-    result = aggregate(round_, topology=make, executor=ProcessExecutor(2), progress=lambda _: told)
+    limits = Limits(memory=1 << 30)
+    result = aggregate(round_, topology=make, arithmetic=arithmetic, limits=limits, executor=ProcessExecutor(2), progress=lambda _: told)
+    gets, bytes_read = (sum(getattr(r, k) for r in result.reports) for k in ("gets", "bytes_read"))
 
     assert_same(reference_mean(updates), result.arrays())
     assert seen
-    assert (result.plan.gets, result.plan.bytes_read) == tuple(sum(getattr(r, k) for r in result.reports) for k in ("gets", "bytes_read"))
+    if arithmetic == "exact":
+        assert (gets, bytes_read) < (result.plan.gets, result.plan.bytes_read)
+        assert verify(round_, sample=3).slices
+    else:
+        assert (result.plan.gets, result.plan.bytes_read) == (gets, bytes_read)
     assert max(report.peak_memory for report in result.reports) <= result.plan.memory
     assert [] == [key for key, _ in ceph_store.list("rounds/r/partials/")]
 

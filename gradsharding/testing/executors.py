@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
-from gradsharding.executor import Executor
+from gradsharding.executor import Executor, InlineExecutor
 from gradsharding.plan import Job, Limits, Plan, TaskReport
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
 from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import read
-from gradsharding.topology import lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import load
 
 
@@ -80,6 +80,20 @@ class ExecutorContract:
         last_bits = {"float64"}  # summed in another order
         assert_same(*({name: a for name, a in arrays.items() if name not in last_bits} for arrays in (expected, found)))
         np.testing.assert_allclose(found["float64"], expected["float64"], rtol=1e-14)
+
+    @pytest.mark.parametrize("make", [sharded, lambda_fl, sharded_tree], ids=["sharded", "lambda-fl", "sharded-tree"])
+    def test_exact(self, executor: Executor, store: ObjectStore, make: Callable[..., Plan]) -> None:
+        """Exact sums, and partial sums of the size that their values need, make the bits that one function makes in this process."""
+        updates = {client: ({n: a for n, a in arrays.items() if n != "float64"}, w) for client, (arrays, w) in sample_updates(5).items()}
+        started = Started.of(store, updates, make=partial(make, arithmetic="exact"))
+        one = Started.of(MemoryStore(), updates, make=partial(flat, arithmetic="exact"))
+        reports = started.run(executor)
+        one.run(InlineExecutor())
+
+        assert_same(one.complete(), started.complete())
+        for task, report in zip(started.plan.tasks, reports, strict=True):
+            assert (0, 0) < (report.gets, report.bytes_read) <= (task.gets, task.bytes_read)
+            assert 0 < report.bytes_written <= task.bytes_written
 
     def test_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
         """A task that meets NaN raises NonFinite here, with the client and the byte."""

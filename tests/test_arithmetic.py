@@ -1,0 +1,272 @@
+"""Exact rounds have the same bits whatever the path, from the command line to the partial sums of trees; float64 has not always."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Round, aggregate
+from gradsharding.errors import InvalidUpdate, NonFinite, UserError
+from gradsharding.kernel import Fold, size
+from gradsharding.layout import Run
+from gradsharding.plan import Plan
+from gradsharding.round import ResultRecord
+from gradsharding.store import ObjectStore
+from gradsharding.testing import CountingStore, read, sample_updates
+from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
+from gradsharding.verify import verify
+from same_bits import KINDS, Updates, draw_updates, draw_way, walk
+
+EVERYTHING = 1 << 30
+
+TREES: dict[str, Topology] = {
+    "flat": flat,
+    "sharded": partial(sharded, shards=3),
+    "lambda-fl": lambda_fl,
+    "lifl": lifl,
+    "lifl, shared memory": partial(lifl, shared_memory=True),
+    "sharded-tree": partial(sharded_tree, shards=3),
+}
+
+
+def narrow(clients: int, **how: Any) -> dict[str, Any]:
+    """Draw updates with every dtype but float64."""
+    return {
+        client: ({name: array for name, array in arrays.items() if name != "float64"}, weight)
+        for client, (arrays, weight) in sample_updates(clients, **how).items()
+    }
+
+
+def submitted(updates: dict[str, Any], store: ObjectStore, name: str = "r") -> Round:
+    """Make a round of updates."""
+    round_ = Round.create(store, name)
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    return round_
+
+
+def digests(updates: Updates, paths: int, arithmetic: Any) -> set[str]:
+    """Take paths that are drawn at random."""
+    draw = random.Random(5)
+    return {walk(updates, draw_way(draw), arithmetic)[0] for _ in range(paths)}
+
+
+@pytest.mark.slow
+def test_two_thousand_paths() -> None:
+    """2,000 orders, topologies, slices, ways to read, executors and sizes of a step make one digest, and it is the right one."""
+    updates = draw_updates("a pair that cancels, 2**40 times as large")
+    right, _ = walk(updates, draw_way(random.Random(0)), "exact", check=True)
+
+    assert {right} == digests(updates, 2_000, "exact")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_paths(kind: str) -> None:
+    """Whatever the data, exact rounds have one digest; in float64, data that cancel have several."""
+    updates = draw_updates(kind, elements=300)
+
+    assert 1 == len(digests(updates, 25, "exact"))
+    assert (1 == len(digests(updates, 25, "float64"))) is (kind == "gradients")
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("clients", [1, 3, 20])
+def test_every_dtype(name: str, clients: int) -> None:
+    """Tensors of every dtype but float64, of no elements and of no dimension, are the correctly rounded mean, in every topology."""
+    round_ = submitted(narrow(clients), MemoryStore())
+    result = aggregate(round_, topology=TREES[name], arithmetic="exact")
+    one = aggregate(submitted(narrow(clients), MemoryStore()), arithmetic="exact")
+
+    assert verify(round_, sample=EVERYTHING).elements == result.record.layout.elements
+    assert one.digest() == result.digest()
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_plan_is_a_bound(name: str) -> None:
+    """What an exact plan says of requests and bytes is at least what the store sees, and just that where no partial sums are."""
+    store = MemoryStore()
+    submitted(narrow(20, size=2_000), store).seal()
+    counting = CountingStore(store, only=lambda key: "/updates/" in key or "/partials/" in key)
+    result = aggregate(Round(counting, "r"), topology=TREES[name], arithmetic="exact")
+    plan, seen = result.plan, result.reports
+    through_store = [report for report, task in zip(seen, plan.tasks, strict=True) if not (task.shared and task.partials)]
+
+    assert sum(report.gets for report in seen) == counting.gets + counting.heads
+    assert sum(report.bytes_read for report in through_store) == counting.bytes_read
+    for task, report in zip(plan.tasks, seen, strict=True):
+        assert task.puts == report.puts
+        for figure in ("gets", "bytes_read", "bytes_written"):
+            planned, found = getattr(task, figure), getattr(report, figure)
+            assert planned == found or (planned > found and (task.partials or task.part == 0))
+    assert plan.memory == max(task.memory for task in plan.tasks)
+
+
+def test_partial_sums_of_gradients_are_compact() -> None:
+    """Partial sums of gradients pass between functions in fewer bytes than float64 sums take, and in a quarter of what values may need."""
+    updates = {f"c{i}": ({"w": np.random.default_rng(i).normal(0, 1e-3, 20_000).astype("f4")}, 50 + i) for i in range(9)}
+    result = aggregate(submitted(updates, MemoryStore()), topology=lambda_fl, arithmetic="exact")
+    root, planned = result.reports[-1], result.plan.tasks[-1]
+
+    assert 6 * 3 * 20_000 < root.bytes_read < 8 * 3 * 20_000
+    assert planned.bytes_read > 4 * root.bytes_read
+
+
+def test_chunks_that_vary_in_number() -> None:
+    """Partial sums that are read in chunks take a request for their size, and as many as their bytes need."""
+    store = MemoryStore()
+    submitted(narrow(9, size=5_000), store).seal()
+    counting = CountingStore(store, only=lambda key: "/partials/" in key)
+    counting.reading = counting.reading.model_copy(update={"chunk": 20_000, "parallel": 3})
+    result = aggregate(Round(counting, "r"), topology=lambda_fl, arithmetic="exact")
+    task, report = result.plan.tasks[-1], result.reports[-1]
+
+    assert (3, 3) == (task.asks * task.inputs, counting.heads)
+    assert counting.gets + counting.heads == report.gets < task.gets
+    assert verify(Round(store, "r"), sample=EVERYTHING).slices
+
+
+@pytest.mark.parametrize("name", ["sharded", "lambda-fl", "sharded-tree"])
+def test_float64_is_refused(name: str) -> None:
+    """A float64 tensor is refused by its name before anything is read, with what to do; the paper's loop is refused, too."""
+    round_ = submitted(sample_updates(3), MemoryStore())
+
+    with pytest.raises(UserError, match="tensor 'float64' is F64, and exact sums are of F32, F16 and BF16: convert it to F32"):
+        aggregate(round_, topology=TREES[name], arithmetic="exact")
+    with pytest.raises(UserError, match="the paper's loop sums in float32"):
+        aggregate(submitted(narrow(3), MemoryStore()), topology=partial(paper, shards=2), arithmetic="exact")
+
+
+def test_result_carries_its_digest() -> None:
+    """``result.json`` tells the arithmetic and, of an exact result, the digest; records of before either are float64's."""
+    store = MemoryStore()
+    found = {}
+    for arithmetic in ("exact", "float64"):
+        result = aggregate(submitted(narrow(3), store, arithmetic), arithmetic=arithmetic)
+        found[arithmetic] = json.loads(read(store, f"rounds/{arithmetic}/result.json"))
+        assert result.record == ResultRecord.model_validate_json(read(store, f"rounds/{arithmetic}/result.json"))
+    data = read(store, "rounds/exact/result.safetensors")[len(result.record.layout.header()) :]
+    before = {key: value for key, value in found["float64"].items() if key not in ("arithmetic", "digest")}
+
+    assert ("exact", hashlib.sha256(data).hexdigest()) == (found["exact"]["arithmetic"], found["exact"]["digest"])
+    assert ("float64", None) == (found["float64"]["arithmetic"], found["float64"]["digest"])
+    assert result.record == ResultRecord.model_validate_json(json.dumps(before))
+
+
+def test_finished_in_other_arithmetic() -> None:
+    """A round that is done is not done again in other arithmetic: that is said, and the result stays."""
+    round_ = submitted(narrow(3), MemoryStore())
+    first = aggregate(round_, arithmetic="exact")
+
+    with pytest.raises(UserError, match="round r is done, in exact; its result stays: for float64, make another round"):
+        aggregate(round_)
+    assert first.record == aggregate(round_, arithmetic="exact").record
+
+
+class Interrupted(Exception):
+    """What ends a call in these tests."""
+
+
+def stop_after(count: int, done: list[str]) -> Callable[[Plan], Any]:
+    """Give a progress that ends the call after so many tasks."""
+
+    def told(report: Any) -> None:
+        done.append(report.task)
+        if len(done) == count:
+            raise Interrupted
+
+    return lambda _: told
+
+
+@pytest.mark.parametrize("name", ["lambda-fl", "lifl, shared memory", "sharded-tree"])
+@pytest.mark.parametrize("after", [1, 3])
+def test_resumed(tmp_path: Path, name: str, after: int) -> None:
+    """An exact call that ended midway is gone on with: partial sums that are there, whatever their size, are not made again."""
+    updates, done = narrow(9), list[str]()
+    with pytest.raises(Interrupted):
+        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=TREES[name], arithmetic="exact", progress=stop_after(after, done))
+    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=TREES[name], arithmetic="exact")
+
+    assert {*done}.isdisjoint({report.task for report in result.reports})
+    assert after + len(result.reports) == result.plan.functions
+    assert result.digest() == aggregate(submitted(updates, MemoryStore()), arithmetic="exact").digest()
+
+
+def test_gone_on_with_in_other_arithmetic(tmp_path: Path) -> None:
+    """Partial sums of float64 are not taken for exact ones: a round that goes on exactly begins anew."""
+    updates, done = narrow(9), list[str]()
+    with pytest.raises(Interrupted):
+        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=lambda_fl, progress=stop_after(2, done))
+    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=lambda_fl, arithmetic="exact")
+
+    assert result.plan.functions == len(result.reports)
+    assert verify(result.round, sample=EVERYTHING).slices
+
+
+def test_nan() -> None:
+    """NaN and infinity are refused with the client's name, or pass through a tree as real arithmetic has them."""
+    values = [[1, np.inf, -np.inf, np.nan], [1, np.inf, np.inf, 1], [1, 5, 5, 5], [1, 5, 5, 5]]
+    updates = {f"c{i}": ({"w": np.array(row, "f4")}, i + 1) for i, row in enumerate(values)}
+    with pytest.raises(NonFinite, match="lambda-fl/0/0: clients c0, c1 hold NaN or infinity"):
+        aggregate(submitted(updates, MemoryStore()), topology=lambda_fl, arithmetic="exact")
+    round_ = submitted(updates, MemoryStore())
+    found = aggregate(round_, topology=lambda_fl, arithmetic="exact", nonfinite="propagate").arrays()["w"]
+
+    assert ["1.0", "inf", "nan", "nan"] == [str(x) for x in found]
+    assert verify(round_, sample=EVERYTHING).elements == 4
+
+
+def test_partial_sums_cut_short() -> None:
+    """Exact partial sums that lost their end are refused, and not read as less."""
+    one, other = (Fold([Run("F32", 100), Run("I64", 3)], 8, "exact") for _ in "ab")
+    one.add([np.arange(100, dtype="f4").tobytes(), bytes(24)], 3)
+    written = b"".join(one.sums())
+
+    for data, says in (
+        (written[:-1], "in the middle of a slice"),
+        (written + b"\0", "at least 1 bytes more"),
+        (b"", "ended after 0 bytes"),
+    ):
+        with pytest.raises(InvalidUpdate, match=says):
+            other.merge([data])
+
+
+def pieces(data: bytes, cut: int) -> Iterator[bytes]:
+    """Cut bytes into chunks."""
+    return (data[i : i + cut] for i in range(0, len(data), cut))
+
+
+@pytest.mark.parametrize("cut", [7, 1_000, 1 << 20])
+def test_partial_sums_come_in_any_chunks(cut: int) -> None:
+    """However the bytes of exact partial sums are cut on their way, they are merged to the same bits; so are elements."""
+    draw = np.random.default_rng(0)
+    runs = [Run("F32", 40_000), Run("U8", 3), Run("BF16", 5), Run("F16", 20_000), Run("I64", 2)]
+    patterns = draw.integers(0, 256, sum(run.nbytes for run in runs)).astype(np.uint8).tobytes()
+    wanted = Fold(runs, 7, "exact")
+    wanted.add([patterns], 3)
+    wanted.add([patterns[::-1]], 4)
+    left, right = Fold(runs, 7, "exact"), Fold(runs, 7, "exact")
+    left.add(pieces(patterns, cut), 3)
+    right.add([patterns[::-1]], 4)
+    written = b"".join(right.sums())
+    left.merge(pieces(written, cut))
+
+    assert len(written) <= sum(size(run, 7, "exact").written for run in runs)
+    assert bytes(wanted.mean()) == bytes(left.mean())
+
+
+def test_planned_before_it_runs() -> None:
+    """Exact sums of float32 are planned at 7 digits of 8 bytes an element, so that more slices are cut where memory is short."""
+    manifest = submitted({"a": ({"w": np.zeros(4 << 20, "f4")}, 1)}, MemoryStore()).seal()
+    limits = Limits(memory=150 << 20)
+    plain, exact = (sharded(manifest, limits, arithmetic=arithmetic) for arithmetic in ("float64", "exact"))
+
+    assert 4 << 20 == manifest.layout.elements
+    assert len(plain.slices) < len(exact.slices)
+    assert exact.memory <= limits.memory
+    assert InlineExecutor().limits(limits) == limits
