@@ -30,10 +30,12 @@ types: .venv/.ready
 docs: .venv/.ready # runs the examples that the documents and docstrings show
 	$(BIN)/pytest tests/test_docs.py gradsharding
 
-bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for three quarters of an hour; the figures go to benchmarks/results/
+bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for an hour; the figures go to benchmarks/results/
 	$(BIN)/python benchmarks/embedded.py
 	$(BIN)/python benchmarks/flower_round.py
 	$(BIN)/python benchmarks/s3_worker.py
+	$(BIN)/python benchmarks/kernel_speed.py
+	$(BIN)/python benchmarks/same_bits.py
 
 # torch comes first and pinned: this release installs as a small CPU build, where a later one may bring gigabytes of CUDA.
 .venv/.ready: pyproject.toml

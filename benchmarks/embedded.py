@@ -3,6 +3,7 @@
 Eight updates of VGG-16 lie on a local disk, in the page cache. Each rival averages them in a fresh process, in turn, several times:
 
 ours     aggregate() with two worker processes: seal, plan, worker start, fold, result synced and published in a directory
+exact    the same, summed exactly; the result read once more, for its digest
 flower   the files read into replies, then FedAvg().aggregate_train; the result stays in memory, nothing is written
 numpy    one process, one loop, the same arithmetic without this library; the result written and synced
 read     the files read once into one buffer: what the machine allows, by one process and by two
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from gradsharding.update import encode
 from measure import Range, in_fresh_process, machine, save, settle
-from rivals import FLOWERS, NUMPYS, OURS, RIVALS, WEIGHTS, WORKERS, Figures, header, updates
+from rivals import EXACT, FLOWERS, NUMPYS, OURS, RIVALS, WEIGHTS, WORKERS, Figures, header, updates
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -73,8 +74,8 @@ def compete(directory: Path, repetitions: int) -> dict[str, list[Figures]]:
         print(f"repetition {i + 1} of {repetitions}", flush=True)
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
-            if name == "ours":
-                shutil.rmtree(directory / "ours", ignore_errors=True)
+            if name in ("ours", "exact"):
+                shutil.rmtree(directory / name, ignore_errors=True)
             settle()
             runs[name].append(run(name, directory))
     return runs
@@ -86,18 +87,25 @@ def run(name: str, directory: Path) -> Figures:
 
 
 def verify(directory: Path, largest: float) -> Figures:
-    """Compare the three results: ours and numpy's by their bits, Flower's within the rounding errors of its float32 sums.
+    """Compare results: ours and numpy's by their bits, Flower's within the rounding errors of float32 sums; count what exact sums change.
 
     Flower rounds each weight, each product and each sum: 3·N roundings at most, of values that ``largest`` bounds.
     """
-    mine, numpys, flowers = (data(directory / name) for name in (OURS, NUMPYS, FLOWERS))
+    mine, exact, numpys, flowers = (data(directory / name) for name in (OURS, EXACT, NUMPYS, FLOWERS))
     digests = [hashlib.sha256(array.data).hexdigest() for array in (mine, numpys)]
     step = 1 << 20
     distance = max(float(np.abs(mine[i : i + step] - flowers[i : i + step]).max()) for i in range(0, mine.size, step))
     bound = 3 * len(WEIGHTS) * 2.0**-24 * largest
     if digests[0] != digests[1] or mine.size != flowers.size or not distance <= bound:
         raise SystemExit(f"the results differ: ours {digests[0]}, numpy {digests[1]}, Flower by {distance:g} where {bound:g} may be")
-    return {"ours_equals_numpy_bit_for_bit": True, "digest": digests[0], "flower_differs_by": distance, "flower_may_differ_by": bound}
+    unlike = sum(int(np.count_nonzero(mine[i : i + step] != exact[i : i + step])) for i in range(0, mine.size, step))
+    return {
+        "ours_equals_numpy_bit_for_bit": True,
+        "digest": digests[0],
+        "elements_where_exact_differs": unlike,
+        "flower_differs_by": distance,
+        "flower_may_differ_by": bound,
+    }
 
 
 def data(path: Path) -> npt.NDArray[np.float32]:
@@ -147,6 +155,8 @@ def show(figures: Figures) -> None:
     console.print("Flower writes nothing: its result stays in memory. Ours and numpy's are written and synced to the disk.")
     projected, observed = (rivals["ours"][name] / (1 << 20) for name in ("worker_projected", "worker_observed"))
     console.print(f"Ours: {rivals['ours']['tasks']} tasks; a worker was projected {projected:.0f} MiB and took {observed:.0f} MiB.")
+    unlike = figures["verified"]["elements_where_exact_differs"]
+    console.print(f"The exact mean differs from ours, in float64, in {unlike:,} of {figures['setup']['elements']:,} elements.")
     console.print(f"The bits of ours and numpy's are equal; Flower's differ by at most {figures['verified']['flower_differs_by']:.1e}.")
     for what in ("time", "memory"):
         target = figures["targets"][what]

@@ -16,6 +16,8 @@ def section() -> str:
         (
             embedded(_results("embedded")),
             flower_round(_results("flower_round")),
+            same_bits(_results("same_bits")),
+            kernel_speed(_results("kernel_speed")),
             s3_worker(_results("s3_worker")),
             topologies(_results("topologies")),
             memory_wall(_results("memory_wall")),
@@ -35,17 +37,19 @@ def embedded(found: dict[str, Any]) -> str:
         ratios = seconds["median"] / flower["seconds"]["median"], memory / flower["memory"]["own"]["median"]
         return f"| {title} | {span} | {ratios[0]:.2f} | {memory / 2**20:,.0f} MiB | {ratios[1]:.3f} |\n"
 
-    alone = found["targets"]["time_beside_aggregate_train_alone"]
+    alone, unlike = found["targets"]["time_beside_aggregate_train_alone"], found["verified"]["elements_where_exact_differs"]
     phases = sorted(((phase["median"], name) for name, phase in rivals["ours"]["phases"].items()), reverse=True)
     ours = "; ".join(f"{name} {seconds:.2f} s" for seconds, name in phases)
     return (
         f"**Aggregation alone**: {found['setup']['title']}, on local disk, cache warm. {_origin(found)}\n\n"
         "| | time, median (range) | of Flower's | peak memory, all processes | of Flower's |\n|---|---|---|---|---|\n"
         + row("ours", "gradsharding, 2 processes")
+        + row("exact", "the same, exact")
         + row("flower", "Flower: read files, then `FedAvg.aggregate_train`")
         + row("numpy", "one numpy loop, the same arithmetic")
         + row("read", "reading the files, one process")
         + f"\nWhere our time goes (medians): {ours}.\n"
+        f"The exact mean differs from ours in {unlike:,} of {found['setup']['elements']:,} elements; its time counts reading it for its digest.\n"
         f"Beside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it. A single numpy\n"
         "loop that does nothing else is as fast and leaner: what it lacks is everything but the arithmetic.\n"
     )
@@ -69,6 +73,42 @@ def flower_round(found: dict[str, Any]) -> str:
         + row("peak memory of the ServerApp", peak, 1e6, "MB")
         + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode:\n"
         "it does not grow with the model. A directory in the page cache is not S3, and two nodes are not two hundred.\n"
+    )
+
+
+def same_bits(found: dict[str, Any]) -> str:
+    """Table how many digests many paths to one mean have."""
+    paths = found["setup"]["combinations"]
+
+    def row(kind: str, one: dict[str, Any]) -> str:
+        float64 = one["float64"]
+        share = float64["elements_not_correctly_rounded"] / float64["elements"]
+        return f"| {kind} | {one['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
+
+    return (
+        f"**The same bits**: {paths:,} paths to each mean of {found['setup']['clients']} updates: orders, topologies, slices, reads, "
+        f"executors, sizes of a step. {_origin(found)}\n\n"
+        "| two of the updates | digests, exact | digests, float64 | float32 elements that float64 does not round correctly |\n"
+        "|---|---|---|---|\n" + "".join(row(kind, one) for kind, one in found["data"].items())
+    )
+
+
+def kernel_speed(found: dict[str, Any]) -> str:
+    """Table how fast one core folds."""
+    columns = ("read", "copy", "float64, F32", "exact, F32", "float64, BF16", "exact, BF16", "float64, F16", "exact, F16")
+
+    def row(size: str, rates: dict[str, Any]) -> str:
+        cells = (f"{rates[name]['median'] / 1e9:.1f}" for name in columns)
+        return f"| {int(size) >> 10:,} KiB | {' | '.join(cells)} |\n"
+
+    ends = {name: one["median"] for name, one in found["ends"].items()}
+    return (
+        f"**One core**: GB/s of input that is added to the sums, beside reading and copying memory. {_origin(found)}\n\n"
+        f"| input | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}\n"
+        + "".join(row(size, rates) for size, rates in found["rates"].items())
+        + f"\nOnce a slice: its exact mean is rounded at {ends['exact, mean'] / 1e9:.1f} GB/s of float32, float64's at "
+        f"{ends['float64, mean'] / 1e9:.1f}; exact partial sums take {ends['exact, bytes written an element']:.1f} bytes an element, "
+        f"float64's {ends['float64, bytes written an element']:.0f},\nand are written at {ends['exact, write'] / 1e9:.1f} GB/s of float32.\n"
     )
 
 

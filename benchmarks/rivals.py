@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,17 @@ WORKERS = 2
 BLOCK = 32_768
 """Elements per step of the numpy rival: its three buffers fit the second-level cache."""
 
-OURS, FLOWERS, NUMPYS = "ours/rounds/vgg16/result.safetensors", "flower.safetensors", "numpy.safetensors"
+OURS, EXACT = (f"{name}/rounds/vgg16/result.safetensors" for name in ("ours", "exact"))
+FLOWERS, NUMPYS = "flower.safetensors", "numpy.safetensors"
 """Where each leaves its result."""
 
 
-def ours(directory: Path) -> None:
+def exact(directory: Path) -> None:
+    """The same in exact arithmetic."""
+    ours(directory, "exact")
+
+
+def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -> None:
     """Aggregate with this library: seal, plan, start workers, fold, sync, publish."""
     from gradsharding import DirectoryStore, ProcessExecutor, Round, aggregate
     from gradsharding.executor import Progress
@@ -54,12 +60,12 @@ def ours(directory: Path) -> None:
             self.ended = time.perf_counter()
             return reports
 
-    round_ = Round.create(DirectoryStore(directory / "ours"), "vgg16")
+    round_ = Round.create(DirectoryStore(directory / ("exact" if arithmetic == "exact" else "ours")), "vgg16")
     for path, weight in zip(updates(directory), WEIGHTS, strict=True):
         round_.refer(path.stem, file_reference(path), weight)
     timed = Timed(WORKERS)
     started = time.perf_counter()
-    result = aggregate(round_, executor=timed)
+    result = aggregate(round_, arithmetic=arithmetic, executor=timed)
     ended = time.perf_counter()
 
     reports, count = result.reports, len(timed.ready)
@@ -141,7 +147,7 @@ def read(directory: Path) -> None:
     give({"seconds": ended - started, "phases": {"one process": ended - started, "two processes": together}, "bytes": size})
 
 
-RIVALS: dict[str, Callable[[Path], None]] = {"ours": ours, "flower": flower, "numpy": numpy, "read": read}
+RIVALS: dict[str, Callable[[Path], None]] = {"ours": ours, "exact": exact, "flower": flower, "numpy": numpy, "read": read}
 
 
 def give(figures: Figures) -> None:

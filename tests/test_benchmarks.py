@@ -33,7 +33,7 @@ def test_report_names_its_question_its_machine_and_its_rivals(figures: Any) -> N
     assert {"question", "setup", "machine", "rivals", "targets", "verified"} == set(figures)
     assert facts == set(figures["machine"])
     assert {"gradsharding", "numpy", "flwr"} == set(figures["machine"]["versions"])
-    assert ["ours", "flower", "numpy", "read"] == list(figures["rivals"])
+    assert ["ours", "exact", "flower", "numpy", "read"] == list(figures["rivals"])
 
 
 def test_report_gives_every_repetition_of_every_rival(figures: Any) -> None:
@@ -46,7 +46,7 @@ def test_report_gives_every_repetition_of_every_rival(figures: Any) -> None:
 
 def test_phases_sum_to_the_time_they_explain(figures: Any) -> None:
     """No part of our own or of Flower's time is left unexplained, in any repetition."""
-    for name in ("ours", "flower"):
+    for name in ("ours", "exact", "flower"):
         rival = figures["rivals"][name]
         sums = [sum(values) for values in zip(*(phase["all"] for phase in rival["phases"].values()), strict=True)]
 
