@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="of one turn, at least")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    core = min(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {core})
+    facts = measure.machine(["gradsharding", "numpy"])
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     values = {size: gradients(size) for size in options.sizes}
     rates: dict[int, dict[str, list[float]]] = {size: {} for size in options.sizes}
     last: dict[str, list[float]] = {}
@@ -124,7 +124,7 @@ def main() -> None:
     figures = {
         "question": "How many bytes of input a second does one core fold, in float64 and exactly, beside reading and copying memory?",
         "setup": {"repetitions": options.repetitions, "sizes": [*options.sizes], "seconds": options.seconds, "total": TOTAL},
-        "machine": measure.machine(["gradsharding", "numpy"]),
+        "machine": facts,
         "rates": ranges,
         "ends": {name: vars(measure.Range.of(each)) for name, each in last.items()},
     }

@@ -18,7 +18,7 @@ from gradsharding.layout import Run
 from gradsharding.plan import Plan
 from gradsharding.round import ResultRecord
 from gradsharding.store import ObjectStore
-from gradsharding.testing import CountingStore, read, sample_updates
+from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
 from gradsharding.verify import verify
 from same_bits import KINDS, Updates, draw_updates, draw_way, walk
@@ -195,6 +195,27 @@ def test_resumed(tmp_path: Path, name: str, after: int) -> None:
     assert {*done}.isdisjoint({report.task for report in result.reports})
     assert after + len(result.reports) == result.plan.functions
     assert result.digest() == aggregate(submitted(updates, MemoryStore()), arithmetic="exact").digest()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["sharded", "lambda-fl"])
+def test_crash_at_every_call(name: str, when: str) -> None:
+    """An exact call that dies at any request, also while it takes the digest, is gone on with, to the same published record."""
+    updates = narrow(5)
+    counting = FlakyStore(submitted(updates, MemoryStore()).store, {})
+    whole = aggregate(Round(counting, "r"), topology=TREES[name], arithmetic="exact")
+    assert 30 < counting.calls["any"]
+
+    for call in range(1, counting.calls["any"] + 1):
+        store = submitted(updates, MemoryStore()).store
+        broken = Round(FlakyStore(store, {(when, "any", call): ConnectionError("died")}), "r")
+        with pytest.raises(ConnectionError, match="died"):
+            aggregate(broken, topology=TREES[name], arithmetic="exact")
+        resumed = aggregate(Round(store, "r"), topology=TREES[name], arithmetic="exact")
+
+        assert (call, whole.record.digest) == (call, resumed.record.digest)
+        assert resumed.record == Round(store, "r").result()
+        assert [] == [key for key, _ in store.list("rounds/r/partials/")]
 
 
 def test_gone_on_with_in_other_arithmetic(tmp_path: Path) -> None:

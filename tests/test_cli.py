@@ -361,6 +361,58 @@ def test_policy_and_inputs_make_another_round(updates: list[str], call: Callable
     assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "out"))
 
 
+def test_exact_is_verified(updates: list[str], tmp_path: Path) -> None:
+    """With --exact every topology makes one file; the command says how to verify it, which tells what was checked, or is wrong."""
+    made = set()
+    for i, topology in enumerate(("sharded", "lambda-fl", "lifl")):
+        said = done(
+            gradsharding("aggregate", *updates, "-o", "out", "--exact", "--store", f"kept{i}", "--topology", topology, cwd=tmp_path)
+        )
+        made.add((tmp_path / "out").read_bytes())
+    verify = said.partition("to check it: gradsharding ")[2].split()
+    found = done(gradsharding(*verify, "--sample", "1000", cwd=tmp_path))
+
+    assert 1 == len(made)
+    (data,) = made
+    digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert f"SHA-256 {digest}" in said
+    assert f"exact mean of 3 clients, 0.1 MiB\nSHA-256 {digest}: as published" in found
+    assert "computed again from the sealed updates: the same bits" in found
+
+    safetensors.torch.save_file(model(9), tmp_path / "cyd.safetensors")
+    changed = gradsharding(*verify, "--sample", "1000", cwd=tmp_path)
+    assert (1, "") == (changed.returncode, changed.stdout)
+    assert "client cyd: 'cyd.safetensors' is at version" in changed.stderr
+
+
+def test_exact_is_another_round(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """With --store, --exact is another round than without, and says so when it cannot be verified."""
+    call("aggregate", *updates, "-o", "out", "--store", "kept")
+    call("aggregate", *updates, "-o", "exact", "--store", "kept", "--exact")
+    plain, exact = sorted(
+        (json.loads(path.read_text())["arithmetic"], path.parent.name) for path in (tmp_path / "kept/rounds").glob("*/result.json")
+    )[::-1]
+
+    assert ("float64", "exact") == (plain[0], exact[0])
+    refused = gradsharding("verify", "kept", plain[1], cwd=tmp_path)
+    assert 2 == refused.returncode
+    assert "was summed in float64, whose bits depend on the path; only exact results can be verified" in refused.stderr
+    unknown = gradsharding("verify", "kept", "r-1", cwd=tmp_path)
+    assert 2 == unknown.returncode
+    assert f"round r-1 has no result in {(tmp_path / 'kept').as_uri()}" in unknown.stderr
+
+
+def test_exact_plan(updates: list[str], call: Callable[..., str]) -> None:
+    """``plan --exact`` plans exact sums, and says that figures of trees are bounds."""
+    plain, exact = (json.loads(call("plan", "--size", "528MB", "--clients", "20", "--json", *flag)) for flag in ((), ("--exact",)))
+
+    assert ("float64", "exact") == (plain["arithmetic"], exact["arithmetic"])
+    for one, other in zip(plain["topologies"], exact["topologies"], strict=True):
+        assert one["bytes_written"] <= other["bytes_written"]
+        assert float(one["usd"]["aggregation"]) < float(other["usd"]["aggregation"])
+    assert "Exact sums: a tree's figures are upper bounds" in call("plan", *updates, "--exact")
+
+
 def test_failed_round_leaves_no_parts(tmp_path: Path) -> None:
     """With --store, a run that its updates doom leaves records there, but no parts beside the output."""
     safetensors.numpy.save_file({"w": np.array([1, np.nan], np.float32)}, tmp_path / "a.safetensors")

@@ -46,6 +46,16 @@ def test_exact() -> None:
     assert all(isinstance(item.usd, Decimal) for item in forecast(plan(), PRICES, 512 * MB).cost.round_trip.items)
 
 
+def test_digest_is_paid_for() -> None:
+    """An exact result is read once by the caller, in requests of 8 MiB: they are on both bills."""
+    exact = sharded(manifest(64 * MB, 20), Limits(), reading=READING, shards=4, arithmetic="exact")
+
+    for cost in (forecast(exact, PRICES, 512 * MB).cost, bill([report("sharded/0", "r1")], exact, PRICES)):
+        assert 8 * Decimal("0.0000004") == amounts(cost.aggregation)["the digest's GETs"]
+        assert "the digest's PUTs" not in amounts(cost.aggregation)
+    assert "the digest's GETs" not in amounts(forecast(plan(), PRICES, 512 * MB).cost.aggregation)
+
+
 def test_forecast_by_hand() -> None:
     """Functions, their invocations and requests; then uploads, downloads, storage and transfer."""
     found = forecast(plan(), PRICES, 512 * MB, architecture="x86_64")

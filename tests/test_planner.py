@@ -6,6 +6,8 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, sharded_tree
+from gradsharding.errors import UserError
+from gradsharding.layout import Layout
 from gradsharding.planner import NAMES, Advice, Needs, Option, flower_server, recommend
 from gradsharding.platform import PAYLOAD, READING, RUNTIME, TIMEOUT
 from gradsharding.prices import load_prices
@@ -35,6 +37,19 @@ def test_every_topology() -> None:
     for name in {*NAMES} - {"sharded"}:
         assert f"{name} costs" in advice.why
     assert "What binds it: " in advice.why
+
+
+def test_exact() -> None:
+    """Exact sums are planned in every topology: no function takes less memory, no round less time or money; float64 tensors are refused."""
+    plain, exact = (by_name(recommend(manifest(528_000_000, 20), arithmetic=arithmetic)) for arithmetic in ("float64", "exact"))
+
+    for name in NAMES:
+        assert ("float64", "exact") == (plain[name].plan.arithmetic, exact[name].plan.arithmetic)
+        assert plain[name].usd < exact[name].usd
+    assert exact["flat"].memory > 4 * plain["flat"].memory
+    wide = manifest(8, 2).model_copy(update={"layout": Layout.of({"w": ("F64", (1,))})})
+    with pytest.raises(UserError, match="tensor 'w' is F64"):
+        recommend(wide, arithmetic="exact")
 
 
 def test_a_functions_memory_covers_its_projection() -> None:

@@ -1,6 +1,7 @@
 """The time model: laws that it keeps, and measured rounds that it predicts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import calibration
 from gradsharding import Limits, flat, sharded
+from gradsharding.plan import Plan
 from gradsharding.platform import READING
 from gradsharding.timing import Seconds, Speeds, bottleneck, forecast_seconds, slowest, task_seconds
 from gradsharding.topology import lambda_fl, lifl
@@ -32,6 +34,20 @@ def test_by_hand() -> None:
     assert pytest.approx(4 * (0.1 + 2) + 0.8 + 0.1 + 4) == task_seconds(task, 1769 * MB // 2, known)
     plan = in_paper("flat", manifest(100_000_000, 4))
     assert pytest.approx(0.3 + 1 + 12.9) == forecast_seconds(plan, 2 * GIB, None, known).p50
+
+
+@pytest.mark.parametrize("make", [sharded, lambda_fl, lifl])
+def test_exact_sums_take_longer(make: Callable[..., Plan]) -> None:
+    """Exact sums are added and written more slowly, more passes between functions, and the result is read once."""
+    plain, exact = (make(manifest(100 * MB, 20), Limits(), reading=READING, arithmetic=a) for a in ("float64", "exact"))
+    alike = Speeds(exact_rate=Speeds().fold_rate, exact_end_rate=1e30)
+    one, other, same = (forecast_seconds(plan, GIB, None, speeds) for plan, speeds in ((plain, alike), (exact, Speeds()), (exact, alike)))
+
+    assert one.p50 < same.p50 < other.p50
+    assert one.billed <= same.billed < other.billed
+    if len(plain.fan_ins) == 1:
+        assert pytest.approx(plain.result_bytes / alike.client_rate) == same.p50 - one.p50
+        assert one.billed == same.billed
 
 
 def test_more_functions_are_faster_and_the_slowest_counts() -> None:
