@@ -109,7 +109,8 @@ def kernel_speed(found: dict[str, Any]) -> str:
         + "".join(row(size, rates) for size, rates in found["rates"].items())
         + f"\nOnce a slice: its exact mean is rounded at {ends['exact, mean'] / 1e9:.1f} GB/s of float32, float64's at "
         f"{ends['float64, mean'] / 1e9:.1f}; exact partial sums take {ends['exact, bytes written an element']:.1f} bytes an element, "
-        f"float64's {ends['float64, bytes written an element']:.0f};\nthey are written at {ends['exact, write'] / 1e9:.1f} GB/s of float32.\n"
+        f"float64's {ends['float64, bytes written an element']:.0f};\n"
+        f"they are written at {ends['exact, write'] / 1e9:.1f} GB/s of float32.\n"
     )
 
 

@@ -82,6 +82,15 @@ def updates(tmp_path: Path) -> list[str]:
     return [f"{client}.safetensors:{weight}" for client, weight in WEIGHTS.items()]
 
 
+@pytest.fixture
+def narrow(updates: list[str], tmp_path: Path) -> list[str]:
+    """The same files, without float64."""
+    for seed, client in enumerate(WEIGHTS):
+        state = {name: tensor for name, tensor in model(seed).items() if tensor.dtype != torch.float64}
+        safetensors.torch.save_file(state, tmp_path / f"{client}.safetensors")
+    return updates
+
+
 def reference(states: Sequence[dict[str, torch.Tensor]], weights: Sequence[int]) -> dict[str, torch.Tensor]:
     """The weighted mean by the book: float64, clients in order, one rounding; integers exactly, halves to even."""
     mean = {}
@@ -361,13 +370,11 @@ def test_policy_and_inputs_make_another_round(updates: list[str], call: Callable
     assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "out"))
 
 
-def test_exact_is_verified(updates: list[str], tmp_path: Path) -> None:
+def test_exact_is_verified(narrow: list[str], tmp_path: Path) -> None:
     """With --exact every topology makes one file; the command says how to verify it, which tells what was checked, or is wrong."""
     made = set()
     for i, topology in enumerate(("sharded", "lambda-fl", "lifl")):
-        said = done(
-            gradsharding("aggregate", *updates, "-o", "out", "--exact", "--store", f"kept{i}", "--topology", topology, cwd=tmp_path)
-        )
+        said = done(gradsharding("aggregate", *narrow, "-o", "out", "--exact", "--store", f"kept{i}", "--topology", topology, cwd=tmp_path))
         made.add((tmp_path / "out").read_bytes())
     verify = said.partition("to check it: gradsharding ")[2].split()
     found = done(gradsharding(*verify, "--sample", "1000", cwd=tmp_path))
@@ -385,10 +392,10 @@ def test_exact_is_verified(updates: list[str], tmp_path: Path) -> None:
     assert "client cyd: 'cyd.safetensors' is at version" in changed.stderr
 
 
-def test_exact_is_another_round(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+def test_exact_is_another_round(narrow: list[str], call: Callable[..., str], tmp_path: Path) -> None:
     """With --store, --exact is another round than without, and says so when it cannot be verified."""
-    call("aggregate", *updates, "-o", "out", "--store", "kept")
-    call("aggregate", *updates, "-o", "exact", "--store", "kept", "--exact")
+    call("aggregate", *narrow, "-o", "out", "--store", "kept")
+    call("aggregate", *narrow, "-o", "exact", "--store", "kept", "--exact")
     plain, exact = sorted(
         (json.loads(path.read_text())["arithmetic"], path.parent.name) for path in (tmp_path / "kept/rounds").glob("*/result.json")
     )[::-1]
@@ -402,7 +409,7 @@ def test_exact_is_another_round(updates: list[str], call: Callable[..., str], tm
     assert f"round r-1 has no result in {(tmp_path / 'kept').as_uri()}" in unknown.stderr
 
 
-def test_exact_plan(updates: list[str], call: Callable[..., str]) -> None:
+def test_exact_plan(narrow: list[str], call: Callable[..., str]) -> None:
     """``plan --exact`` plans exact sums, and says that figures of trees are bounds."""
     plain, exact = (json.loads(call("plan", "--size", "528MB", "--clients", "20", "--json", *flag)) for flag in ((), ("--exact",)))
 
@@ -410,7 +417,17 @@ def test_exact_plan(updates: list[str], call: Callable[..., str]) -> None:
     for one, other in zip(plain["topologies"], exact["topologies"], strict=True):
         assert one["bytes_written"] <= other["bytes_written"]
         assert float(one["usd"]["aggregation"]) < float(other["usd"]["aggregation"])
-    assert "Exact sums: a tree's figures are upper bounds" in call("plan", *updates, "--exact")
+    assert "Exact sums: a tree's figures are upper bounds" in call("plan", *narrow, "--exact")
+
+
+def test_exact_float64_is_refused(updates: list[str], tmp_path: Path) -> None:
+    """A float64 tensor is refused by its name, with what to do, and nothing is left behind."""
+    before = everything(tmp_path)
+    run = gradsharding("aggregate", *updates, "-o", "out", "--exact", cwd=tmp_path)
+
+    assert (2, "") == (run.returncode, run.stdout)
+    assert "tensor 'head.weight' is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out" in run.stderr
+    assert before == everything(tmp_path)
 
 
 def test_failed_round_leaves_no_parts(tmp_path: Path) -> None:
