@@ -17,10 +17,11 @@ from rich.table import Table
 from gradsharding import DirectoryStore, Limits, ProcessExecutor, Round, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.errors import OutOfMemory
 from gradsharding.layout import Layout
-from gradsharding.plan import Job, Plan, Term
+from gradsharding.plan import Plan
 from gradsharding.reading import STREAM
 from gradsharding.round import Manifest
 from gradsharding.store import file_reference
+from gradsharding.task import Job, Term
 from gradsharding.topology import in_paper_loop
 from measure import machine, save
 from topologies import place

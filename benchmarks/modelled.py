@@ -5,8 +5,8 @@ from typing import Any
 
 from gradsharding import Limits, Plan, lambda_fl, lifl
 from gradsharding.layout import Layout
-from gradsharding.plan import Term
 from gradsharding.round import Manifest
+from gradsharding.task import Term
 from gradsharding.topology import flat, in_paper_loop, paper
 
 MB = 1 << 20

@@ -43,8 +43,9 @@ def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -
     """Aggregate with this library: seal, plan, start workers, fold, sync, publish."""
     from gradsharding import DirectoryStore, ProcessExecutor, Round, aggregate
     from gradsharding.executor import Progress
-    from gradsharding.plan import Job, Limits, Task, TaskReport
+    from gradsharding.plan import Limits
     from gradsharding.store import ObjectStore, file_reference
+    from gradsharding.task import Job, Task, TaskReport
 
     class Timed(ProcessExecutor):
         """Notes when the tasks began, when each worker began its first one, and when all had ended."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from gradsharding import worker
 from gradsharding.aws.s3 import S3Store
-from gradsharding.plan import Job, Task
+from gradsharding.task import Job, Task
 
 Figures = dict[str, Any]
 

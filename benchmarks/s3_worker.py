@@ -26,7 +26,8 @@ from rich.table import Table
 
 from gradsharding import Limits, Round
 from gradsharding.aws.s3 import S3Store
-from gradsharding.plan import Job, Plan
+from gradsharding.plan import Plan
+from gradsharding.task import Job
 from gradsharding.testing.proxy import slow_path
 from gradsharding.testing.s3 import ceph_missing, ceph_server
 from gradsharding.topology import flat

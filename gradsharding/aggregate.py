@@ -12,11 +12,12 @@ from gradsharding.cost import Bill, Cost, bill, forecast
 from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.kernel import Arithmetic
-from gradsharding.plan import HEADER_PART, Job, Limits, NonFinitePolicy, Plan, Task, TaskReport, mib
+from gradsharding.plan import HEADER_PART, Limits, Plan, mib
 from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, exists, file_path, locate
+from gradsharding.task import Job, NonFinitePolicy, Task, TaskReport
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 

@@ -21,10 +21,11 @@ from gradsharding.aggregate import Result, aggregate
 from gradsharding.errors import GradShardingError, NonFinite, UserError
 from gradsharding.given import located, open_round, read_updates, replace, writable
 from gradsharding.kernel import Arithmetic
-from gradsharding.plan import MAX_PARTS, Limits, NonFinitePolicy, Plan, mib
+from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.planned import exact_option, plan_command, size
 from gradsharding.round import Round, check_id
 from gradsharding.store import open_store
+from gradsharding.task import NonFinitePolicy
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.verify import verify
 

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
-from gradsharding.plan import Plan, TaskReport
+from gradsharding.plan import Plan
 from gradsharding.platform import Architecture
 from gradsharding.prices import Prices
+from gradsharding.task import TaskReport
 from gradsharding.timing import Seconds, Speeds, forecast_seconds
 from gradsharding.value import Value
 

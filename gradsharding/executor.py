@@ -18,8 +18,9 @@ from typing import Any, Protocol, Self
 from gradsharding import worker
 from gradsharding.cgroup import MemoryCgroup
 from gradsharding.errors import OutOfMemory, TaskFailed, UserError, from_wire
-from gradsharding.plan import Job, Limits, Task, TaskReport, mib
+from gradsharding.plan import Limits, mib
 from gradsharding.store import ObjectStore
+from gradsharding.task import Job, Task, TaskReport
 
 ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
 """Executors that the core does not import, by the first word of their specification."""

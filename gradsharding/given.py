@@ -16,9 +16,9 @@ from urllib.parse import unquote
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
-from gradsharding.plan import NonFinitePolicy
 from gradsharding.round import Round, check_id, check_weight
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, exists, file_path, file_reference, locate, open_store
+from gradsharding.task import NonFinitePolicy
 from gradsharding.update import Update, inspect
 
 NOWHERE = MemoryStore()

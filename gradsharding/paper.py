@@ -9,9 +9,9 @@ from typing import Any
 import numpy.typing as npt
 
 from gradsharding.dtypes import Buffer
-from gradsharding.plan import Term
 from gradsharding.round import Manifest, Round, integral_weights
 from gradsharding.sharding import cut
+from gradsharding.task import Term
 from gradsharding.update import Raw, encode
 
 

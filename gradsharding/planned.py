@@ -16,12 +16,13 @@ from rich.table import Table
 
 from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
-from gradsharding.plan import MAX_PARTS, Term, mib
+from gradsharding.plan import MAX_PARTS, mib
 from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend
 from gradsharding.platform import ACCOUNT_CONCURRENCY, MEMORY
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
 from gradsharding.store import MemoryStore
+from gradsharding.task import Term
 
 MOST_CLIENTS = 100_000
 """Clients that a plan is made for: with more, a list of them alone takes gigabytes."""

@@ -36,8 +36,9 @@ from gradsharding.errors import (
 )
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
-from gradsharding.plan import NonFinitePolicy, Plan, Term
+from gradsharding.plan import Plan
 from gradsharding.store import ObjectStore, exists, file_path, locate
+from gradsharding.task import NonFinitePolicy, Term
 from gradsharding.update import Raw, Update, data_digest, encode, inspect
 from gradsharding.value import Value
 

@@ -8,8 +8,9 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from gradsharding.kernel import Arithmetic
-from gradsharding.plan import Kind, Plan, Task
+from gradsharding.plan import Kind, Plan
 from gradsharding.platform import VCPU
+from gradsharding.task import Task
 from gradsharding.value import Value
 
 

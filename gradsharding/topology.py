@@ -1,13 +1,14 @@
 """A topology is a pure function from a manifest to a plan."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from gradsharding.errors import UserError
 from gradsharding.kernel import SCRATCH, Arithmetic
-from gradsharding.plan import RESERVED, Limits, Plan
+from gradsharding.plan import Limits, Plan
 from gradsharding.reading import STAGING, STREAM, Reading
 from gradsharding.round import Manifest
 from gradsharding.sharding import cut
+from gradsharding.task import RESERVED
 
 PAPER_READING = Reading(whole=True, resident=(450 << 20) - RESERVED - STAGING - SCRATCH)
 """How functions read in the paper (arXiv 2604.22072): whole objects, one after another. Three times an object and 450 MiB were
@@ -119,6 +120,8 @@ def _plan(
     arithmetic: Arithmetic = "float64",
     **how: Any,
 ) -> Plan:
+    if arithmetic not in get_args(Arithmetic):
+        raise UserError(f"no arithmetic is known as {arithmetic!r}; use float64 or exact")
     if arithmetic == "exact":
         _require_narrow(manifest)
     return Plan(

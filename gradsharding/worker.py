@@ -22,9 +22,10 @@ from typing import NamedTuple
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, to_wire
 from gradsharding.kernel import Fold, first_nonfinite
-from gradsharding.plan import PARTIAL, Job, Task, TaskReport, Term, mib
+from gradsharding.plan import mib
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
+from gradsharding.task import PARTIAL, Job, Task, TaskReport, Term
 
 
 def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:

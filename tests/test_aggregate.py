@@ -14,9 +14,10 @@ import safetensors.numpy
 from gradsharding.aggregate import Result, aggregate
 from gradsharding.errors import ChangedObject, MissingObject, NonFinite, ObjectExists, PlanTooLarge, TooFewClients
 from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
-from gradsharding.plan import Limits, Plan, TaskReport
+from gradsharding.plan import Limits, Plan
 from gradsharding.round import PlanRecord, Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_reference
+from gradsharding.task import TaskReport
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, read, reference_mean, sample_updates
 from gradsharding.topology import Topology, flat, sharded
 

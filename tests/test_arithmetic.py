@@ -142,6 +142,12 @@ def test_float64_is_refused(name: str) -> None:
         aggregate(submitted(narrow(3), MemoryStore()), topology=partial(paper, shards=2), arithmetic="exact")
 
 
+def test_unknown_arithmetic_is_refused() -> None:
+    """Arithmetic that does not exist is named, and those that do."""
+    with pytest.raises(UserError, match="no arithmetic is known as 'decimal'; use float64 or exact"):
+        aggregate(submitted(narrow(3), MemoryStore()), arithmetic="decimal")  # type: ignore[arg-type]
+
+
 def test_result_carries_its_digest() -> None:
     """``result.json`` tells the arithmetic and, of an exact result, the digest; records of before either are float64's."""
     store = MemoryStore()

@@ -6,9 +6,10 @@ import pytest
 
 from gradsharding import Limits, sharded
 from gradsharding.cost import Bill, Clients, Cost, Item, bill, forecast
-from gradsharding.plan import Invocation, Plan, TaskReport
+from gradsharding.plan import Plan
 from gradsharding.platform import READING
 from gradsharding.prices import load_prices
+from gradsharding.task import Invocation, TaskReport
 from gradsharding.topology import lambda_fl, paper
 from modelled import MB, manifest
 

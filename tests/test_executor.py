@@ -18,8 +18,9 @@ from gradsharding import worker
 from gradsharding.cgroup import MemoryCgroup
 from gradsharding.errors import OutOfMemory, TaskFailed, UserError
 from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
-from gradsharding.plan import Limits, TaskReport
+from gradsharding.plan import Limits
 from gradsharding.store import DirectoryStore, MemoryStore
+from gradsharding.task import TaskReport
 from gradsharding.testing import ExecutorContract, SlowStore, Started, assert_same, reference_mean, sample_updates
 
 MIB = 1 << 20

@@ -291,10 +291,11 @@ def test_other_topologies(name: str, inner: str, tmp_path: Path) -> None:
         np.testing.assert_array_max_ulp(found.arrays[tensor].numpy(), expected.arrays[tensor].numpy(), maxulp=1)
 
 
-def test_exact() -> None:
+@every_inner
+def test_exact(make: Callable[[], FedAvg]) -> None:
     """With ``exact=True`` every topology trains the same model to the last bit, and each round's report has the digest of its mean."""
-    strategies = [sharding(MemoryStore(), shards=shards, exact=True) for shards in (1, 5)]
-    strategies += [make(FedAvg(), store=MemoryStore(), executor="inline", exact=True) for make in (LambdaFL, LIFL)]
+    strategies = [sharding(MemoryStore(), make(), shards=shards, exact=True) for shards in (1, 5)]
+    strategies += [kind(make(), store=MemoryStore(), executor="inline", exact=True) for kind in (LambdaFL, LIFL)]
     models = [state_of(strategy.start(grid_of(), record(initial())).arrays) for strategy in strategies]
 
     for strategy, model in zip(strategies, models, strict=True):

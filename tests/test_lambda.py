@@ -20,12 +20,13 @@ from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic
-from gradsharding.plan import Job, Limits, Task, Term
+from gradsharding.plan import Limits
 from gradsharding.platform import PAYLOAD, RUNTIME
 from gradsharding.prices import load_prices
 from gradsharding.reading import STREAM
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, ObjectStore
+from gradsharding.task import Job, Task, Term
 from gradsharding.testing import ExecutorContract, assert_same, read, reference_mean, sample_updates
 from gradsharding.testing.executors import Started
 from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing

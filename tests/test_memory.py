@@ -18,11 +18,12 @@ from gradsharding.dtypes import FORMATS, NUMPY
 from gradsharding.executor import ProcessExecutor
 from gradsharding.kernel import Arithmetic, is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
-from gradsharding.plan import RESERVED, Job, Limits, Task, Term
+from gradsharding.plan import Limits
 from gradsharding.platform import RESIDENT
 from gradsharding.reading import STREAM
 from gradsharding.round import MAX_WEIGHT, Round
 from gradsharding.store import DirectoryStore, file_reference
+from gradsharding.task import RESERVED, Job, Task, Term
 from gradsharding.testing import read
 from gradsharding.topology import Topology, flat, lambda_fl, sharded
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import SCRATCH
 from gradsharding.layout import ITEM_SIZE, Layout
-from gradsharding.plan import MAX_PARTS, RESERVED, Limits, Plan, Term, mib
+from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.reading import STAGING
 from gradsharding.round import Manifest
+from gradsharding.task import RESERVED, Term
 from gradsharding.topology import flat, sharded
 
 FIXED = RESERVED + STAGING + SCRATCH

@@ -6,9 +6,10 @@ import pytest
 
 from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.layout import Layout
-from gradsharding.plan import Limits, Plan, Term
+from gradsharding.plan import Limits, Plan
 from gradsharding.reading import STREAM
 from gradsharding.round import Manifest
+from gradsharding.task import Term
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
 
 MIB = 1 << 20

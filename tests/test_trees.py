@@ -22,10 +22,11 @@ from gradsharding.errors import NonFinite, PlanTooLarge, UserError
 from gradsharding.kernel import Arithmetic, Fold
 from gradsharding.layout import Run
 from gradsharding.paper import submit
-from gradsharding.plan import Job, Plan, Task, TaskReport
+from gradsharding.plan import Plan
 from gradsharding.reading import Reading
 from gradsharding.round import SHARED_MEMORY
 from gradsharding.store import ObjectStore
+from gradsharding.task import Job, Task, TaskReport
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, reference_mean, sample_updates
 from gradsharding.testing.reference import Updates
 from gradsharding.topology import PAPER_READING, Topology, flat, in_paper_loop, lambda_fl, lifl, sharded, sharded_tree
@@ -227,7 +228,7 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
 NURSERY = """
 import json, os, sys
 from gradsharding import worker
-from gradsharding.plan import Job, Task
+from gradsharding.task import Job, Task
 from gradsharding.store import open_store
 for line in sys.stdin:
     if os.fork() == 0:

@@ -6,8 +6,8 @@ from typing import Any
 
 from gradsharding import __version__
 from gradsharding.errors import PlanTooLarge, UserError
-from gradsharding.plan import Job, Task
 from gradsharding.platform import PAYLOAD
+from gradsharding.task import Job, Task
 
 
 def pack(job: Job, tasks: Sequence[Task]) -> bytes:

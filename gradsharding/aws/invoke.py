@@ -18,9 +18,10 @@ from gradsharding.aws.call import pack
 from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
 from gradsharding.executor import Progress, run_eagerly
-from gradsharding.plan import Invocation, Job, Limits, Task, TaskReport, mib
+from gradsharding.plan import Limits, mib
 from gradsharding.platform import RUNTIME, Architecture
 from gradsharding.store import ObjectStore
+from gradsharding.task import Invocation, Job, Task, TaskReport
 
 CONCURRENCY = 100
 """Invocations at once, where the account does not say what it allows."""

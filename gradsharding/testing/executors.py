@@ -10,9 +10,10 @@ import pytest
 
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
 from gradsharding.executor import Executor, InlineExecutor
-from gradsharding.plan import Job, Limits, Plan, TaskReport
+from gradsharding.plan import Limits, Plan
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
+from gradsharding.task import Job, TaskReport
 from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import read
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree

@@ -19,8 +19,9 @@ from gradsharding import Result as Averaged
 from gradsharding.errors import GradShardingError, InvalidUpdate, PlanTooLarge, StoreRefused, UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
-from gradsharding.plan import Term, mib
+from gradsharding.plan import mib
 from gradsharding.round import Manifest
+from gradsharding.task import Term
 from gradsharding.topology import Topology
 from gradsharding.update import inspect
 from gradsharding_flower.contributions import collect, mean

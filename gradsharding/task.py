@@ -1,0 +1,181 @@
+"""A task knows its memory, requests and bytes before it runs; every byte count of a function is made here.
+
+A function is told a Job and a Task, and nothing else; what comes back is a TaskReport. All three pass between machines as JSON.
+"""
+
+from typing import Literal
+
+from gradsharding.kernel import Arithmetic, is_exact, size, sum_bytes
+from gradsharding.layout import Run
+from gradsharding.platform import Architecture
+from gradsharding.reading import Reading
+from gradsharding.value import Value
+
+RESERVED = 64 << 20
+"""Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
+
+TERM_SIZE = 2 << 10
+"""Bytes that bound one input in a worker: its JSON, and the value made of it."""
+
+FREE_TERMS = 8_192
+"""Inputs that the reserved memory has room for, 16 MiB of them; more are counted."""
+
+PARTIAL = 0
+"""The part of a task that writes none, but partial sums."""
+
+NonFinitePolicy = Literal["raise", "propagate"]
+"""What NaN or infinity in an update does: end the run and name it, or pass into the result."""
+
+
+class Term(Value):
+    """One weighted input: the data section of ``source`` begins at its byte ``base``."""
+
+    client: str
+    source: str
+    version: str | None
+    """Of the object, as sealed; None for the paper's layout, which pins nothing."""
+    base: int
+    weight: int
+
+
+class Partial(Value):
+    """Sums, not yet divided, that another task has written, and the weight that is in them."""
+
+    task: str
+    weight: int
+
+
+class Task(Value):
+    """Sum bytes ``start`` to ``stop`` of the vector over all inputs: terms, or the partial sums of other tasks.
+
+    A task with a ``part`` divides, and writes it as one part of the result; one without writes its sums.
+    """
+
+    id: str
+    start: int
+    stop: int
+    runs: tuple[Run, ...]
+    terms: tuple[Term, ...] = ()
+    partials: tuple[Partial, ...] = ()
+    total: int
+    """Weight of the whole round: what the mean is divided by in the end."""
+    part: int = PARTIAL
+    offset: int = 0
+    reading: Reading
+    arithmetic: Arithmetic = "float64"
+    shared: bool = False
+    """Whether partial sums pass through the memory of the machine, and not through the store."""
+
+    @property
+    def inputs(self) -> int:
+        """Number of terms or partial sums."""
+        return len(self.terms) + len(self.partials)
+
+    @property
+    def weight(self) -> int:
+        """Sum of the inputs' weights."""
+        return sum(term.weight for term in self.terms) + sum(partial.weight for partial in self.partials)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slice."""
+        return self.stop - self.start
+
+    @property
+    def sum_nbytes(self) -> int:
+        """Bytes of its sums, as partial sums are written; at most, where they are exact."""
+        return sum(size(run, self.total, self.arithmetic).written for run in self.runs)
+
+    @property
+    def varying(self) -> bool:
+        """Whether the bytes of partial sums, its own and its inputs', depend on their values."""
+        return any(is_exact(run.dtype, self.arithmetic) for run in self.runs)
+
+    @property
+    def input_nbytes(self) -> int:
+        """Bytes of each input."""
+        return self.sum_nbytes if self.partials else self.nbytes
+
+    @property
+    def memory(self) -> int:
+        """Projected peak memory in bytes: an upper bound. Beyond thousands of inputs, their list counts."""
+        listed = TERM_SIZE * max(0, self.inputs - FREE_TERMS)
+        return RESERVED + listed + self.reading.memory(self.input_nbytes) + sum_bytes(self.runs, self.total, self.arithmetic)
+
+    @property
+    def asks(self) -> int:
+        """Requests for the size of each input, before it is read."""
+        return int(bool(self.partials) and self.varying)
+
+    @property
+    def gets(self) -> int:
+        """GET requests to the store, those for sizes included; at most, where partial sums vary."""
+        return 0 if self.partials and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
+
+    @property
+    def puts(self) -> int:
+        """PUT requests to the store."""
+        return 0 if self.part == PARTIAL and self.shared else 1
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that it reads; at most, where partial sums vary."""
+        return self.inputs * self.input_nbytes
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that it writes; at most, where partial sums vary."""
+        return self.sum_nbytes if self.part == PARTIAL else self.nbytes
+
+
+class Job(Value):
+    """What the tasks of one run share: the round's store, the object they write, and how they treat NaN."""
+
+    store: str
+    output: str
+    upload: str
+    partials: str = ""
+    """Reference below which partial sums lie: a key of the store, or a URL."""
+    shared_bytes: int = 0
+    """Bytes of all partial sums, if they lie in the memory of the machine."""
+    nonfinite: NonFinitePolicy = "raise"
+
+    def partial(self, task: str) -> str:
+        """Reference of the partial sums that a task writes."""
+        return f"{self.partials}/{task.replace('/', '.')}"
+
+
+class Invocation(Value):
+    """What the platform reported of the invocation that carried a task, maybe with others; memory in bytes."""
+
+    request: str
+    """The platform's id of it."""
+    attempts: int
+    """How often it was asked for."""
+    tasks: int
+    """How many tasks it carried."""
+    billed_seconds: float
+    memory_size: int
+    max_memory: int
+    init_seconds: float | None
+    """Of a cold start; None for a warm one."""
+    architecture: Architecture | None = None
+    """Of the function, as far as the account tells."""
+    region: str | None = None
+
+
+class TaskReport(Value):
+    """What one task did: requests, bytes, seconds, and the peak memory of its process in bytes."""
+
+    task: str
+    worker: str
+    gets: int
+    puts: int
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    seconds: float
+    read_seconds: float
+    write_seconds: float
+    cpu_seconds: float
+    invocation: Invocation | None = None
