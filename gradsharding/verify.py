@@ -7,7 +7,8 @@ an integer, and the mean a quotient of two.
 import random
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,10 +16,14 @@ from gradsharding.errors import GradShardingError, UserError, VerificationFailed
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import locate
+from gradsharding.task import Term
 from gradsharding.update import data_digest, inspect
 
 SLICE = 4_096
 """Elements of a slice that is computed again."""
+
+READERS = 16
+"""Updates that are read at once: most of the time goes in waiting for the store."""
 
 CODES = {
     "F32": "I", "F16": "H", "BF16": "H",
@@ -59,22 +64,16 @@ def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
     found = data_digest(record.source, round.store, version=record.version)
     if found != record.digest:
         raise VerificationFailed(f"round {round.id}: the result's data have SHA-256 {found}, and {record.digest} was published")
-    base, runs = inspect(record.source, round.store).base, manifest.layout.runs
-    counts = [*accumulate((-(-run.length // SLICE) for run in runs), initial=0)]
-    chosen = sorted(random.SystemRandom().sample(range(counts[-1]), min(sample, counts[-1])))
-    begins = [*accumulate((run.nbytes for run in runs), initial=0)]
-    elements = 0
-    for number in chosen:
-        i = bisect_right(counts, number) - 1
-        first = (number - counts[i]) * SLICE
-        run = Run(runs[i].dtype, min(SLICE, runs[i].length - first))
-        start = begins[i] + first * ITEM_SIZE[run.dtype]
-        _compare(start, run, _read(record.source, record.version, base + start, run, round), manifest, round)
-        elements += run.length
-    return Verified(record, len(chosen), counts[-1], elements)
+    base, counts = inspect(record.source, round.store).base, _counts(manifest.layout.runs)
+    chosen = [*_chosen(manifest.layout.runs, counts, sample)]
+    with ThreadPoolExecutor(READERS) as readers:
+        for start, run in chosen:
+            published = _elements(run.dtype, _read(record.source, record.version, base + start, run, round))
+            _compare(start, run, published, manifest, round, readers)
+    return Verified(record, len(chosen), counts[-1], sum(run.length for _, run in chosen))
 
 
-def mean(dtype: str, columns: Sequence[Sequence[int]], weights: Sequence[int]) -> list[int]:
+def mean(dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -> list[int]:
     """Give the weighted mean of each place of the columns, rounded once to nearest, ties to even; elements are as ``CODES`` has them.
 
     >>> one, two, three = 0x3F800000, 0x40000000, 0x40400000  # as float32
@@ -102,6 +101,20 @@ def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
     return record, manifest
 
 
+def _counts(runs: Sequence[Run]) -> list[int]:
+    """Number the slices of the vector, none of which has two dtypes: how many there are before each run, and in all."""
+    return [*accumulate((-(-run.length // SLICE) for run in runs), initial=0)]
+
+
+def _chosen(runs: Sequence[Run], counts: list[int], sample: int) -> Iterator[tuple[int, Run]]:
+    """Draw slices, each once, and give their first bytes and their elements, in order."""
+    begins = [*accumulate((run.nbytes for run in runs), initial=0)]
+    for number in sorted(random.SystemRandom().sample(range(counts[-1]), min(sample, counts[-1]))):
+        i = bisect_right(counts, number) - 1
+        first = (number - counts[i]) * SLICE
+        yield begins[i] + first * ITEM_SIZE[runs[i].dtype], Run(runs[i].dtype, min(SLICE, runs[i].length - first))
+
+
 def _others(round_: Round) -> str:
     """Name some rounds that have a result."""
     keys = [key.split("/") for key, _ in round_.store.list("rounds/") if key.endswith("/result.json")]
@@ -109,14 +122,16 @@ def _others(round_: Round) -> str:
     return f". Rounds that are done: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else ""
 
 
-def _compare(start: int, run: Run, published: Sequence[int], manifest: Manifest, round_: Round) -> None:
+def _compare(start: int, run: Run, published: Iterable[int], manifest: Manifest, round_: Round, readers: ThreadPoolExecutor) -> None:
     """Compute the elements of ``run``, from byte ``start`` of the vector on, again, and hold them against those ``published``."""
-    columns = []
-    for term in manifest.terms:
+
+    def read(term: Term) -> bytes:
         try:
-            columns.append(_read(term.source, term.version, term.base + start, run, round_))
+            return _read(term.source, term.version, term.base + start, run, round_)
         except GradShardingError as error:
             raise type(error)(f"client {term.client}: {error.message}", **error.details, client=term.client) from error
+
+    columns = [_elements(run.dtype, data) for data in readers.map(read, manifest.terms)]
     expected = mean(run.dtype, columns, [term.weight for term in manifest.terms])
     for i, (wanted, there) in enumerate(zip(expected, published, strict=True)):
         if wanted != there:
@@ -126,12 +141,17 @@ def _compare(start: int, run: Run, published: Sequence[int], manifest: Manifest,
             )
 
 
-def _read(source: str, version: str | None, start: int, run: Run, round_: Round) -> tuple[int, ...]:
+def _read(source: str, version: str | None, start: int, run: Run, round_: Round) -> bytes:
     store, key = locate(source, round_.store)
     data = b"".join(bytes(chunk) for chunk in store.get(key, start, start + run.nbytes, version=version))
     if len(data) != run.nbytes:
         raise UserError(f"{source} ended early, {len(data)} of {run.nbytes} bytes from byte {start} on were read; it was cut short")
-    return struct.unpack(f"<{run.length}{CODES[run.dtype]}", data)
+    return data
+
+
+def _elements(dtype: str, data: bytes) -> Iterator[int]:
+    """Decode elements when they are asked for: of many clients, their bytes alone are held."""
+    return (element for (element,) in struct.iter_unpack(f"<{CODES[dtype]}", data))
 
 
 def _place(layout: Layout, byte: int) -> str:

@@ -147,6 +147,29 @@ def ran(tmp_path: Path, script: str, *arguments: str) -> Any:
     return json.loads(output.read_text())
 
 
+def test_kernel_speed(tmp_path: Path) -> None:
+    """Each arithmetic and dtype has a rate at each size, beside reading and copying; what the targets compare can be recomputed."""
+    found = ran(tmp_path, "kernel_speed.py", "--sizes", "65536", "262144", "--repetitions", "2", "--seconds", "0.01")
+    rates, targets = found["rates"], found["targets"]
+
+    assert ["65536", "262144"] == [*rates]
+    for rate in rates.values():
+        assert ["read", "copy", *(f"{a}, {d}" for d in ("F32", "F16", "BF16") for a in ("float64", "exact"))] == [*rate]
+        assert all(2 == len(one["all"]) and 0 < one["least"] <= one["most"] for one in rate.values())
+    assert min(rate["exact, F32"]["median"] for rate in rates.values()) / 1e9 == targets["exact, GB/s"]["found"]
+    assert (0.6, 2.0) == (targets["exact, GB/s"]["at_least"], targets["float64 of exact"]["at_least"])
+
+
+@pytest.mark.slow
+def test_same_bits(tmp_path: Path) -> None:
+    """Exact sums have one digest on all paths, whatever the data; where updates cancel, float64 has several."""
+    data = ran(tmp_path, "same_bits.py", "--combinations", "20")["data"]
+
+    assert [1, 1, 1] == [found["exact"]["digests"] for found in data.values()]
+    assert 0 == data["gradients"]["float64"]["elements_not_correctly_rounded"]
+    assert data["a pair that cancels, 2**40 times as large"]["float64"]["digests"] > 10
+
+
 @pytest.mark.slow
 def test_shard_sweep(tmp_path: Path) -> None:
     """More shards take less memory of a function each, and more requests."""
