@@ -60,7 +60,7 @@ def digests(updates: Updates, paths: int, arithmetic: Any) -> set[str]:
 @pytest.mark.slow
 def test_two_thousand_paths() -> None:
     """2,000 orders, topologies, slices, ways to read, executors and sizes of a step make one digest, and it is the right one."""
-    updates = draw_updates("a pair that cancels, 2**40 times as large")
+    updates = draw_updates("a pair that cancels, 2**40 times as large", clients=7, elements=300)
     right, _ = walk(updates, draw_way(random.Random(0)), "exact", check=True)
 
     assert {right} == digests(updates, 2_000, "exact")
