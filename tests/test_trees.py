@@ -203,7 +203,7 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
         for i in range(clients)
     }
     shards, fan_in = draw.randint(1, min(6, elements)), draw.randint(1, 5)
-    reading = Reading(chunk=draw.choice([0, 64, 10_000]), parallel=draw.randint(1, 3))
+    reading = Reading(chunk=draw.choice([0, 64 if elements <= 200 else 4_096, 10_000]), parallel=draw.randint(1, 3))
     if draw.random() < 0.15:
         round_ = Round.create(store, name)
         submit(round_, updates, shards)
