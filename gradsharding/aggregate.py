@@ -17,7 +17,7 @@ from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.reading import Reading, combined
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, exists, file_path, locate
-from gradsharding.task import Job, NonFinitePolicy, Task, TaskReport
+from gradsharding.task import Job, NonFinitePolicy, TaskReport
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 
@@ -113,8 +113,9 @@ def aggregate(
     In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
     the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
 
-    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge or ObjectExists (the output is taken) before any data is
-    read; NonFinite, MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published.
+    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
+    of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
+    OutOfMemory or TaskFailed from a task, with nothing published.
     """
     executor = executor or InlineExecutor()
     limits = executor.limits(limits)
@@ -179,11 +180,7 @@ def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
         return set()
     store, prefix = locate(f"{job.partials}/", home)
     there = {f"{job.partials}/{key.removeprefix(prefix)}": stat.size for key, stat in store.list(prefix)}
-
-    def whole(task: Task, nbytes: int) -> bool:
-        return 0 < nbytes <= task.sum_nbytes if task.varying else nbytes == task.sum_nbytes
-
-    return {task.id for reference, task in tasks.items() if reference in there and whole(task, there[reference])}
+    return {task.id for reference, task in tasks.items() if reference in there and task.may_have_written(there[reference])}
 
 
 def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002

@@ -24,6 +24,7 @@
 An error in a worker crosses the wire as data (``to_wire``) and is raised again at the call (``from_wire``).
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,15 @@ class TaskFailed(GradShardingError):
 
 class OutOfMemory(TaskFailed, MemoryError):
     """A function needed more memory than the plan allowed."""
+
+
+@contextlib.contextmanager
+def naming(client: str) -> Iterator[None]:
+    """Add the client to whatever error of ours its update leads to: to the sentence, and as ``details["client"]``."""
+    try:
+        yield
+    except GradShardingError as error:
+        raise type(error)(f"client {client}: {error.message}", **error.details, client=client) from error
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

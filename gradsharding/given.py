@@ -16,10 +16,11 @@ from urllib.parse import unquote
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
-from gradsharding.round import Round, check_id, check_weight
+from gradsharding.round import Round, check_id
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, exists, file_path, file_reference, locate, open_store
 from gradsharding.task import NonFinitePolicy
 from gradsharding.update import Update, inspect
+from gradsharding.weights import check_weight
 
 NOWHERE = MemoryStore()
 """The store at hand, where there are only URLs."""

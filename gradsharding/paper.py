@@ -9,10 +9,11 @@ from typing import Any
 import numpy.typing as npt
 
 from gradsharding.dtypes import Buffer
-from gradsharding.round import Manifest, Round, integral_weights
+from gradsharding.round import Manifest, Round
 from gradsharding.sharding import cut
 from gradsharding.task import Term
 from gradsharding.update import Raw, encode
+from gradsharding.weights import integral_weights
 
 
 def submit(round: Round, updates: Mapping[str, tuple[Mapping[str, "npt.NDArray[Any] | Raw"], float]], shards: int) -> Manifest:  # noqa: A002

@@ -11,16 +11,13 @@ rounds/ID/result.json             published: the last object, and the only one t
 """
 
 import hashlib
-import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from gradsharding.dtypes import Buffer
@@ -28,7 +25,6 @@ from gradsharding.errors import (
     ChangedObject,
     DuplicateClient,
     InvalidId,
-    InvalidWeight,
     MissingObject,
     ObjectExists,
     TooFewClients,
@@ -41,15 +37,10 @@ from gradsharding.store import ObjectStore, exists, file_path, locate
 from gradsharding.task import NonFinitePolicy, Term
 from gradsharding.update import Raw, Update, data_digest, encode, inspect
 from gradsharding.value import Value
-
-MAX_WEIGHT = 1 << 53
-"""The weights of a round sum to at most this: float64 holds every integer up to here."""
+from gradsharding.weights import check_weight, integral_weights
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
 """Where files are memory, on Linux: partial sums may pass through it between the processes of one machine."""
-
-_SCALE = 28
-"""Non-integral weights are scaled so that the smallest has this many bits: a relative error of at most 2**-29."""
 
 _V = TypeVar("_V", bound=Value)
 
@@ -304,37 +295,3 @@ def check_id(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
         raise InvalidId(f"{name!r} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
     return name
-
-
-def check_weight(weight: float, client: str) -> float:
-    """Give a weight back, as a plain number, if it is positive and at most 2**53; raise InvalidWeight."""
-    number = weight.item() if isinstance(weight, np.generic) else weight
-    if type(number) not in (int, float) or not 0 < number <= MAX_WEIGHT:
-        raise InvalidWeight(f"client {client} has weight {weight}; use a positive number up to 2**53, such as its number of examples")
-    return number
-
-
-def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Give integers in the ratio of ``weights``: the same where they are whole, else scaled by a power of two.
-
-    >>> integral_weights({"a": 120, "b": 80.0}), integral_weights({"a": 0.5, "b": 1.25})
-    ({'a': 120, 'b': 80}, {'a': 2, 'b': 5})
-    """
-    for client, weight in weights.items():
-        check_weight(weight, client)
-    if all(weight == int(weight) for weight in weights.values()):
-        whole = {client: int(weight) for client, weight in weights.items()}
-    else:
-        shift = _SCALE + 1 - math.frexp(min(weights.values()))[1]
-        whole = {client: round(Fraction(weight) * Fraction(2) ** shift) for client, weight in weights.items()}
-        common = math.gcd(*whole.values())
-        whole = {client: weight // (common & -common) for client, weight in whole.items()}
-    if sum(whole.values()) > MAX_WEIGHT:
-        middle = sorted(weights.values())[len(weights) // 2]
-        extreme = max(weights, key=lambda client: abs(math.frexp(weights[client])[1] - math.frexp(middle)[1]))
-        raise InvalidWeight(
-            f"the weights sum to {sum(weights.values()):g} over {len(weights)} clients, from {min(weights.values()):g} "
-            f"to {max(weights.values()):g}; as integers they pass 2**53: use whole numbers of examples",
-            client=extreme,
-        )
-    return whole

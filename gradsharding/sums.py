@@ -53,14 +53,13 @@ class Sums(Protocol):
         ...
 
 
-class FloatSums:
-    """Sums in float64, or in float32 to compare with systems that do so; ``sums`` are zeros of that dtype."""
+class _NumberSums:
+    """Sums in ``sums``, zeros of a dtype of numpy that is wide enough; ``dtype`` is that of the elements."""
 
-    __slots__ = ("_dtype", "_scratch", "_sums", "_total", "finite")
+    __slots__ = ("_dtype", "_scratch", "_sums", "_total")
 
     def __init__(self, dtype: str, total: int, sums: Array, scratch: Scratch) -> None:
         self._dtype, self._total, self._sums, self._scratch = dtype, total, sums, scratch[0].view(sums.dtype)
-        self.finite = True
 
     def add(self, first: int, elements: Array, weight: int) -> None:
         """Add weighted elements."""
@@ -68,6 +67,25 @@ class FloatSums:
         np.copyto(product, widen(elements, self._dtype))
         np.multiply(product, sums.dtype.type(weight), out=product)
         np.add(sums, product, out=sums)
+
+    def written(self) -> list[Buffer]:
+        """Give the sums as they are."""
+        return [self._sums.view(np.uint8).data]
+
+    def merge(self, take: Take) -> None:
+        """Add other sums."""
+        for sums in _blocks(self._sums):
+            np.add(sums, np.frombuffer(take(sums.nbytes), sums.dtype), out=sums)
+
+
+class FloatSums(_NumberSums):
+    """Sums in float64, or in float32 to compare with systems that do so."""
+
+    __slots__ = ("finite",)
+
+    def __init__(self, dtype: str, total: int, sums: Array, scratch: Scratch) -> None:
+        super().__init__(dtype, total, sums, scratch)
+        self.finite = True
 
     def means(self) -> Iterator[Array]:
         """Divide and round."""
@@ -78,43 +96,19 @@ class FloatSums:
     def written(self) -> list[Buffer]:
         """Give the sums as they are."""
         self.finite = all(np.isfinite(sums).all() for sums in _blocks(self._sums))
-        return [self._sums.view(np.uint8).data]
-
-    def merge(self, take: Take) -> None:
-        """Add other sums."""
-        for sums in _blocks(self._sums):
-            np.add(sums, np.frombuffer(take(sums.nbytes), sums.dtype), out=sums)
+        return super().written()
 
 
-class IntegerSums:
-    """Sums that int64 holds; ``sums`` are zeros of it."""
+class IntegerSums(_NumberSums):
+    """Sums of integers that int64 holds."""
 
-    __slots__ = ("_dtype", "_scratch", "_sums", "_total")
+    __slots__ = ()
 
     finite = True
-
-    def __init__(self, dtype: str, total: int, sums: Array, scratch: Scratch) -> None:
-        self._dtype, self._total, self._sums, self._scratch = dtype, total, sums, scratch[0].view(sums.dtype)
-
-    def add(self, first: int, elements: Array, weight: int) -> None:
-        """Add weighted elements."""
-        sums, product = self._sums[first : first + elements.size], self._scratch[: elements.size]
-        np.copyto(product, elements)
-        np.multiply(product, weight, out=product)
-        np.add(sums, product, out=sums)
 
     def means(self) -> Iterator[Array]:
         """Divide and round."""
         return (_divided(sums, self._total).astype(NUMPY[self._dtype]) for sums in _blocks(self._sums))
-
-    def written(self) -> list[Buffer]:
-        """Give the sums as they are."""
-        return [self._sums.view(np.uint8).data]
-
-    def merge(self, take: Take) -> None:
-        """Add other sums."""
-        for sums in _blocks(self._sums):
-            np.add(sums, np.frombuffer(take(sums.nbytes), sums.dtype), out=sums)
 
 
 class WideSums:

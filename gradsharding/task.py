@@ -91,6 +91,10 @@ class Task(Value):
         """Whether the bytes of partial sums, its own and its inputs', depend on their values."""
         return any(is_exact(run.dtype, self.arithmetic) for run in self.runs)
 
+    def may_have_written(self, nbytes: int) -> bool:
+        """Whether partial sums of so many bytes may be its own."""
+        return 0 < nbytes <= self.sum_nbytes if self.varying else nbytes == self.sum_nbytes
+
     @property
     def input_nbytes(self) -> int:
         """Bytes of each input."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
-from gradsharding.errors import GradShardingError, UserError, VerificationFailed
+from gradsharding.errors import UserError, VerificationFailed, naming
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import locate
@@ -126,10 +126,8 @@ def _compare(start: int, run: Run, published: Iterable[int], manifest: Manifest,
     """Compute the elements of ``run``, from byte ``start`` of the vector on, again, and hold them against those ``published``."""
 
     def read(term: Term) -> bytes:
-        try:
+        with naming(term.client):
             return _read(term.source, term.version, term.base + start, run, round_)
-        except GradShardingError as error:
-            raise type(error)(f"client {term.client}: {error.message}", **error.details, client=term.client) from error
 
     columns = [_elements(run.dtype, data) for data in readers.map(read, manifest.terms)]
     expected = mean(run.dtype, columns, [term.weight for term in manifest.terms])

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gradsharding.dtypes import Buffer
-from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, to_wire
+from gradsharding.errors import NonFinite, ObjectExists, OutOfMemory, naming, to_wire
 from gradsharding.kernel import Fold, first_nonfinite
 from gradsharding.plan import mib
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
-from gradsharding.task import PARTIAL, Job, Task, TaskReport, Term
+from gradsharding.task import PARTIAL, Job, Task, TaskReport
 
 
 def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
@@ -40,7 +40,7 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     inputs = _inputs(task, job, store)
     with contextlib.closing(_slices(inputs, task, store)) as slices:
         for term, chunks in zip(task.terms, slices, strict=False):
-            with _naming(term):
+            with naming(term.client):
                 fold.add(watch.reading(chunks), term.weight)
         for _, chunks in zip(task.partials, slices, strict=False):
             fold.merge(watch.reading(chunks))
@@ -176,15 +176,6 @@ def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -
     target, key = locate(job.partial(task.id), store)
     with contextlib.suppress(ObjectExists):
         target.put(key, result)
-
-
-@contextlib.contextmanager
-def _naming(term: Term) -> Iterator[None]:
-    """Add the client to whatever goes wrong with its input."""
-    try:
-        yield
-    except GradShardingError as error:
-        raise type(error)(f"client {term.client}: {error.message}", **error.details, client=term.client) from error
 
 
 def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:

@@ -11,28 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Round, aggregate
+from gradsharding import DirectoryStore, Limits, MemoryStore, Round, aggregate
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
 from gradsharding.kernel import Fold, size
 from gradsharding.layout import Run
 from gradsharding.plan import Plan
 from gradsharding.round import ResultRecord
-from gradsharding.store import ObjectStore
 from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
-from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
+from gradsharding.topology import lambda_fl, paper, sharded
 from gradsharding.verify import verify
 from same_bits import KINDS, Updates, draw_updates, draw_way, walk
+from test_trees import TREES, Interrupted, submitted
 
 EVERYTHING = 1 << 30
-
-TREES: dict[str, Topology] = {
-    "flat": flat,
-    "sharded": partial(sharded, shards=3),
-    "lambda-fl": lambda_fl,
-    "lifl": lifl,
-    "lifl, shared memory": partial(lifl, shared_memory=True),
-    "sharded-tree": partial(sharded_tree, shards=3),
-}
 
 
 def narrow(clients: int, **how: Any) -> dict[str, Any]:
@@ -41,14 +32,6 @@ def narrow(clients: int, **how: Any) -> dict[str, Any]:
         client: ({name: array for name, array in arrays.items() if name != "float64"}, weight)
         for client, (arrays, weight) in sample_updates(clients, **how).items()
     }
-
-
-def submitted(updates: dict[str, Any], store: ObjectStore, name: str = "r") -> Round:
-    """Make a round of updates."""
-    round_ = Round.create(store, name)
-    for client, (arrays, weight) in updates.items():
-        round_.submit(client, arrays, weight)
-    return round_
 
 
 def digests(updates: Updates, paths: int, arithmetic: Any) -> set[str]:
@@ -174,10 +157,6 @@ def test_finished_in_other_arithmetic() -> None:
     assert first.record == aggregate(round_, arithmetic="exact").record
 
 
-class Interrupted(Exception):
-    """What ends a call in these tests."""
-
-
 def stop_after(count: int, done: list[str]) -> Callable[[Plan], Any]:
     """Give a progress that ends the call after so many tasks."""
 
@@ -288,12 +267,12 @@ def test_partial_sums_come_in_any_chunks(cut: int) -> None:
 
 
 def test_planned_before_it_runs() -> None:
-    """Exact sums of float32 are planned at 7 digits of 8 bytes an element, so that more slices are cut where memory is short."""
-    manifest = submitted({"a": ({"w": np.zeros(4 << 20, "f4")}, 1)}, MemoryStore()).seal()
+    """Exact sums of float32 take 7 digits of 8 bytes and a byte, 6 under small weights: more slices are cut where memory is short."""
+    elements = 4 << 20
+    manifest = submitted({"a": ({"w": np.zeros(elements, "f4")}, 1)}, MemoryStore()).seal()
     limits = Limits(memory=150 << 20)
     plain, exact = (sharded(manifest, limits, arithmetic=arithmetic) for arithmetic in ("float64", "exact"))
 
-    assert 4 << 20 == manifest.layout.elements
+    assert [49, 49, 57, 57] == [size(Run("F32", elements), total, "exact").memory // elements for total in (1, 511, 512, 1 << 53)]
     assert len(plain.slices) < len(exact.slices)
     assert exact.memory <= limits.memory
-    assert InlineExecutor().limits(limits) == limits

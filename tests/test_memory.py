@@ -21,11 +21,12 @@ from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.plan import Limits
 from gradsharding.platform import RESIDENT
 from gradsharding.reading import STREAM
-from gradsharding.round import MAX_WEIGHT, Round
+from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, file_reference
 from gradsharding.task import RESERVED, Job, Task, Term
 from gradsharding.testing import read
 from gradsharding.topology import Topology, flat, lambda_fl, sharded
+from gradsharding.weights import MAX_WEIGHT
 
 MIB = 1 << 20
 

@@ -22,11 +22,12 @@ from gradsharding.errors import (
     UserError,
 )
 from gradsharding.plan import Limits
-from gradsharding.round import MAX_WEIGHT, Round, integral_weights
+from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, file_reference
 from gradsharding.testing import CountingStore, FlakyStore
 from gradsharding.topology import sharded
 from gradsharding.update import encode
+from gradsharding.weights import MAX_WEIGHT, integral_weights
 
 W = {"w": np.array([1, 2, 3], "f4")}
 V = {"w": np.array([4, 5, 6], "f4")}

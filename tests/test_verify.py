@@ -15,10 +15,9 @@ from gradsharding.errors import ChangedObject, MissingObject, UserError, Verific
 from gradsharding.round import ResultRecord
 from gradsharding.testing import read
 from gradsharding.verify import SLICE, mean, verify
-from test_arithmetic import narrow, submitted
+from test_arithmetic import EVERYTHING, narrow
 from test_exact import DTYPES, KINDS, bits, draw, expected
-
-EVERYTHING = 1 << 30
+from test_trees import submitted
 
 
 def published(updates: dict[str, Any] | None = None) -> Round:

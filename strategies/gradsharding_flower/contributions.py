@@ -20,8 +20,8 @@ from gradsharding.errors import (
     TooFewClients,
 )
 from gradsharding.layout import Layout
-from gradsharding.round import check_weight
 from gradsharding.update import Update, inspect
+from gradsharding.weights import check_weight
 from gradsharding_flower.reference import Reference, client_id, find
 
 log = logging.getLogger("flwr")
