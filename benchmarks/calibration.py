@@ -16,10 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding.cost import Clients, Usage, priced
+from gradsharding.cost import Bill, Clients, priced, priced_functions
 from gradsharding.plan import Plan
 from gradsharding.prices import load_prices
 from gradsharding.timing import Speeds, forecast_seconds
+from gradsharding.usage import total
 from measure import machine, save
 from modelled import MB, in_paper, manifest
 
@@ -90,10 +91,11 @@ def costs() -> list[dict[str, Any]]:
         if "agg_only" not in point:
             continue
         given, memory = Decimal(point["agg_only"]) / 1000, Decimal(point["memory_mb"]) / 1024
-        requests = priced(Usage(Decimal(0), 0, plan.gets, plan.puts - 3, 0, 0), plan, prices, "x86_64", "standard", Clients(on_aws=True))
+        asked, clients = {"functions' ": total(plan.usage)}, Clients(on_aws=True, hours=0)
+        requests = priced(Bill(items=()), asked, plan, prices, "standard", clients)
         seconds = (given - requests.aggregation.usd) / prices.lambda_second("x86_64") / memory
-        usage = Usage(seconds * memory, 0, plan.gets, plan.puts - 3, 0, 0)
-        cost = priced(usage, plan, prices, "x86_64", "standard", Clients(on_aws=True, hours=0))
+        functions = priced_functions(seconds * memory, 0, prices, "x86_64")
+        cost = priced(functions, asked, plan, prices, "standard", clients)
         # the paper counts one GET for each object of a client's download
         trips = sum((item.usd for item in cost.round_trip.items if item.what == "clients' PUTs"), Decimal(0))
         reads = plan.clients * (len(plan.slices) if plan.cut_updates else 1) * prices.usd("s3_get")

@@ -81,7 +81,7 @@ def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -
         "idle, handing out, worker end": timed.ended - timed.began - start - busy,
         "sync, publish": ended - timed.ended,
     }
-    memory = {"worker_projected": result.plan.memory, "worker_observed": max(r.peak_memory for r in reports)}
+    memory = {"worker_projected": result.plan.memory, "worker_observed": result.peak_memory}
     give({"seconds": ended - started, "phases": phases, "tasks": len(reports), **memory})
 
 

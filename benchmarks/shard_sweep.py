@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gradsharding import Limits, sharded
 from measure import Range, machine, save
-from topologies import TOPOLOGIES, contribute, executor_of, place, run
+from topologies import TOPOLOGIES, contribute, executor_of, observed, place, run, shown
 
 RESULTS = Path(__file__).parent / "results" / "shard_sweep.json"
 
@@ -38,9 +38,7 @@ def main() -> None:
             runs = [
                 run("sweep", i * (1 + options.repetitions) + j, store, weights, executor, limits) for j in range(1 + options.repetitions)
             ][1:]
-            seconds, memory = Range.of(one["seconds"] for one in runs), max(one["peak_memory"] for one in runs)
-            cpu = Range.of(one["cpu_seconds"] for one in runs)
-            found[shards] = {**runs[0], "seconds": seconds.__dict__, "cpu_seconds": cpu.__dict__, "peak_memory": memory}
+            found[shards] = {**runs[0], "seconds": Range.of(one["seconds"] for one in runs).__dict__, **observed(runs)}
     assert 1 == len({one.pop("digest") for one in found.values()})
     first = found[options.shards[0]]["seconds"]["median"]
     for shards, one in found.items():
@@ -49,8 +47,8 @@ def main() -> None:
             str(shards),
             f"{one['seconds']['median']:.2f} s",
             f"{one['of_the_first']:.2f}",
-            f"{one['cpu_seconds']['median']:.2f} s",
-            f"{one['peak_memory'] / 2**20:,.0f} MiB",
+            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
+            shown(one["peak_memory"], 2**20, ",.0f", "MiB"),
             f"{one['projected_memory'] / 2**20:,.0f} MiB",
             str(one["gets"]),
             str(one["puts"]),

@@ -35,6 +35,7 @@ from gradsharding import (
     sharded_tree,
 )
 from gradsharding.plan import Plan
+from gradsharding.usage import total
 from measure import Range, machine, save
 from pools import KINDS, pool, workers
 
@@ -75,21 +76,18 @@ def run(name: str, number: int, store: DirectoryStore, weights: dict[str, float]
     figures = {
         "digest": result.digest(),
         "seconds": seconds,
-        "cpu_seconds": sum(report.cpu_seconds for report in reports),
-        "peak_memory": max(report.peak_memory for report in reports),
+        "cpu_seconds": None if any(r.cpu_seconds is None for r in reports) else sum(r.cpu_seconds or 0 for r in reports),
+        "peak_memory": result.peak_memory,
+        "unmeasured": result.unmeasured,
         "projected_memory": plan.memory,
         "functions": plan.functions,
         "widths": plan.widths,
         "shards": len(plan.slices),
-        "gets": sum(report.gets for report in reports),
-        "puts": sum(report.puts for report in reports) + result.puts,
-        "bytes_read": sum(report.bytes_read for report in reports),
-        "bytes_written": sum(report.bytes_written for report in reports) + plan.header_bytes,
+        **total(result.usage).model_dump(),
         "workers": len({report.worker for report in reports}),
     }
-    assert (plan.gets, plan.puts, plan.bytes_read, plan.bytes_written) == tuple(
-        figures[key] for key in ("gets", "puts", "bytes_read", "bytes_written")
-    )
+    for figure in ("gets", "puts", "bytes_read", "bytes_written"):
+        assert figures[figure] <= getattr(plan, figure), f"{name}: {figures[figure]} {figure} were counted, {getattr(plan, figure)} planned"
     store.delete([key for key, _ in store.list(f"rounds/{round_.id}/")])
     return figures
 
@@ -107,15 +105,21 @@ def compare(store: DirectoryStore, nbytes: int, clients: int, executor: Executor
     found = {}
     for name, some in runs.items():
         seconds = Range.of(one["seconds"] for one in some)
-        memory = max(one["peak_memory"] for one in some)
-        measured = {
-            "seconds": seconds.__dict__,
-            "cpu_seconds": Range.of(one["cpu_seconds"] for one in some).__dict__,
-            "peak_memory": memory,
-        }
+        measured = {"seconds": seconds.__dict__, **observed(some)}
         found[name] = {**some[0], **measured, "of_the_fastest": seconds.median / least}
         del found[name]["digest"]
     return {"digest": digest, "topologies": found}
+
+
+def observed(runs: list[Figures]) -> Figures:
+    """Give the CPU time of repetitions as a range, and the largest peak; None for what no process of the pool can tell of a task alone."""
+    cpu, peaks = ([one[name] for one in runs] for name in ("cpu_seconds", "peak_memory"))
+    return {"cpu_seconds": None if None in cpu else Range.of(cpu).__dict__, "peak_memory": None if None in peaks else max(peaks)}
+
+
+def shown(value: float | None, unit: float, form: str, name: str) -> str:
+    """Write a figure for people, or a dash."""
+    return "–" if value is None else f"{value / unit:{form}} {name}"
 
 
 @contextlib.contextmanager
@@ -148,14 +152,16 @@ def _show(found: Figures, console: Console) -> None:
             f"{one['functions']} ({'+'.join(map(str, one['widths']))} × {one['shards']})",
             f"{one['seconds']['median']:.2f} s",
             f"{one['of_the_fastest']:.2f}",
-            f"{one['cpu_seconds']['median']:.2f} s",
-            f"{one['peak_memory'] / 2**20:,.0f} MiB",
+            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
+            shown(one["peak_memory"], 2**20, ",.0f", "MiB"),
             f"{one['projected_memory'] / 2**20:,.0f} MiB",
             str(one["gets"]),
             str(one["puts"]),
             f"{one['bytes_read'] / 1e6:,.0f} MB",
         )
     console.print(table)
+    for why in sorted({one["unmeasured"] for one in found["topologies"].values() if one["unmeasured"]}):
+        console.print(f"– a function's peak is not known: {why}; without --pool, each is measured")
 
 
 def main() -> None:

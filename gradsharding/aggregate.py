@@ -1,25 +1,30 @@
 """The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
 
+import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy.typing as npt
 
 from gradsharding.cost import Bill, Cost, bill, forecast
-from gradsharding.errors import IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
+from gradsharding.errors import GradShardingError, IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.kernel import Arithmetic
-from gradsharding.plan import HEADER_PART, Limits, Plan, mib
+from gradsharding.plan import Limits, Plan, mib
 from gradsharding.prices import HOME_REGION, load_prices
+from gradsharding.projection import HEADER_PART
 from gradsharding.reading import Reading, combined
-from gradsharding.round import Manifest, ResultRecord, Round
-from gradsharding.store import ObjectStore, exists, file_path, locate
+from gradsharding.round import RECORD, Manifest, ResultRecord, Round
+from gradsharding.store import ObjectStore, locate
 from gradsharding.task import Job, NonFinitePolicy, TaskReport
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
+from gradsharding.usage import Spent, Usage, counting, together, total
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,11 @@ class Result:
     round: Round
     record: ResultRecord
     plan: Plan
+    """With its setting: its requests and bytes are those of the whole call."""
     reports: tuple[TaskReport, ...]
     """Of the tasks that this call ran; a resumed round has fewer than its plan."""
-    puts: int
-    """PUT-class requests made by this call itself, beside its tasks'."""
+    caller: Spent
+    """What this call itself has asked, beside its tasks, by kind of store."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Read the result; BF16, which numpy lacks, comes as the equal float32."""
@@ -40,58 +46,93 @@ class Result:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""
-        return self.record.digest or data_digest(self.record.source, self.round.store, version=self.record.version)
+        return self.record.digest or self._read_back[0]
+
+    @cached_property
+    def _read_back(self) -> tuple[str, Spent]:
+        """Read the result for its digest, once; give what that has asked, too."""
+        with counting() as ledger:
+            digest = data_digest(self.record.source, self.round.store, version=self.record.version, layout=self.record.layout)
+        return digest, ledger.spent
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What the call and its tasks have asked, by kind of store."""
+        return together(self.caller, *(report.usage for report in self.reports))
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes: the largest peak of a task; None if none was measured, as ``unmeasured`` says."""
+        return max((report.peak_memory for report in self.reports if report.peak_memory is not None), default=None)
+
+    @property
+    def unmeasured(self) -> str | None:
+        """Why there is no peak."""
+        if self.peak_memory is not None:
+            return None
+        return next((report.unmeasured for report in self.reports), "nothing was left to do")
+
+    def within(self, around: Spent, planned: Spent) -> "Result":
+        """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command."""
+        assert self.plan.setting
+        plan = self.plan.placed(intake=together(self.plan.setting.intake, planned))
+        return replace(self, plan=plan, caller=together(self.caller, around))
 
     def cost(self) -> Cost | None:
-        """Bill the round by what Lambda reported, at list prices; None if it ran elsewhere. Raise UserError for want of prices."""
+        """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
+
+        Raise UserError for want of prices.
+        """
         told = next((report.invocation for report in self.reports if report.invocation), None)
         if not told:
             return None
         prices = load_prices(told.region or HOME_REGION)
-        return bill(self.reports, self.plan, prices, architecture=told.architecture or "arm64", puts=self.puts)
-
-    def _cost(self) -> dict[str, Any] | None:
-        try:
-            billed = self.cost()
-        except UserError as error:
-            return {"problem": error.message}
-        if not billed:
-            return None
-        told = next(report.invocation for report in self.reports if report.invocation)
-        prices, arm = load_prices(told.region or HOME_REGION), told.architecture or "arm64"
-        expected = forecast(self.plan, prices, told.memory_size, architecture=arm)
-        return {
-            "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
-            "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
-            "items": [{**item.model_dump(mode="json"), "usd": f"{item.usd:f}"} for item in billed.round_trip.items],
-            "prices": prices.origin,
-        }
+        return bill(self.reports, self.caller, self.plan, prices, architecture=told.architecture or "arm64")
 
     def _stages(self) -> list[dict[str, Any]]:
-        seen = {report.task: report.model_dump() for report in self.reports}
+        seen = {report.task: report.model_dump() | _figures(report.usage) for report in self.reports}
         return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
 
     def report(self) -> dict[str, Any]:
-        """Projected beside observed, as JSON values; bytes and seconds."""
-        plan, reports = self.plan, self.reports
+        """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
+
+        Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
+        """
+        plan, asked = self.plan, dict[str, Usage]()
+        if not self.record.digest:
+            plan, asked = plan.placed(digest=True), together(asked, self._read_back[1])
+        whole = replace(self, plan=plan, caller=together(self.caller, asked))
         return {
             "topology": plan.topology,
             "arithmetic": plan.arithmetic,
             "clients": plan.clients,
             "bytes": plan.result_bytes,
             "stages": self._stages(),
-            "projected": _figures(plan.gets, plan.puts, plan.bytes_read, plan.bytes_written, plan.memory, None),
-            "observed": _figures(
-                sum(r.gets for r in reports),
-                sum(r.puts for r in reports) + self.puts,
-                sum(r.bytes_read for r in reports),
-                sum(r.bytes_written for r in reports) + plan.header_bytes,
-                max((r.peak_memory for r in reports), default=0),
-                sum(r.seconds for r in reports),
-            ),
-            "cost": self._cost(),
+            "projected": {
+                **_figures(plan.usage),
+                "peak_memory": plan.memory,
+                "stores": _by_kind(plan.usage),
+                "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump()} for step in plan.steps],
+            },
+            "observed": {
+                **_figures(whole.usage),
+                "peak_memory": self.peak_memory,
+                "unmeasured": self.unmeasured,
+                "seconds": sum(report.seconds for report in self.reports),
+                "stores": _by_kind(whole.usage),
+                "caller": _by_kind(whole.caller),
+                "lost_attempts": sum(report.lost for report in self.reports),
+            },
+            "cost": _cost(whole),
             "digest": self.digest(),
         }
+
+
+def observed_memory(result: Result) -> str:
+    """Say what the tasks of a result took at most, or why that is not known."""
+    if result.peak_memory is not None:
+        return f"{mib(result.peak_memory)} observed"
+    return "nothing was left to do" if not result.reports else f"not observed ({result.unmeasured})"
 
 
 def aggregate(
@@ -115,38 +156,79 @@ def aggregate(
 
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
     of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
-    OutOfMemory or TaskFailed from a task, with nothing published.
+    OutOfMemory or TaskFailed from a task, with nothing published. Such an error's ``usage`` is what the call has asked of stores in vain.
     """
-    executor = executor or InlineExecutor()
-    limits = executor.limits(limits)
-    manifest = round.seal()
-    target, key = locate(round.output, round.store)
-    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round, manifest), arithmetic=arithmetic)
-    plan.check(limits)
-    if record := round.result():
-        return Result(round, _summed_alike(record, plan, round), plan, (), 0)
-    upload, begun = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite)
-    try:
-        done = target.parts(key, upload)
-    except MissingObject:  # completed by a call that died before it could say so, or lost
-        if record := None if overwrite else _made_of(upload, round, manifest, plan):
-            return Result(round, record, plan, (), 0)
-        round.forget_plan()
-        (upload, begun), done = round.begin(plan, nonfinite=nonfinite, overwrite=overwrite), {}
-    job = _job(round, plan, upload, nonfinite)
     reports: list[TaskReport] = []
+    runner = executor or InlineExecutor()
+    with counting() as ledger:
+        try:
+            record, plan = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
+        except GradShardingError as error:
+            error.usage = together(error.usage, ledger.spent, *(report.usage for report in reports))
+            raise
+    return Result(round, record, plan, tuple(reports), ledger.spent)
+
+
+def _aggregated(
+    round_: Round,
+    topology: Topology,
+    arithmetic: Arithmetic,
+    limits: Limits | None,
+    executor: Executor,
+    nonfinite: NonFinitePolicy,
+    progress: Callable[[Plan], Progress] | None,
+    reports: list[TaskReport],
+    overwrite: bool,  # noqa: FBT001
+) -> tuple[ResultRecord, Plan]:
+    """Do it; ``reports`` holds those of the tasks that have ended, also when this raises."""
+    limits = executor.limits(limits)
+    manifest, intake = round_.sealed_by()
+    target, key = locate(round_.output, round_.store)
+    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
+    plan = plan.placed(
+        home=round_.store.charges,
+        output=target.charges,
+        intake=intake,
+        record_bytes=manifest.json_bytes + RECORD,
+        overwrite=overwrite,
+        digest=arithmetic == "exact",
+    )
+    plan.check(limits)
+    published = round_.published()
+    if published.record:
+        return _summed_alike(published.record, plan, round_), plan
+    begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
+    plan, done = plan.placed(resumed=not begun.new, dropped=begun.dropped), dict[int, int]()
+    if not begun.new:
+        try:
+            done = target.parts(key, begun.upload)
+        except MissingObject:  # completed by a call that died before it could say so, or lost
+            plan = plan.placed(resumed=False, lost=True)
+            if record := None if overwrite else _made_of(begun.upload, round_, manifest, plan):
+                return record, plan
+            round_.forget_plan()
+            begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
+    job = _job(round_, plan, begun.upload, nonfinite)
     tell = progress(plan) if progress else _ignore
+
+    def ended(report: TaskReport) -> None:
+        reports.append(report)
+        with counting():  # what somebody who watches asks is not ours
+            tell(report)
+
     try:
-        target.put_part(key, upload, HEADER_PART, 0, manifest.layout.header())
-        reports += executor.run(plan.missing(done, _partials(plan, job, round.store)), job, round.store, limits, tell)
-        stat = target.complete(key, upload, plan.parts, overwrite=overwrite)
+        target.put_part(key, begun.upload, HEADER_PART, 0, manifest.layout.header())
+        partials = set[str]() if begun.new else _partials(plan, job, round_.store)
+        reports[:] = executor.run(plan.missing(done, partials), job, round_.store, limits, ended)
+        stat = target.complete(key, begun.upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
-        if record := round.result() or (None if overwrite else _made_of(upload, round, manifest, plan)):  # another call was faster
-            return Result(round, record, plan, tuple(reports), 1 + begun)
+        if record := round_.result() or (None if overwrite else _another_made(begun.upload, round_, manifest, plan)):
+            return record, plan
         raise
     if len(plan.stages) > 1:
-        round.forget_partials(upload)
-    return Result(round, round.publish(manifest, stat.version, plan.arithmetic), plan, tuple(reports), 2 + begun)
+        left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
+        round_.forget_partials(begun.upload, left)
+    return round_.publish(manifest, stat.version, plan.arithmetic), plan
 
 
 def _summed_alike(record: ResultRecord, plan: Plan, round: Round) -> ResultRecord:  # noqa: A002
@@ -160,7 +242,7 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
     """What the tasks share; raise PlanTooLarge if this machine's memory has no room for the partial sums that should pass through it."""
     partials, shared = round.partials(upload, shared_memory=plan.shared_memory), plan.partial_bytes if plan.shared_memory else 0
     if shared:
-        path = Path(file_path(partials))
+        path = Path(urlsplit(partials).path)
         free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
         if free < shared and not path.exists():
             raise PlanTooLarge(
@@ -190,15 +272,42 @@ def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
     return combined(store.reading for store in (*stores, round.store, locate(round.output, round.store)[0]))
 
 
-def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
-    """Publish what another call has completed from the same upload; None if it is under way, or nothing came of it."""
+def _another_made(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
+    """Publish what another call has completed from the same upload, if it is no longer under way; None if nothing came of it."""
     target, key = locate(round.output, round.store)
     try:
         target.parts(key, upload)
     except MissingObject:
-        round.forget_partials(upload)
-        return round.publish(manifest, target.head(key).version, plan.arithmetic) if exists(target, key) else None
+        return _made_of(upload, round, manifest, plan)
     return None
+
+
+def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
+    """Publish what was completed from an upload that is gone; None if nothing came of it."""
+    target, key = locate(round.output, round.store)
+    round.forget_partials(upload)
+    with contextlib.suppress(MissingObject):
+        return round.publish(manifest, target.head(key).version, plan.arithmetic)
+    return None
+
+
+def _cost(result: Result) -> dict[str, Any] | None:
+    """A result's bill beside its forecast, as JSON values; None if it did not run on Lambda."""
+    try:
+        billed = result.cost()
+    except UserError as error:
+        return {"problem": error.message}
+    if not billed:
+        return None
+    told = next(report.invocation for report in result.reports if report.invocation)
+    prices, arm = load_prices(told.region or HOME_REGION), told.architecture or "arm64"
+    expected = forecast(result.plan, prices, told.memory_size, architecture=arm)
+    return {
+        "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
+        "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
+        "items": [{**item.model_dump(mode="json"), "usd": f"{item.usd:f}"} for item in billed.round_trip.items],
+        "prices": prices.origin,
+    }
 
 
 def _sums(projected: Bill, observed: Bill) -> dict[str, str]:
@@ -209,12 +318,9 @@ def _ignore(report: TaskReport) -> None:
     """Tell nobody."""
 
 
-def _figures(gets: int, puts: int, bytes_read: int, bytes_written: int, peak_memory: int, seconds: float | None) -> dict[str, Any]:
-    return {
-        "gets": gets,
-        "puts": puts,
-        "bytes_read": bytes_read,
-        "bytes_written": bytes_written,
-        "peak_memory": peak_memory,
-        "seconds": seconds,
-    }
+def _figures(usage: Spent) -> dict[str, int]:
+    return total(usage).model_dump()
+
+
+def _by_kind(usage: Spent) -> dict[str, dict[str, int]]:
+    return {kind: one.model_dump() for kind, one in sorted(usage.items())}

@@ -17,16 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradsharding import __version__, executor
-from gradsharding.aggregate import Result, aggregate
+from gradsharding.aggregate import Result, aggregate, observed_memory
 from gradsharding.errors import GradShardingError, NonFinite, UserError
-from gradsharding.given import located, open_round, read_updates, replace, writable
+from gradsharding.given import asked_around, located, open_round, read_updates, replace, writable
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.planned import exact_option, plan_command, size
+from gradsharding.platform import CHARGES
 from gradsharding.round import Round, check_id
 from gradsharding.store import open_store
 from gradsharding.task import NonFinitePolicy
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.usage import counting
 from gradsharding.verify import verify
 
 TOPOLOGIES: dict[str, Callable[..., Plan]] = {
@@ -168,30 +170,32 @@ def aggregate_command(
     executor and the order of anything. It takes more memory and time. With --store too, `gradsharding verify` checks it afterwards.
     """  # noqa: D301 - \b tells click to keep the lines that follow
     started = time.perf_counter()
-    given = read_updates(updates)
-    inputs = [update.place for update in given]
-    out = writable(output, inputs)
-    report_path = writable(report, [*inputs, out]).path if report else None
-    divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
-    limits = runner.limits(Limits(memory=memory) if memory else None)
-    arithmetic: Arithmetic = "exact" if exact else "float64"
-    with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
-        try:
-            result = aggregate(
-                round_,
-                topology=divide,
-                arithmetic=arithmetic,
-                limits=limits,
-                executor=runner,
-                nonfinite=nonfinite,
-                progress=bar,
-                overwrite=True,
-            )
-        except NonFinite as error:
-            located_error = located(error, given)
-            raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
-        if report_path:
-            replace(report_path, json.dumps(result.report(), indent=2) + "\n")
+    with counting() as around:
+        given = read_updates(updates)
+        inputs = [update.place for update in given]
+        out = writable(output, inputs)
+        report_path = writable(report, [*inputs, out]).path if report else None
+        divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
+        limits = runner.limits(Limits(memory=memory) if memory else None)
+        arithmetic: Arithmetic = "exact" if exact else "float64"
+        with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
+            try:
+                result = aggregate(
+                    round_,
+                    topology=divide,
+                    arithmetic=arithmetic,
+                    limits=limits,
+                    executor=runner,
+                    nonfinite=nonfinite,
+                    progress=bar,
+                    overwrite=True,
+                )
+            except NonFinite as error:
+                located_error = located(error, given)
+                raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
+    result = result.within(around.spent, asked_around(given, round_, emptied=not (store or out.path)))
+    if report_path:
+        replace(report_path, json.dumps(result.report(), indent=2) + "\n")
     click.echo(_summary(result, output, time.perf_counter() - started))
     if exact:
         click.echo(f"exact: SHA-256 {result.digest()}" + (f"; to check it: gradsharding verify {store} {round_.id}" if store else ""))
@@ -254,10 +258,11 @@ def _summary(result: Result, output: str, seconds: float) -> str:
     plan, now = result.plan, len(result.reports)
     unit = "slice" if len(plan.fan_ins) == 1 else "function"
     slices = f"{plan.functions} {unit}{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
-    observed = f"{mib(max(r.peak_memory for r in result.reports))} observed" if now else "nothing was left to do"
+    used = result.usage.get(CHARGES.kind)
+    requests = f"\nrequests to S3: {used.gets:,} GET and HEAD, {used.puts:,} PUT, COPY, POST and LIST, counted" if used else ""
     return (
         f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"
-        f"memory per function: {mib(plan.memory)} projected, {observed}; {seconds:.2f} s"
+        f"memory per function: {mib(plan.memory)} projected, {observed_memory(result)}; {seconds:.2f} s{requests}"
     )
 
 

@@ -1,14 +1,15 @@
 """What a round costs, in exact decimals: forecast from its plan, or billed from what the platform has reported of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
 from gradsharding.plan import Plan
-from gradsharding.platform import Architecture
+from gradsharding.platform import CHARGES, Architecture
 from gradsharding.prices import Prices
 from gradsharding.task import TaskReport
 from gradsharding.timing import Seconds, Speeds, forecast_seconds
+from gradsharding.usage import Spent, Usage, together, total
 from gradsharding.value import Value
 
 Storage = Literal["standard", "express"]
@@ -60,17 +61,6 @@ class Cost(NamedTuple):
     """That, the clients' uploads and downloads, and the storage meanwhile."""
 
 
-class Usage(NamedTuple):
-    """What functions took."""
-
-    gib_seconds: Decimal
-    invocations: int
-    gets: int
-    puts: int
-    bytes_read: int
-    bytes_written: int
-
-
 class Forecast(NamedTuple):
     """A round before it runs."""
 
@@ -101,70 +91,76 @@ def forecast(
     """Forecast a round by functions of ``memory`` bytes, an invocation for each task that may run at once."""
     seconds = forecast_seconds(plan, memory, concurrency, speeds)
     at_once = [min(width * len(plan.slices), concurrency or width * len(plan.slices)) for width in plan.widths]
-    gib_seconds = Decimal(memory) / GIB * Decimal(f"{seconds.billed:.3f}")
-    usage = Usage(gib_seconds, sum(at_once), plan.gets, plan.puts, plan.bytes_read, plan.bytes_written)
-    return Forecast(seconds, priced(usage, plan, prices, architecture, storage, clients))
+    functions = priced_functions(Decimal(memory) / GIB * Decimal(f"{seconds.billed:.3f}"), sum(at_once), prices, architecture)
+    asked = {"functions' ": total(plan.tasks_usage), "the caller's ": total(together(*({s.kind: s.usage} for s in plan.steps)))}
+    return Forecast(seconds, priced(functions, asked, plan, prices, storage, clients))
 
 
 def bill(
     reports: Iterable[TaskReport],
+    caller: Spent,
     plan: Plan,
     prices: Prices,
     *,
     architecture: Architecture = "arm64",
-    puts: int = 3,
     storage: Storage = "standard",
     clients: Clients | None = None,
 ) -> Cost:
-    """Bill a round by what its functions reported; ``puts`` are the caller's own. Functions that told no figures cost requests only."""
+    """Bill a round by what Lambda reported of its functions, and by what was counted of its requests to S3.
+
+    ``caller`` is what was asked beside the tasks. Functions of which Lambda told no figures cost requests only.
+    """
     seen = tuple(reports)
     invocations = {one.invocation.request: one.invocation for one in seen if one.invocation}.values()
-    usage = Usage(
-        sum((Decimal(str(one.billed_seconds)) * one.memory_size / GIB for one in invocations), Decimal(0)),
-        len(invocations),
-        sum(report.gets for report in seen),
-        sum(report.puts for report in seen) + puts,
-        sum(report.bytes_read for report in seen),
-        sum(report.bytes_written for report in seen) + plan.header_bytes,
-    )
-    return priced(usage, plan, prices, architecture, storage, clients)
+    gib_seconds = sum((Decimal(str(one.billed_seconds)) * one.memory_size / GIB for one in invocations), Decimal(0))
+    functions = priced_functions(gib_seconds, len(invocations), prices, architecture)
+    asked = {"functions' ": _of_s3(together(*(report.usage for report in seen))), "the caller's ": _of_s3(caller)}
+    return priced(functions, asked, plan, prices, storage, clients)
 
 
-def priced(usage: Usage, plan: Plan, prices: Prices, architecture: Architecture, storage: Storage, clients: Clients | None) -> Cost:
-    """Price what functions took for a plan, in both accountings."""
-    functions = Bill(
+def _of_s3(spent: Spent) -> Usage:
+    return spent.get(CHARGES.kind, Usage())
+
+
+def priced_functions(gib_seconds: Decimal, invocations: int, prices: Prices, architecture: Architecture) -> Bill:
+    """Price functions, without their requests."""
+    return Bill(
         items=(
-            _item("functions", usage.gib_seconds, "GiB-seconds", prices.lambda_second(architecture)),
-            _item("invocations", usage.invocations, "requests", prices.usd("lambda_request")),
+            _item("functions", gib_seconds, "GiB-seconds", prices.lambda_second(architecture)),
+            _item("invocations", invocations, "requests", prices.usd("lambda_request")),
         )
     )
-    aggregation = functions + _requests("functions' ", usage.gets, usage.puts, usage.bytes_read, usage.bytes_written, prices, storage)
-    if plan.arithmetic == "exact":
-        back = plan.result_bytes
-        aggregation += _requests("the digest's ", plan.reading.requests(back), 0, back, 0, prices, storage)
+
+
+def priced(functions: Bill, asked: Mapping[str, Usage], plan: Plan, prices: Prices, storage: Storage, clients: Clients | None) -> Cost:
+    """Price a plan's functions, and what was asked of S3 and by whom, in both accountings."""
+    aggregation = functions
+    for whose_requests, usage in asked.items():
+        aggregation += _requests(whose_requests, usage, prices, storage)
     whose = clients or Clients()
-    objects = len(plan.slices) if plan.cut_updates else 1
-    reads = len(plan.slices) if plan.cut_updates else 3  # a stat, the header, the data
-    moved = plan.clients * (plan.header_bytes + plan.result_bytes)
-    trips = _requests("clients' ", plan.clients * reads, plan.clients * objects, moved, moved, prices, storage)
+    nbytes, slices = plan.header_bytes + plan.result_bytes, len(plan.slices)
+    # an update is written, and the new model's header and data are read
+    each = Usage(gets=slices, puts=slices, bytes_written=nbytes) if plan.cut_updates else Usage(gets=2) + CHARGES.put(nbytes)
+    trips = _requests("clients' ", (each + Usage(bytes_read=nbytes)) * plan.clients, prices, storage)
+    moved = plan.clients * nbytes
     name = "s3_gigabyte_month" if storage == "standard" else "express_gigabyte_month"
-    stored = Decimal(moved + plan.bytes_written) / GIB * Decimal(str(whose.hours)) / MONTH
+    stored = Decimal(moved + total(plan.tasks_usage).bytes_written) / GIB * Decimal(str(whose.hours)) / MONTH
     rest = [_item("storage", stored, "GiB-months", prices.usd(name))]
     if not whose.on_aws:
         rest.append(_item("downloads through the internet", Decimal(moved) / GIB, "GiB", prices.usd("transfer_out_gigabyte")))
     return Cost(aggregation, aggregation + trips + Bill(items=tuple(rest)))
 
 
-def _requests(whose: str, gets: int, puts: int, bytes_read: int, bytes_written: int, prices: Prices, storage: Storage) -> Bill:
+def _requests(whose: str, usage: Usage, prices: Prices, storage: Storage) -> Bill:
     class_ = "s3" if storage == "standard" else "express"
     items = [
-        _item(f"{whose}GETs", gets, "requests", prices.usd(f"{class_}_get")),
-        _item(f"{whose}PUTs", puts, "requests", prices.usd(f"{class_}_put")),
+        _item(f"{whose}GETs", usage.gets, "requests", prices.usd(f"{class_}_get")),
+        _item(f"{whose}PUTs", usage.puts, "requests", prices.usd(f"{class_}_put")),
     ]
     if storage == "express":
         items += [
-            _item(f"{whose}reads", Decimal(bytes_read) / GIB, "GiB", prices.usd("express_gigabyte_out")),
-            _item(f"{whose}writes", Decimal(bytes_written) / GIB, "GiB", prices.usd("express_gigabyte_in")),
+            _item(f"{whose}reads", Decimal(usage.bytes_read) / GIB, "GiB", prices.usd("express_gigabyte_out")),
+            _item(f"{whose}writes", Decimal(usage.bytes_written) / GIB, "GiB", prices.usd("express_gigabyte_in")),
         ]
     return Bill(items=tuple(item for item in items if item.count))
 

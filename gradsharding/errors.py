@@ -25,8 +25,10 @@ An error in a worker crosses the wire as data (``to_wire``) and is raised again 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from gradsharding.usage import Usage
 
 
 class GradShardingError(Exception):
@@ -36,6 +38,8 @@ class GradShardingError(Exception):
         super().__init__(message)
         self.message = message
         self.details = details
+        self.usage: Mapping[str, Usage] = {}
+        """What was asked of stores in vain, by kind of store, as far as it is known."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from data: a pool of processes hands errors over this way."""
@@ -124,20 +128,23 @@ def naming(client: str) -> Iterator[None]:
     try:
         yield
     except GradShardingError as error:
-        raise type(error)(f"client {client}: {error.message}", **error.details, client=client) from error
+        raise type(error)(f"client {client}: {error.message}", **(error.details | {"client": client})) from error
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:
     """Turn any exception into JSON values."""
     if isinstance(error, GradShardingError):
-        return {"error": type(error).__name__, "message": error.message, "details": error.details}
-    return {"error": TaskFailed.__name__, "message": f"{type(error).__name__}: {error}", "details": {}}
+        usage = {kind: one.model_dump() for kind, one in error.usage.items()}
+        return {"error": type(error).__name__, "message": error.message, "details": error.details, "usage": usage}
+    return {"error": TaskFailed.__name__, "message": f"{type(error).__name__}: {error}", "details": {}, "usage": {}}
 
 
 def from_wire(wire: dict[str, Any]) -> GradShardingError:
     """Turn what ``to_wire`` made back into an exception."""
     kinds = {kind.__name__: kind for kind in _tree(GradShardingError)}
-    return kinds.get(wire["error"], TaskFailed)(wire["message"], **wire["details"])
+    error = kinds.get(wire["error"], TaskFailed)(wire["message"], **wire["details"])
+    error.usage = {kind: Usage(**one) for kind, one in wire.get("usage", {}).items()}
+    return error
 
 
 def _tree(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:

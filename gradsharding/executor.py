@@ -61,7 +61,7 @@ class InlineExecutor(_Local):
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         reports = []
         for task in tasks:
-            reports.append(worker.run(task, job, store))
+            reports.append(worker.run(task, job, store, unmeasured="it ran in the calling process"))
             progress(reports[-1])
         return reports
 
@@ -122,7 +122,7 @@ class ProcessExecutor(_Local):
     def _try(self, process: "_Worker", task: Task) -> TaskReport:
         for attempt in range(1, self.attempts + 1):
             try:
-                return process.ask(task)
+                return process.ask(task).model_copy(update={"lost": attempt - 1})
             except _WorkerDied as died:
                 if attempt == self.attempts or process.given_up:
                     raise TaskFailed(f"task {task.id} failed {attempt} times; {died}", task=task.id) from None
@@ -309,4 +309,4 @@ class _Waiting:
 
 
 def _run_one(task: Task, job: Job, store: ObjectStore) -> list[TaskReport]:
-    return [worker.run(task, job, store)]
+    return [worker.run(task, job, store, unmeasured="it ran in a process of its pool, which holds more than the task")]

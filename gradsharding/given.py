@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import unquote
 
-from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, NonFinite, UserError
+from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, MissingObject, NonFinite, UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
-from gradsharding.round import Round, check_id
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, exists, file_path, file_reference, locate, open_store
+from gradsharding.projection import commanded
+from gradsharding.round import RECORD, Contribution, Manifest, Round, check_id
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_path, file_reference, locate, open_store
 from gradsharding.task import NonFinitePolicy
-from gradsharding.update import Update, inspect
+from gradsharding.update import Update, inspect, inspection
+from gradsharding.usage import Usage, carried, together
 from gradsharding.weights import check_weight
 
 NOWHERE = MemoryStore()
@@ -34,9 +36,13 @@ class Given(NamedTuple):
     weight: float
     header: Update
 
-    def refer(self, round_: Round) -> None:
-        """Record the update in a round; its data stay where they are."""
-        round_.refer(self.client, self.place.reference, self.weight, update=self.header)
+    looks: int
+    """Objects in remote stores that were looked for until it was found."""
+
+    @property
+    def contribution(self) -> Contribution:
+        """The same, for a round."""
+        return Contribution(self.client, self.place.reference, self.header, self.weight)
 
 
 class Place(NamedTuple):
@@ -61,12 +67,18 @@ class Place(NamedTuple):
         """URL of the store that it lies in."""
         return self.reference.rpartition("/")[0]
 
-    def exists(self) -> bool:
-        """Tell whether there is something."""
-        if self.path:
-            return os.path.exists(self.path)  # noqa: PTH110 - Path.exists raises for a name too long
-        store, key = locate(self.reference, NOWHERE)
-        return bool(key) and exists(store, key)
+    def inspect(self) -> Update | InvalidUpdate | None:
+        """Read the header of an update, in one request, or two if it is long; None if there is nothing, or what is wrong with it."""
+        if not locate(self.reference, NOWHERE)[1] or (self.path and not os.path.exists(self.path)):  # noqa: PTH110 - Path.exists raises for a name too long
+            return None
+        if self.path and not self.path.is_file():
+            return InvalidUpdate(f"{self.text} is a directory or special file; name a safetensors file")
+        try:
+            return inspect(self.reference, NOWHERE)
+        except MissingObject:
+            return None
+        except InvalidUpdate as error:
+            return InvalidUpdate(error.message.replace(self.reference, self.text, 1))
 
 
 def read_updates(texts: Sequence[str]) -> list[Given]:
@@ -77,7 +89,7 @@ def read_updates(texts: Sequence[str]) -> list[Given]:
     """
     given: dict[str, Given] = {}
     with ThreadPoolExecutor(16) as pool:  # remote ones take some round trips each
-        updates = [*(pool.map if any("://" in text for text in texts) else map)(_read_update, texts)]
+        updates = [*(pool.map if any("://" in text for text in texts) else map)(carried(_read_update), texts)]
     for update in updates:
         if other := given.get(update.client):
             raise DuplicateClient(
@@ -96,8 +108,10 @@ def found(text: str) -> tuple[Layout, int]:
     if place.path and place.path.is_dir():
         store: ObjectStore = DirectoryStore(place.path)
         keys = sorted(path.name for path in place.path.glob("*.safetensors"))
-    elif place.exists():
-        return inspect(place.reference, NOWHERE).layout, 0
+    elif seen := place.inspect():
+        if isinstance(seen, InvalidUpdate):
+            raise seen
+        return seen.layout, 0
     elif place.path:
         raise UserError(f"there is no file or directory {text}; check the path")
     else:
@@ -158,13 +172,22 @@ def open_round(
         home = open_store(store) if store else stack.enter_context(_store_beside(output))
         round_ = Round.create(home, _round_id(given, output, nonfinite, arithmetic), output=output.reference)
         try:
-            for update in given:
-                update.refer(round_)
+            round_.freeze(Manifest.of(round_.id, (update.contribution for update in given)))
             yield round_
         except BaseException as error:
             if not store or isinstance(error, UserError):
                 round_.abandon()
             raise
+
+
+def asked_around(given: Sequence[Given], round_: Round, *, emptied: bool) -> dict[str, Usage]:
+    """What a command asks of stores around the aggregation of its updates; ``emptied`` says that it empties a store of its own."""
+    headers = dict[str, Usage]()
+    for one in given:
+        kind = one.place.reference.partition("://")[0]
+        headers = together(headers, {kind: inspection(one.header.base, one.header.layout.nbytes) + Usage(gets=max(0, one.looks - 1))})
+    manifest = round_.seal()  # as this handle knows it
+    return commanded(headers, round_.store.charges, manifest.json_bytes + RECORD, found=len(round_.found), emptied=emptied)
 
 
 def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:
@@ -181,22 +204,22 @@ def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:
 
 
 def _read_update(text: str) -> Given:
-    found = [reading for reading in _readings(text) if reading[1].exists()]
+    readings = [(*reading, reading[1].inspect()) for reading in _readings(text)]
+    found = [reading for reading in readings if reading[3]]
     if not found:
         raise UserError(f"there is no file for {text!r}; an update is [ID=]PATH[:WEIGHT], its PATH a local path or a file:// or s3:// URL")
     if len(found) > 1:
-        paths = " and ".join(repr(place.text) for _, place, _ in found)
+        paths = " and ".join(repr(place.text) for _, place, *_ in found)
         raise UserError(f"{text!r} can be read in several ways, for {paths} exist; rename one of them")
-    client, place, weight = found[0]
-    if place.path and not place.path.is_file():
-        raise UserError(f"{place.text} is a directory or special file; name a safetensors file")
+    client, place, weight, header = found[0]
+    if isinstance(header, InvalidUpdate):
+        raise header
+    assert header
     try:
         name = check_id(Path(place.path or unquote(place.text)).stem if client is None else client)
-        return Given(name, place, _weight(weight, name), inspect(place.reference, NOWHERE))
+        return Given(name, place, _weight(weight, name), header, sum(not place.path for _, place, *_ in readings))
     except InvalidId as error:
         raise InvalidId(f"{text!r}: {error.message}; name the client with ID=PATH") from None
-    except InvalidUpdate as error:
-        raise InvalidUpdate(error.message.replace(place.reference, place.text, 1)) from None
 
 
 def _readings(text: str) -> Iterator[tuple[str | None, Place, str]]:

@@ -6,7 +6,7 @@ many there are; the tasks themselves are made when they run.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 from typing import Annotated, Any, NamedTuple
@@ -16,13 +16,12 @@ from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_valida
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Run, join_runs
+from gradsharding.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.reading import Reading
 from gradsharding.sharding import Slice, cut
 from gradsharding.task import PARTIAL, Partial, Task, Term
+from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
-
-HEADER_PART = 1
-"""The result's first part is its header, written by the caller; the slices follow."""
 
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
@@ -76,6 +75,9 @@ class Plan(Value):
     """Partial sums pass through the memory of one machine; its functions must be there."""
     cut_updates: bool = False
     """Each update lies in one object a slice, as in the paper, and not in one object."""
+    setting: Setting | None = None
+    """Where it runs. With it, requests and bytes are those of a whole round; without, those of the tasks alone, in a store that takes one
+    request for each verb."""
 
     @model_validator(mode="after")
     def _ends_in_one(self) -> "Plan":
@@ -127,8 +129,8 @@ class Plan(Value):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the whole plan: equal plans have equal digests."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 (hex) of what its tasks do: plans that differ in their setting alone have equal digests."""
+        return hashlib.sha256(self.model_dump_json(exclude={"setting"}).encode()).hexdigest()
 
     @property
     def clients(self) -> int:
@@ -156,29 +158,58 @@ class Plan(Value):
         return max((kind.task for kinds in self.kinds for kind in kinds), key=lambda task: task.memory)
 
     @cached_property
+    def tasks_usage(self) -> dict[str, Usage]:
+        """What all tasks ask, at most, by kind of store."""
+        where = self.setting or Setting()
+        kinds = Counter(term.source.partition("://")[0] if "://" in term.source else where.home.kind for term in self.terms)
+        updates = Usage(
+            gets=sum(self.reading.requests(s.stop - s.start) for s in self.slices), bytes_read=sum(s.stop - s.start for s in self.slices)
+        )
+        between, kept = Usage(), SHARED if self.shared_memory else where.home.kind
+        for level, of_level in enumerate(self.kinds):
+            for times, task in of_level:
+                if level:
+                    between += Usage(gets=task.gets, bytes_read=task.bytes_read) * times
+                if task.part == PARTIAL:
+                    between += where.home.put(task.bytes_written) * times
+        written = where.output.put_parts((self.header_bytes + s.start, s.stop - s.start) for s in self.slices)
+        return together({kind: updates * count for kind, count in kinds.items()}, {kept: between}, {where.output.kind: written})
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What the caller asks beside the tasks, step by step; nothing, without a setting."""
+        through_store = 0 if self.shared_memory else self.functions - len(self.slices)
+        return tuple(steps(self.setting, self.parts, through_store, self.reading)) if self.setting else ()
+
+    @cached_property
+    def usage(self) -> dict[str, Usage]:
+        """What is asked, at most, by kind of store: of the whole round, or, without a setting, of its tasks."""
+        return together(self.tasks_usage, *({step.kind: step.usage} for step in self.steps))
+
+    @cached_property
     def gets(self) -> int:
-        """GET requests of all tasks."""
-        return self._sum(lambda task: task.gets)
+        """GET and HEAD requests, at most."""
+        return total(self.usage).gets
 
     @cached_property
     def puts(self) -> int:
-        """PUT-class requests: those of the tasks, one for the header's part, and the upload's begin and end."""
-        return self._sum(lambda task: task.puts) + 3
+        """Requests of the class of PUT, at most: PUT, COPY, POST and LIST."""
+        return total(self.usage).puts
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes that all tasks read."""
-        return self._sum(lambda task: task.bytes_read)
+        """Bytes that are read, at most."""
+        return total(self.usage).bytes_read
 
     @cached_property
     def bytes_written(self) -> int:
-        """Bytes of the result, its header included, and of all partial sums."""
-        return self._sum(lambda task: task.bytes_written) + self.header_bytes
+        """Bytes that are written, at most."""
+        return total(self.usage).bytes_written
 
     @property
     def partial_bytes(self) -> int:
         """Bytes of all partial sums: they lie beside each other until the result is published."""
-        return self.bytes_written - self.header_bytes - self.result_bytes
+        return sum(kind.times * kind.task.bytes_written for kinds in self.kinds[:-1] for kind in kinds)
 
     @property
     def parts(self) -> dict[int, int]:
@@ -202,6 +233,10 @@ class Plan(Value):
     def but(self, **changes: Any) -> "Plan":
         """Give the same plan with other fields; ``model_copy`` would keep the old one's figures."""
         return Plan.model_construct(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    def placed(self, **setting: Any) -> "Plan":
+        """Give the same plan in another setting: what is named changes, from its own one or from the default."""
+        return self.but(setting=(self.setting or Setting()).model_copy(update=setting))
 
     def recut(self, count: int) -> "Plan":
         """Give the same plan with ``count`` slices; raise PlanTooLarge if there are not so many elements."""
@@ -252,9 +287,6 @@ class Plan(Value):
     @cached_property
     def _runs(self) -> tuple[Run, ...]:
         return join_runs(run for s in self.slices for run in s.runs)
-
-    def _sum(self, figure: Callable[[Task], int]) -> int:
-        return sum(kind.times * figure(kind.task) for kinds in self.kinds for kind in kinds)
 
     def _task(self, level: int, j: int, g: int, terms: tuple[Term, ...]) -> Task:
         """Make the task of slice ``j`` and group ``g`` of a level, unchecked, so that tasks share their terms in memory."""

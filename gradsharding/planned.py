@@ -103,8 +103,8 @@ def plan_command(
     functions             tasks, one for each slice and group of clients
     waves                 how many times over the functions at once must run
     memory                what a function should have; what it projects is below that
-    gets, puts            requests to the store
-    read, written         by all functions together
+    gets, puts            requests to S3 in a whole round, at most: GET and HEAD; PUT, COPY, POST and LIST
+    read, written         bytes of all that, at most
     p50, p95              time of half of all rounds, and of 95 of 100
     aggregation           US dollars a round for the functions and their requests
     round trip            that, the clients' uploads and downloads, and an hour of storage
@@ -130,9 +130,7 @@ def _manifest(updates: Sequence[str], nbytes: int | None, place: str | None, cli
         raise click.UsageError("Give --size and --clients, --from, or updates.", click.get_current_context())
     if updates:
         round_ = Round.create(MemoryStore(), "plan")
-        for update in read_updates(updates):
-            update.refer(round_)
-        return round_.seal()
+        return round_.freeze(Manifest.of(round_.id, (update.contribution for update in read_updates(updates))))
     if place is not None:
         layout, there = found(place)
         count = clients or there

@@ -4,16 +4,29 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from decimal import Decimal
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
-from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, PAYLOAD, READING, RUNTIME, TIMEOUT, Architecture
+from gradsharding.platform import (
+    ACCOUNT_CONCURRENCY,
+    CHARGES,
+    GRAIN,
+    LARGEST_OBJECT,
+    MEMORY,
+    PAYLOAD,
+    READING,
+    RUNTIME,
+    TIMEOUT,
+    Architecture,
+)
 from gradsharding.prices import Money, Prices, load_prices
-from gradsharding.round import Manifest
+from gradsharding.projection import commanded
+from gradsharding.round import RECORD, Manifest
 from gradsharding.timing import Speeds, bottleneck, unlucky, working
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.update import inspection
 from gradsharding.value import Value
 
 MIB = 1 << 20
@@ -166,6 +179,20 @@ class _Search:
         self.manifest, self.needs, self.prices, self.speeds, self.arithmetic = manifest, needs, prices, speeds, arithmetic
 
     @cached_property
+    def setting(self) -> dict[str, Any]:
+        """All in S3, as by ``gradsharding aggregate`` of updates whose paths can be read in one way."""
+        record = self.manifest.json_bytes + RECORD
+        headers = inspection(len(self.manifest.layout.header()), self.manifest.layout.nbytes) * len(self.manifest.terms)
+        return {
+            "home": CHARGES,
+            "output": CHARGES,
+            "intake": commanded({CHARGES.kind: headers}, CHARGES, record, emptied=True),
+            "record_bytes": record,
+            "overwrite": True,
+            "digest": self.arithmetic == "exact",
+        }
+
+    @cached_property
     def term_bytes(self) -> float:
         """Bytes that a term takes in an invocation, in the mean of some."""
         some = self.manifest.terms[:100]
@@ -175,7 +202,7 @@ class _Search:
         """Give a topology at its best: the one that fits and is best to take, or the one that comes nearest to fitting."""
         limits = Limits(memory=self.needs.memory)
         how = {"grain": GRAIN, "reading": READING, "arithmetic": self.arithmetic}
-        plans = [make(self.manifest, limits, **how, **shape) for shape in shapes]
+        plans = [make(self.manifest, limits, **how, **shape).placed(**self.setting) for shape in shapes]
         options = [option for plan in plans for option in self.options(plan)]
         return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
 

@@ -5,6 +5,7 @@ Quotas: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html 
 
 from typing import Literal
 
+from gradsharding.charges import Charges
 from gradsharding.reading import Reading, connections
 
 Architecture = Literal["arm64", "x86_64"]
@@ -48,3 +49,6 @@ LARGEST_PUT = 5 << 30
 
 LARGEST_OBJECT = 5 << 40
 """Bytes of one object. (AWS has announced more; clients that know of it are rare.)"""
+
+CHARGES = Charges(kind="s3", page=1_000, largest=LARGEST_PUT, composes=True)
+"""Requests that S3's verbs take: a thousand keys or parts a list, and small parts joined at the end."""

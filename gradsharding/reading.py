@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate
+from gradsharding.usage import carried
 from gradsharding.value import Value
 
 STAGING = 4 << 20
@@ -96,9 +97,10 @@ def read_ahead(requests: Iterable[Request], reading: Reading, size: int) -> Gene
     free = deque(memoryview(bytearray(size)) for _ in range(reading.parallel + 2))
     under_way = deque[Future[memoryview]]()
     pool = ThreadPoolExecutor(reading.parallel, thread_name_prefix="gradsharding-read")
+    fill = carried(_fill)
     try:
         for request in requests:
-            under_way.append(pool.submit(_fill, request, free.popleft()))
+            under_way.append(pool.submit(fill, request, free.popleft()))
             if not free:
                 filled = under_way.popleft().result()
                 yield filled

@@ -10,13 +10,16 @@ rounds/ID/result.safetensors      unless the round names another place
 rounds/ID/result.json             published: the last object, and the only one that says "done"
 """
 
+import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy.typing as npt
 
@@ -33,14 +36,21 @@ from gradsharding.errors import (
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan
-from gradsharding.store import ObjectStore, exists, file_path, locate
+from gradsharding.store import ObjectStore, exists, locate
 from gradsharding.task import NonFinitePolicy, Term
-from gradsharding.update import Raw, Update, data_digest, encode, inspect
+from gradsharding.update import Raw, Update, data_digest, encode, inspect, inspection
+from gradsharding.usage import SHARED, Usage, together
 from gradsharding.value import Value
 from gradsharding.weights import check_weight, integral_weights
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
 """Where files are memory, on Linux: partial sums may pass through it between the processes of one machine."""
+
+UNCHANGING = {"round.json", "manifest.json"}
+"""Records that are written once and never deleted while their round is in use."""
+
+RECORD = 2 << 10
+"""Bytes that bound a record which does not grow with the round: a receipt, a plan's."""
 
 _V = TypeVar("_V", bound=Value)
 
@@ -71,6 +81,42 @@ class Manifest(Value):
     layout: Layout
     terms: tuple[Term, ...]
 
+    @cached_property
+    def json_bytes(self) -> int:
+        """Bytes of its record."""
+        return len(self.model_dump_json().encode())
+
+    @classmethod
+    def of(cls, round_id: str, given: Iterable["Contribution"]) -> Self:
+        """Check contributions against each other, and freeze them.
+
+        Raise TooFewClients if there is none, DuplicateClient, LayoutMismatch naming the tensor that differs, InvalidId, InvalidWeight.
+        """
+        sorted_ = sorted(given, key=lambda one: one.client)
+        if not sorted_:
+            raise TooFewClients(f"round {round_id} has no update to aggregate; submit at least one")
+        first = sorted_[0]
+        for one, other in pairwise(sorted_):
+            if one.client == other.client:
+                raise DuplicateClient(f"client {one.client} is given twice in round {round_id}; use one id per client")
+            first.update.layout.require_same(other.update.layout, first.client, other.client)
+        weights = integral_weights({check_id(one.client): one.weight for one in sorted_})
+        terms = (
+            Term(client=one.client, source=one.source, version=one.update.stat.version, base=one.update.base, weight=weights[one.client])
+            for one in sorted_
+        )
+        return cls(round=round_id, layout=first.update.layout, terms=tuple(terms))
+
+
+class Contribution(NamedTuple):
+    """What one client adds to a round: where its update is, what its header says, and its weight."""
+
+    client: str
+    source: str
+    """A key of the round's store, or a URL."""
+    update: Update
+    weight: float
+
 
 class PlanRecord(Value):
     """Which plan is under way, by digest, and the multipart upload that collects its parts."""
@@ -95,9 +141,27 @@ class ResultRecord(Value):
     """SHA-256 (hex) of the data section of an exact result, which depends on the contributions alone; None for any other."""
 
 
+class Begun(NamedTuple):
+    """An upload that collects the parts of a plan."""
+
+    upload: str
+    new: bool
+    """Whether this call has begun it: nothing has arrived yet."""
+    dropped: int = 0
+    """Tasks of the plan that was given up for it."""
+
+
+class Published(NamedTuple):
+    """A round's result."""
+
+    record: ResultRecord | None
+    stale: bool = False
+    """Whether there was one, whose object is gone or was replaced."""
+
+
 @dataclass(frozen=True)
 class Round:
-    """A handle on one round in a store; it holds no state of its own.
+    """A handle on one round in a store; all it keeps is what it has read or written of records that never change.
 
     >>> from gradsharding import MemoryStore
     >>> import numpy as np
@@ -110,6 +174,10 @@ class Round:
 
     store: ObjectStore
     id: str
+    _known: dict[str, Value] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Records that never change, by name."""
+    _found: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Those that were there when this handle would have written them."""
 
     @classmethod
     def create(cls, store: ObjectStore, id: str, *, output: str | None = None) -> Self:  # noqa: A002
@@ -132,13 +200,14 @@ class Round:
     def submit(self, client: str, arrays: Mapping[str, "npt.NDArray[Any] | Raw"], weight: float) -> Receipt:
         """Write a client's arrays as one object, and its receipt; the same again, after a crash say, changes nothing."""
         check_weight(weight, client)
-        key, data = self.update_key(client), encode(arrays)[1]
+        key, (layout, data) = self.update_key(client), encode(arrays)
         try:
-            self.store.put(key, data)
+            stat = self.store.put(key, data)
         except ObjectExists:
-            if _digest(self.store.get(key, 0, self.store.head(key).size)) != _digest(data):
+            stat = self.store.head(key)
+            if _digest(self.store.get(key, 0, stat.size)) != _digest(data):
                 raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
-        return self.refer(client, key, weight)
+        return self.refer(client, key, weight, update=Update(layout, memoryview(data[0]).nbytes, stat))
 
     def refer(self, client: str, source: str, weight: float, *, version: str | None = None, update: Update | None = None) -> Receipt:
         """Record an update that is already in a store. ``source`` is a reference; only its header is read.
@@ -168,8 +237,23 @@ class Round:
 
         Raise TooFewClients if there is none, LayoutMismatch naming the tensor that differs, InvalidWeight.
         """
-        if sealed := self.sealed():
-            return sealed
+        return self.sealed() or self._collect(leave_out)
+
+    def sealed_by(self) -> tuple[Manifest, dict[str, Usage]]:
+        """Seal; give the manifest, and what getting it and the round's own record takes, reckoned: not what was counted."""
+        home = self.store.charges
+        itself = Usage() if "round.json" in self._known else Usage(gets=1, bytes_read=RECORD)
+        if "manifest.json" in self._known:
+            return self.seal(), {home.kind: itself}
+        if found := self.sealed():
+            return found, {home.kind: itself + Usage(gets=1, bytes_read=found.json_bytes)}
+        manifest = self._collect(())
+        clients, size = len(manifest.terms), manifest.json_bytes
+        records = itself + Usage(gets=1 + clients, puts=1, bytes_read=clients * RECORD + size, bytes_written=size) + home.list(clients)
+        where = locate(manifest.terms[0].source, self.store)[0].charges.kind
+        return manifest, together({home.kind: records}, {where: inspection(len(manifest.layout.header()), manifest.layout.nbytes)})
+
+    def _collect(self, leave_out: Iterable[str]) -> Manifest:
         excluded = set(leave_out)
         receipts = [receipt for receipt in self.receipts() if receipt.client not in excluded]
         if not receipts:
@@ -188,21 +272,33 @@ class Round:
         return self._find("manifest.json", Manifest)
 
     def freeze(self, manifest: Manifest) -> Manifest:
-        """Record the contributions; those recorded first stay, and are given back."""
+        """Record the contributions; those recorded first stay, and are given back.
+
+        >>> from gradsharding import MemoryStore, Round
+        >>> from gradsharding.update import inspect
+        >>> store = MemoryStore()
+        >>> _ = store.put("a", encode({"w": [1.5]})[1])
+        >>> Round(store, "r").freeze(Manifest.of("r", [Contribution("a", "a", inspect("a", store), weight=3)])).terms[0].client
+        'a'
+        """
         return self._create("manifest.json", manifest)
 
-    def begin(self, plan: Plan, *, nonfinite: NonFinitePolicy = "raise", overwrite: bool = False) -> tuple[str, bool]:
-        """Record ``plan`` and begin its upload: give the upload's id, and whether it was begun just now.
+    def begin(
+        self, plan: Plan, *, nonfinite: NonFinitePolicy = "raise", overwrite: bool = False, published: "Published | None" = None
+    ) -> "Begun":
+        """Record ``plan`` and begin its upload.
 
         An upload under way for the same plan and treatment of NaN goes on; one for another plan (of fewer shards, say) is
-        given up, and its parts with it. Raise ObjectExists, unless ``overwrite``, if something else is where the result belongs.
+        given up, and its parts with it. ``published`` is what the round was found to have published, if that was looked for. Raise
+        ObjectExists, unless ``overwrite``, if something else is where the result belongs.
         """
-        if self._find("result.json", ResultRecord) and not self.result():  # its object is gone, and so is its upload
-            self.store.delete([self.key("result.json"), self.key("plan.json")])
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
+        if found and (published or self.published()).stale:  # the result's object is gone, and so is its upload
+            self.store.delete([self.key("result.json"), self.key("plan.json")])
+            found = None
         if found and (found.digest, found.nonfinite) == (plan.digest, nonfinite):
-            return found.upload, False
+            return Begun(found.upload, new=False)
         if found:
             self.abandon()
         if not overwrite and exists(target, key):
@@ -212,7 +308,7 @@ class Round:
         kept = self._create("plan.json", record).upload
         if kept != upload:  # another process was faster
             target.abort(key, upload)
-        return kept, kept == upload
+        return Begun(kept, new=kept == upload, dropped=found.tasks if found else 0)
 
     def forget_plan(self) -> None:
         """Drop a plan whose upload is gone."""
@@ -221,12 +317,12 @@ class Round:
     def partials(self, upload: str, *, shared_memory: bool = False) -> str:
         """Reference below which the partial sums of an upload's plan lie: in the store, or in the memory of this machine."""
         name = hashlib.sha256(f"{self.store.url}\n{upload}".encode()).hexdigest()[:16]
-        return f"{SHARED_MEMORY.as_uri()}/gradsharding-{name}" if shared_memory else self.key(f"partials/{name}")
+        return f"{SHARED}://{SHARED_MEMORY}/gradsharding-{name}" if shared_memory else self.key(f"partials/{name}")
 
-    def forget_partials(self, upload: str) -> None:
-        """Delete the partial sums of an upload's plan, wherever they are."""
-        shutil.rmtree(file_path(self.partials(upload, shared_memory=True)), ignore_errors=True)
-        self.store.delete([key for key, _ in self.store.list(self.partials(upload) + "/")])
+    def forget_partials(self, upload: str, keys: Sequence[str] | None = None) -> None:
+        """Delete the partial sums of an upload's plan, wherever they are: those under ``keys``, where it is known which they are."""
+        shutil.rmtree(SHARED_MEMORY / self.partials(upload, shared_memory=True).rpartition("/")[2], ignore_errors=True)
+        self.store.delete([key for key, _ in self.store.list(self.partials(upload) + "/")] if keys is None else keys)
 
     def abandon(self) -> None:
         """Give up the plan under way, if there is one, and the parts written for it."""
@@ -246,41 +342,59 @@ class Round:
             weight=sum(term.weight for term in terms),
             layout=manifest.layout,
             arithmetic=arithmetic,
-            digest=data_digest(self.output, self.store, version=version) if arithmetic == "exact" else None,
+            digest=data_digest(self.output, self.store, version=version, layout=manifest.layout) if arithmetic == "exact" else None,
         )
         return self._create("result.json", record)
 
     def result(self) -> ResultRecord | None:
         """The published result; None if there is none, or its object is gone or was replaced since."""
+        return self.published().record
+
+    def published(self) -> "Published":
+        """What the round has published, and whether that is gone."""
         record = self._find("result.json", ResultRecord)
         if record:
             target, key = locate(record.source, self.store)
-            if not exists(target, key) or target.head(key).version != record.version:
-                return None
-        return record
+            with contextlib.suppress(MissingObject):
+                if target.head(key).version == record.version:
+                    return Published(record)
+        return Published(None, stale=record is not None)
 
     @property
     def output(self) -> str:
         """Reference of the object that the round writes."""
-        return self._read(self.key("round.json"), RoundRecord).output
+        return self._read("round.json", RoundRecord).output
+
+    @property
+    def found(self) -> frozenset[str]:
+        """Names of the records that this handle would have written, and that were there, from an earlier call say."""
+        return frozenset(self._found)
 
     def _create(self, name: str, value: _V) -> _V:
         """Create a record; where there is one already, that one holds."""
         try:
             self.store.put(self.key(name), [value.model_dump_json().encode()])
         except ObjectExists:
-            return self._read(self.key(name), type(value))
-        return value
+            self._found.add(name)
+            return self._read(name, type(value))
+        return self._keep(name, value)
 
     def _find(self, name: str, kind: type[_V]) -> _V | None:
         try:
-            return self._read(self.key(name), kind)
+            return self._read(name, kind)
         except MissingObject:
             return None
 
-    def _read(self, key: str, kind: type[_V]) -> _V:
-        [(_, data)] = self.store.fetch([key])
-        return kind.model_validate_json(data)
+    def _read(self, name: str, kind: type[_V]) -> _V:
+        if isinstance(known := self._known.get(name), kind):
+            return known
+        [(_, data)] = self.store.fetch([self.key(name)])
+        return self._keep(name, kind.model_validate_json(data))
+
+    def _keep(self, name: str, value: _V) -> _V:
+        if name in UNCHANGING:
+            self._known[name] = value
+        return value
 
 
 def _digest(data: Iterable[Buffer]) -> bytes:

@@ -1,4 +1,4 @@
-"""A task knows its memory, requests and bytes before it runs; every byte count of a function is made here.
+"""A task knows its memory, its reads and its bytes before it runs; what was seen of it is counted, and comes back in a report.
 
 A function is told a Job and a Task, and nothing else; what comes back is a TaskReport. All three pass between machines as JSON.
 """
@@ -9,6 +9,7 @@ from gradsharding.kernel import Arithmetic, is_exact, size, sum_bytes
 from gradsharding.layout import Run
 from gradsharding.platform import Architecture
 from gradsharding.reading import Reading
+from gradsharding.usage import Usage, total
 from gradsharding.value import Value
 
 RESERVED = 64 << 20
@@ -113,13 +114,13 @@ class Task(Value):
 
     @property
     def gets(self) -> int:
-        """GET requests to the store, those for sizes included; at most, where partial sums vary."""
+        """GET and HEAD requests to the store; at most, where partial sums vary."""
         return 0 if self.partials and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
 
     @property
-    def puts(self) -> int:
-        """PUT requests to the store."""
-        return 0 if self.part == PARTIAL and self.shared else 1
+    def written_to_memory(self) -> bool:
+        """Whether what it writes passes through the memory of the machine, and not through the store."""
+        return self.part == PARTIAL and self.shared
 
     @property
     def bytes_read(self) -> int:
@@ -169,17 +170,41 @@ class Invocation(Value):
 
 
 class TaskReport(Value):
-    """What one task did: requests, bytes, seconds, and the peak memory of its process in bytes."""
+    """What was seen of one task: what its stores counted, its seconds, and the peak of its memory in bytes."""
 
     task: str
     worker: str
-    gets: int
-    puts: int
-    bytes_read: int
-    bytes_written: int
-    peak_memory: int
+    usage: dict[str, Usage]
+    """What it asked, by kind of store, retries and answered attempts that failed included."""
+    peak_memory: int | None
+    """Of a process that is the task's own while it runs; None where it is not, as ``unmeasured`` says."""
+    unmeasured: str | None = None
+    """Why there is no peak."""
     seconds: float
     read_seconds: float
     write_seconds: float
-    cpu_seconds: float
+    cpu_seconds: float | None
+    """Of its process; None where other tasks ran in it at the same time."""
+    lost: int = 0
+    """Attempts before this one that gave no answer: what they asked is not in ``usage``."""
     invocation: Invocation | None = None
+
+    @property
+    def gets(self) -> int:
+        """GET and HEAD requests."""
+        return total(self.usage).gets
+
+    @property
+    def puts(self) -> int:
+        """PUT, COPY, POST and LIST requests."""
+        return total(self.usage).puts
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that stores brought."""
+        return total(self.usage).bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes that stores were sent."""
+        return total(self.usage).bytes_written

@@ -59,8 +59,7 @@ class Seconds(NamedTuple):
 def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
     """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once."""
     known = speeds or Speeds()
-    assembly = 3 * known.latency  # of the result: its begin, its header, its end; and then, maybe, its digest
-    assembly += plan.result_bytes / known.client_rate if plan.arithmetic == "exact" else 0
+    assembly = _assembly_seconds(plan, known)
     stages = [_stage(kinds, memory, concurrency, known) for kinds in plan.kinds]
     p50 = assembly + sum(wall for wall, _ in stages)
     billed = sum(kind.times * task_seconds(kind.task, memory, known) for kinds in plan.kinds for kind in kinds)
@@ -71,7 +70,7 @@ def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, sp
 def task_seconds(task: Task, memory: int, speeds: Speeds) -> float:
     """Forecast what a function of ``memory`` bytes takes for a task, in the mean."""
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
-    written = to_store if task.puts else task.bytes_written / speeds.shared_rate
+    written = task.bytes_written / speeds.shared_rate if task.written_to_memory else to_store
     cpu = min(1.0, memory / VCPU)
     ended = task.nbytes / (cpu * speeds.exact_end_rate) if task.arithmetic == "exact" else 0
     return _read_seconds(task, cpu, speeds) + ended + written
@@ -104,6 +103,17 @@ def slowest(functions: int, spread: float) -> float:
     (1.0, 1.28)
     """
     return math.exp(spread * NormalDist().inv_cdf((functions - 0.375) / (functions + 0.25)))
+
+
+def _assembly_seconds(plan: Plan, speeds: Speeds) -> float:
+    """What the caller takes beside the functions: one request after another, and the bytes that pass through it, such as the digest's.
+
+    Without a setting, the requests are those that no result can do without: its begin, its header, its end.
+    """
+    if not plan.steps:
+        return 3 * speeds.latency
+    rounds = sum((step.usage.gets + step.usage.puts) / step.at_once for step in plan.steps)
+    return rounds * speeds.latency + sum(step.usage.bytes_read for step in plan.steps) / speeds.client_rate
 
 
 def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds) -> tuple[float, float]:

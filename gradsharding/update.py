@@ -4,18 +4,21 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gradsharding.dtypes import NUMPY, Buffer, widen
-from gradsharding.errors import InvalidUpdate
+from gradsharding.errors import ChangedObject, InvalidUpdate
 from gradsharding.layout import ITEM_SIZE, Layout, header_length
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, Source, Stat, locate
+from gradsharding.store.protocol import Peeked
+from gradsharding.usage import Usage
 
-_FIRST_READ = 64 << 10
+FIRST_READ = 64 << 10
 """Bytes of the first read of an object: most headers are shorter, so that one request is enough."""
 
 _DTYPES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16"}
@@ -47,24 +50,37 @@ def encode(arrays: Mapping[str, "npt.NDArray[Any] | Raw"]) -> tuple[Layout, list
     return layout, [layout.header(), *(raws[t.name].data for t in layout.tensors if t.stop > t.start)]
 
 
-def inspect(reference: str, store: Source) -> Update:
-    """Read and verify an object's header (two or three requests); raise InvalidUpdate, which names ``reference``."""
-    source, key = locate(reference, store)
-    stat = source.head(key)
-    first = _read(source, key, 0, min(stat.size, _FIRST_READ), stat)
-    try:
-        base = 8 + header_length(first, stat.size)
-        rest = b"" if base <= len(first) else _read(source, key, len(first), base, stat)
-        return Update(Layout.parse((first + rest)[8:base], stat.size - base), base, stat)
-    except InvalidUpdate as error:
-        raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
+def inspect(reference: str, store: Source, peeked: Peeked | None = None) -> Update:
+    """Read and verify an object's header (one request; two, if it is long); raise InvalidUpdate, which names ``reference``.
+
+    ``peeked`` are its first bytes, where they are there already.
+    """
+    return _inspected(reference, store, peeked)[0]
 
 
-def data_digest(reference: str, store: ObjectStore, *, version: str | None = None) -> str:
-    """SHA-256 (hex) of an object's data section, read as its store wants it. Raise ChangedObject if it is not at ``version``."""
-    update = inspect(reference, store)
+def inspection(header_bytes: int, nbytes: int) -> Usage:
+    """What ``inspect`` asks of the store of an object with such a header and so many bytes of data."""
+    return Usage(gets=1 if header_bytes <= FIRST_READ else 2, bytes_read=min(header_bytes + nbytes, max(header_bytes, FIRST_READ)))
+
+
+def loading(header_bytes: int, nbytes: int) -> Usage:
+    """What ``load_raw`` asks of the store of an object with such a header and so many bytes of data."""
+    size, first = header_bytes + nbytes, max(header_bytes, FIRST_READ)
+    return inspection(header_bytes, nbytes) + Usage(gets=int(size > first), bytes_read=max(0, size - first))
+
+
+def data_digest(reference: str, store: ObjectStore, *, version: str | None = None, layout: Layout | None = None) -> str:
+    """SHA-256 (hex) of an object's data section, read as its store wants it. Raise ChangedObject if it is not at ``version``.
+
+    ``layout`` is that of the object, where it is known: then its header is not read.
+    """
     source, key = locate(reference, store)
-    base, nbytes, pinned = update.base, update.layout.nbytes, version or update.stat.version
+    if layout is None or version is None:
+        update = inspect(reference, store)
+        layout, base, version = update.layout, update.base, version or update.stat.version
+    else:
+        base = len(layout.header())
+    nbytes, pinned = layout.nbytes, version
     sha, size = hashlib.sha256(), max(1, source.reading.piece(nbytes))
 
     def read(start: int, stop: int) -> Iterator[Buffer]:
@@ -90,14 +106,20 @@ def load(reference: str, store: Source) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def load_raw(reference: str, store: Source) -> dict[str, Raw]:
-    """Read a whole object, by one streaming request after its header; each tensor in memory of its own."""
-    update = inspect(reference, store)
+def load_raw(reference: str, store: Source, *, version: str | None = None) -> dict[str, Raw]:
+    """Read a whole object, by one streaming request after its header; each tensor in memory of its own.
+
+    Raise MissingObject, InvalidUpdate, or ChangedObject if the object is not at ``version``.
+    """
+    update, first = _inspected(reference, store)
     source, key = locate(reference, store)
+    if version not in (None, update.stat.version):
+        raise ChangedObject(f"{reference} is at version {update.stat.version}, not {version}: it was written again")
     arrays = {t.name: Raw(t.dtype, t.shape, bytearray(t.stop - t.start)) for t in update.layout.tensors}
     spaces = iter([memoryview(arrays[t.name].data) for t in update.layout.tensors if t.stop > t.start])
     space = memoryview(b"")
-    for chunk in source.get(key, update.base, update.stat.size, version=update.stat.version):
+    rest = source.get(key, len(first), update.stat.size, version=update.stat.version) if len(first) < update.stat.size else ()
+    for chunk in chain([first[update.base :]], rest):
         view = memoryview(chunk)
         while view:
             space = space or next(spaces)
@@ -106,6 +128,19 @@ def load_raw(reference: str, store: Source) -> dict[str, Raw]:
     if space or next(spaces, memoryview(b"")):
         raise InvalidUpdate(f"{reference}: the data ended early; the object was cut short")
     return arrays
+
+
+def _inspected(reference: str, store: Source, peeked: Peeked | None = None) -> tuple[Update, bytes]:
+    """Read an object's header; give the bytes from its beginning that came."""
+    source, key = locate(reference, store)
+    stat, first = peeked or source.peek(key, FIRST_READ)
+    try:
+        base = 8 + header_length(first, stat.size)
+        if base > len(first):
+            first += _read(source, key, len(first), base, stat)
+        return Update(Layout.parse(first[8:base], stat.size - base), base, stat), first
+    except InvalidUpdate as error:
+        raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
 
 
 def _read(source: Source, key: str, start: int, stop: int, stat: Stat) -> bytes:

@@ -11,8 +11,9 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -20,20 +21,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gradsharding.dtypes import Buffer
-from gradsharding.errors import NonFinite, ObjectExists, OutOfMemory, naming, to_wire
+from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, naming, to_wire
 from gradsharding.kernel import Fold, first_nonfinite
 from gradsharding.plan import mib
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
 from gradsharding.task import PARTIAL, Job, Task, TaskReport
+from gradsharding.usage import Ledger, carried, counting, together
 
 
-def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
+def run(task: Task, job: Job, store: ObjectStore, *, unmeasured: str | None = None) -> TaskReport:
     """Run one task; run it again and it writes the same bytes.
 
-    Raise NonFinite (unless the job lets it pass), MissingObject, ChangedObject or InvalidUpdate, each naming the client
-    in ``details["client"]``.
+    ``unmeasured`` says why the process's memory is not the task's, where it is not; then the report has no peak. Raise NonFinite
+    (unless the job lets it pass), MissingObject, ChangedObject or InvalidUpdate, each naming the client in ``details["client"]``; such
+    an error says in ``usage`` what was asked of stores in vain.
     """
+    with counting() as ledger, _company() as alone:
+        try:
+            return _run(task, job, store, ledger, alone, unmeasured)
+        except GradShardingError as error:
+            error.usage = together(error.usage, ledger.spent)
+            raise
+
+
+def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callable[[], bool], unmeasured: str | None) -> TaskReport:
     started, busy = time.perf_counter(), time.process_time()
     watch = _Watch()
     fold = Fold(task.runs, task.total, task.arithmetic)
@@ -53,15 +65,13 @@ def run(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     return TaskReport(
         task=task.id,
         worker=str(os.getpid()),
-        gets=_gets(inputs, task),
-        puts=task.puts,
-        bytes_read=watch.count,
-        bytes_written=sum(memoryview(buffer).nbytes for buffer in result),
-        peak_memory=peak_memory(),
+        usage=ledger.spent,
+        peak_memory=None if unmeasured else peak_memory(),
+        unmeasured=unmeasured,
         seconds=ended - started,
         read_seconds=watch.seconds,
         write_seconds=ended - written,
-        cpu_seconds=time.process_time() - busy,
+        cpu_seconds=time.process_time() - busy if alone() else None,
     )
 
 
@@ -74,8 +84,9 @@ def peak_memory() -> int:
 
 
 def forget_peak() -> None:
-    """Let ``peak_memory`` count from now on, where the kernel allows it (Linux, own process)."""
-    with contextlib.suppress(OSError):
+    """Let ``peak_memory`` count from now on, where the kernel allows it (Linux, own process), without what earlier tasks have let go of."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory for later
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -88,11 +99,38 @@ def _status(field: str) -> int:
     return 0
 
 
+_present: set["_Guest"] = set()
+"""The tasks that run in this process."""
+
+_presence = threading.Lock()
+
+
+class _Guest:
+    """A task in this process, and whether it has been alone in it."""
+
+    alone = True
+
+
+@contextlib.contextmanager
+def _company() -> Iterator[Callable[[], bool]]:
+    """Give what tells whether no other task has run in this process meanwhile."""
+    me = _Guest()
+    with _presence:
+        _present.add(me)
+        if len(_present) > 1:
+            for guest in _present:
+                guest.alone = False
+    try:
+        yield lambda: me.alone
+    finally:
+        with _presence:
+            _present.remove(me)
+
+
 class _Watch:
-    """Counts the bytes and the seconds that pass in reading."""
+    """Counts the seconds that pass in reading."""
 
     def __init__(self) -> None:
-        self.count = 0
         self.seconds = 0.0
 
     def reading(self, chunks: Iterator[Buffer]) -> Iterator[Buffer]:
@@ -102,7 +140,6 @@ class _Watch:
             self.seconds += time.perf_counter() - asked
             if chunk is None:
                 return
-            self.count += memoryview(chunk).nbytes
             yield chunk
 
 
@@ -123,20 +160,13 @@ def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
     sizes: Iterable[int] = [task.sum_nbytes] * len(references)
     if task.asks:
         with ThreadPoolExecutor(task.reading.parallel) as pool:
-            sizes = pool.map(lambda reference: _size(reference, store), references)
+            sizes = pool.map(carried(partial(_size, store=store)), references)
     return [_Input(reference, None, 0, nbytes) for reference, nbytes in zip(references, sizes, strict=True)]
 
 
 def _size(reference: str, store: ObjectStore) -> int:
     source, key = locate(reference, store)
     return source.head(key).size
-
-
-def _gets(inputs: Sequence[_Input], task: Task) -> int:
-    """GET requests to the store that finding and reading the inputs takes."""
-    if task.partials and task.shared:
-        return 0
-    return sum(task.asks + task.reading.requests(one.nbytes, task.input_nbytes) for one in inputs)
 
 
 def _slices(inputs: Sequence[_Input], task: Task, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
@@ -204,7 +234,7 @@ def main() -> None:
 
 
 def answer(task: Task, job: Job, store: ObjectStore) -> str:
-    """Run a task; give its report, or what it raised, as JSON."""
+    """Run a task in a process that is its own; give its report, or what it raised, as JSON."""
     try:
         return run(task, job, store).model_dump_json()
     except MemoryError:

@@ -100,13 +100,21 @@ def test_the_library_reads_the_result(tmp_path: Path) -> None:
 
 
 def test_report() -> None:
-    """A report sets what was planned beside what was seen, and they agree."""
+    """A report sets what was planned beside what was seen: 12 reads of slices, 3 receipts, 3 records looked for, and so on."""
     report = aggregate(submitted(MemoryStore(), SMALL), topology=into(4)).report()
 
     assert ("sharded", 3, 32) == (report["topology"], report["clients"], report["bytes"])
-    counts = ("gets", "puts", "bytes_read", "bytes_written")
-    assert [12, 7, 96] == [report["projected"][name] for name in counts[:3]]
-    assert [report["projected"][name] for name in counts] == [report["observed"][name] for name in counts]
+    projected, observed = report["projected"], report["observed"]
+    # gets: 12 slices; is there a manifest, 3 receipts, a header; is there a result, a plan, an output; the digest
+    # puts: a list of receipts, the manifest; the upload's begin, header, 4 slices, end; the plan's record and the result's
+    assert (21, 11) == (observed["gets"], observed["puts"])
+    assert (21, 11) == (projected["gets"], projected["puts"])
+    assert 96 + 32 < observed["bytes_read"] <= projected["bytes_read"]
+    assert 32 < observed["bytes_written"] <= projected["bytes_written"]
+    assert {"memory": {k: observed[k] for k in ("gets", "puts", "deletes", "bytes_read", "bytes_written")}} == observed["stores"]
+    assert (9, 7) == (observed["caller"]["memory"]["gets"], observed["caller"]["memory"]["puts"])
+    assert [(3, 1)] * 4 == [(task["gets"], task["puts"]) for task in report["stages"][0]["tasks"]]
+    assert (None, "it ran in the calling process") == (observed["peak_memory"], observed["unmeasured"])
     assert 4 == len(report["stages"][0]["tasks"])
     assert 64 == len(report["digest"])
 
@@ -130,7 +138,7 @@ def test_again() -> None:
     counting = CountingStore(store)
     again = aggregate(Round(counting, "r"))
 
-    assert (first.record, (), 0) == (again.record, again.reports, again.puts)
+    assert (first.record, ()) == (again.record, again.reports)
     assert (0, 0) == (counting.puts, counting.bytes_written)
 
 
@@ -271,7 +279,7 @@ def calls_of_a_whole_run() -> int:
 def test_crash_at_every_call(tmp_path: Path, kind: Any, when: str) -> None:
     """A run that dies at any request goes on where it stopped: the same bits, and only what is missing is done again."""
     calls = calls_of_a_whole_run()
-    assert 30 < calls
+    assert 20 < calls
 
     for call in range(1, calls + 1):
         store = kind(*[tmp_path / str(call)] * (kind is DirectoryStore))
@@ -300,7 +308,7 @@ def test_lost_upload() -> None:
     """A round whose upload was aborted, by a lifecycle rule say, begins again."""
     store = MemoryStore()
     round_ = submitted(store, SMALL)
-    upload, _ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain, reading=store.reading))
+    upload, *_ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain, reading=store.reading))
     store.abort(round_.output, upload)
 
     result: Result = aggregate(round_, topology=into(3))

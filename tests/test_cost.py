@@ -7,10 +7,11 @@ import pytest
 from gradsharding import Limits, sharded
 from gradsharding.cost import Bill, Clients, Cost, Item, bill, forecast
 from gradsharding.plan import Plan
-from gradsharding.platform import READING
+from gradsharding.platform import CHARGES, READING
 from gradsharding.prices import load_prices
 from gradsharding.task import Invocation, TaskReport
 from gradsharding.topology import lambda_fl, paper
+from gradsharding.usage import Usage
 from modelled import MB, manifest
 
 PRICES = load_prices()
@@ -29,7 +30,8 @@ def report(task: str, request: str | None, seconds: float = 1.5, gets: int = 40)
             request=request, attempts=1, tasks=1, billed_seconds=seconds, memory_size=512 * MB, max_memory=100 * MB, init_seconds=None
         )
     return TaskReport(
-        task=task, worker="1", gets=gets, puts=1, bytes_read=10, bytes_written=5, peak_memory=1, seconds=1, read_seconds=1, write_seconds=0,
+        task=task, worker="1", usage={"s3": Usage(gets=gets, puts=1, bytes_read=10, bytes_written=5)}, peak_memory=1,
+        seconds=1, read_seconds=1, write_seconds=0,
         cpu_seconds=0.5, invocation=told,
     )  # fmt: skip
 
@@ -48,26 +50,28 @@ def test_exact() -> None:
 
 
 def test_digest_is_paid_for() -> None:
-    """An exact result is read once by the caller, in requests of 8 MiB: they are on both bills."""
-    exact = sharded(manifest(64 * MB, 20), Limits(), reading=READING, shards=4, arithmetic="exact")
+    """A result that is read once for its digest takes 8 more requests of 8 MiB, on the caller's account."""
+    bills = [amounts(forecast(plan().placed(digest=digest), PRICES, 512 * MB).cost.aggregation) for digest in (False, True)]
 
-    for cost in (forecast(exact, PRICES, 512 * MB).cost, bill([report("sharded/0", "r1")], exact, PRICES)):
-        assert 8 * Decimal("0.0000004") == amounts(cost.aggregation)["the digest's GETs"]
-        assert "the digest's PUTs" not in amounts(cost.aggregation)
-    assert "the digest's GETs" not in amounts(forecast(plan(), PRICES, 512 * MB).cost.aggregation)
+    assert 8 * Decimal("0.0000004") == bills[1]["the caller's GETs"] - bills[0]["the caller's GETs"]
 
 
 def test_forecast_by_hand() -> None:
-    """Functions, their invocations and requests; then uploads, downloads, storage and transfer."""
-    found = forecast(plan(), PRICES, 512 * MB, architecture="x86_64")
+    """Functions, their invocations and requests, the caller's; then uploads, downloads, storage and transfer."""
+    found = forecast(plan().placed(home=CHARGES, output=CHARGES, record_bytes=5_000), PRICES, 512 * MB, architecture="x86_64")
     one, all_ = (amounts(part) for part in found.cost)
 
     assert Decimal(f"{found.seconds.billed:.3f}") / 2 * Decimal("0.0000166667") == one["functions"]
     assert 4 * Decimal("0.0000002") == one["invocations"]
     assert 160 * Decimal("0.0000004") == one["functions' GETs"]
-    assert 7 * Decimal("0.000005") == one["functions' PUTs"]
-    assert {"functions", "invocations", "functions' GETs", "functions' PUTs"} == {*one}
-    assert (20 * Decimal("0.000005"), 60 * Decimal("0.0000004")) == (all_["clients' PUTs"], all_["clients' GETs"])
+    # of four slices of 16 MiB, the first begins before 5 MiB: it waits as an object, after a look at its upload
+    assert 5 * Decimal("0.000005") == one["functions' PUTs"]
+    # is there a result, a plan, an output, and again at the end; its version; the kept header, and so much of the slice as it lacks
+    assert 7 * Decimal("0.0000004") == one["the caller's GETs"]
+    # begin; look, keep the header; three lists, two parts composed, the end; two records
+    assert (1 + 2 + 3 + 2 + 1 + 2) * Decimal("0.000005") == one["the caller's PUTs"]
+    assert 6 == len(one)
+    assert (20 * Decimal("0.000005"), 40 * Decimal("0.0000004")) == (all_["clients' PUTs"], all_["clients' GETs"])
     moved = Decimal(20 * (64 * MB + plan().header_bytes)) / (1 << 30)
     assert moved * Decimal("0.09") == all_["downloads through the internet"]
     assert pytest.approx(float(moved) * 21 / 20 * 0.023 / 730, rel=1e-4) == float(all_["storage"])
@@ -115,18 +119,20 @@ def test_waves_share_invocations() -> None:
 def test_bill() -> None:
     """A bill counts each invocation once, whatever it carried, and the requests of all tasks and of the caller."""
     reports = [report("sharded/0", "a"), report("sharded/1", "a"), report("sharded/2", "b", 2.25), report("sharded/3", "b", 2.25)]
-    found: Cost = bill(reports, plan(), PRICES, architecture="x86_64", puts=3)
+    caller = {"s3": Usage(gets=9, puts=7), "file": Usage(gets=1_000, puts=1_000)}  # a directory bills nobody
+    found: Cost = bill(reports, caller, plan(), PRICES, architecture="x86_64")
     one = amounts(found.aggregation)
 
     assert (Decimal("1.5") + Decimal("2.25")) / 2 * Decimal("0.0000166667") == one["functions"]
     assert (2 * Decimal("0.0000002"), 160 * Decimal("0.0000004")) == (one["invocations"], one["functions' GETs"])
-    assert 7 * Decimal("0.000005") == one["functions' PUTs"]
+    assert 4 * Decimal("0.000005") == one["functions' PUTs"]
+    assert (9 * Decimal("0.0000004"), 7 * Decimal("0.000005")) == (one["the caller's GETs"], one["the caller's PUTs"])
     assert "GiB-seconds" in str(found.aggregation)
     assert f"in all: ${found.aggregation.usd:.7f}" in str(found.aggregation)
 
 
 def test_bill_without_figures() -> None:
     """Functions that told nothing of the platform cost their requests."""
-    found = amounts(bill([report("sharded/0", None)], plan(), PRICES).aggregation)
+    found = amounts(bill([report("sharded/0", None)], {}, plan(), PRICES).aggregation)
 
     assert (Decimal(0), Decimal(0), 40 * Decimal("0.0000004")) == (found["functions"], found["invocations"], found["functions' GETs"])

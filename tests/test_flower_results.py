@@ -130,7 +130,7 @@ def test_reports_tell_what_passed(tmp_path: Path) -> None:
         assert len(NODES) * data == report.read
         assert model.stat().st_size == report.written
         assert 3 == report.functions
-        assert 0 < report.peak_memory
+        assert report.peak_memory is None  # its functions ran in this process
         assert data < report.projected_memory
     assert [1, 2] == [report.server_round for report in strategy.history]
 

@@ -24,7 +24,7 @@ from gradsharding.reading import STREAM
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, file_reference
 from gradsharding.task import RESERVED, Job, Task, Term
-from gradsharding.testing import read
+from gradsharding.testing import peak, read
 from gradsharding.topology import Topology, flat, lambda_fl, sharded
 from gradsharding.weights import MAX_WEIGHT
 
@@ -67,7 +67,7 @@ def test_projected_covers_measured_on_s3(ceph_store: S3Store, dtype: str, elemen
         for i in range(clients):
             round_.refer(f"c{i}", "update", 1)
         result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
-        peaks.append(result.reports[0].peak_memory)
+        peaks.append(peak(result))
         projected.add(result.plan.memory)
         assert data == read(ceph_store, round_.output)[-len(data) :]
 
@@ -94,7 +94,7 @@ def test_projected_covers_measured(tmp_path: Path, dtype: str, elements: int) ->
         for i in range(clients):
             round_.refer(f"c{i}", file_reference(path), MAX_WEIGHT // clients if is_wide(dtype, clients) else 1)
         result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
-        peaks[clients] = result.reports[0].peak_memory
+        peaks[clients] = peak(result)
         projected.add(result.plan.memory)
         assert data == read(round_.store, round_.output)[-len(data) :]
 
@@ -127,8 +127,8 @@ def test_projected_covers_exact_sums(tmp_path: Path, dtype: str, elements: int, 
         result = aggregate(round_, topology=make, arithmetic="exact", executor=ProcessExecutor(1), limits=Limits(memory=1 << 30))
         assert data == read(round_.store, round_.output)[-len(data) :]
         for task, report in zip(result.plan.tasks, result.reports, strict=True):
-            assert report.peak_memory <= task.memory
-        near.append(result.plan.memory - max(report.peak_memory for report in result.reports))
+            assert peak(report) <= task.memory
+        near.append(result.plan.memory - peak(result))
 
     assert max(near) < 32 * MIB + elements  # a byte an element is for what is not finite
 
@@ -146,7 +146,7 @@ def test_projected_covers_exact_sums_with_nan(tmp_path: Path) -> None:
 
     assert np.isnan(result.arrays()["w"][7])
     for task, report in zip(result.plan.tasks, result.reports, strict=True):
-        assert report.peak_memory <= task.memory
+        assert peak(report) <= task.memory
 
 
 @pytest.mark.parametrize("arithmetic", ["float64", "exact"])
@@ -166,7 +166,7 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
     [report] = ProcessExecutor(1).run([task], job, store, Limits(memory=task.memory), lambda _: None)
 
     assert clients == report.gets
-    assert report.peak_memory <= task.memory
+    assert peak(report) <= task.memory
 
 
 @pytest.mark.slow
@@ -188,12 +188,12 @@ def test_eight_gigabytes(tmp_path: Path) -> None:
 
     result = aggregate(round_, topology=partial(sharded, shards=36), limits=Limits(memory=512 * MIB), executor=ProcessExecutor(2))
     size, base = round_.store.head(round_.output).size, len(layout.header())
-    peak, seconds = max(report.peak_memory for report in result.reports), sum(report.seconds for report in result.reports)
+    most, seconds = peak(result), sum(report.seconds for report in result.reports)
     found = {i: np.frombuffer(read(round_.store, round_.output, base + 4 * i, base + 4 * i + 4), "f4")[0] for i in spots}
-    print(f"{len(result.reports)} slices, {seconds:.0f} task seconds, peak {peak >> 20} of {result.plan.memory >> 20} MiB")  # noqa: T201 - pytest -s
+    print(f"{len(result.reports)} slices, {seconds:.0f} task seconds, peak {most >> 20} of {result.plan.memory >> 20} MiB")  # noqa: T201 - pytest -s
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
 
     assert base + 8 * 10**9 == size
-    assert peak <= result.plan.memory <= 512 * MIB
+    assert most <= result.plan.memory <= 512 * MIB
     assert {index: values[2] for index, values in spots.items()} == found

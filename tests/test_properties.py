@@ -22,6 +22,7 @@ from gradsharding.store import MemoryStore
 from gradsharding.testing import CountingStore, assert_same, reference_mean
 from gradsharding.topology import flat, sharded
 from gradsharding.update import Raw, encode
+from gradsharding.usage import total
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 layouts = st.dictionaries(
@@ -99,15 +100,16 @@ def test_unit_of_weight(drawn: Drawn, power: int) -> None:
 
 @given(rounds())
 def test_plan_counts(drawn: Drawn) -> None:
-    """What a plan says of requests and bytes is what a store counts: GETs of updates, PUT-class requests of the result."""
+    """What a plan says of its tasks is what a store counts: GETs of updates, and PUTs of the result, with three that assemble it."""
     round_ = drawn.submit()
     round_.seal()  # reads headers, which is no plan's business
     updates = CountingStore(round_.store, only=lambda key: "/updates/" in key)
     result = CountingStore(updates, only=lambda key: key == round_.output)
     plan = aggregate(Round(result, "r"), topology=partial(sharded, shards=drawn.shards)).plan
 
-    assert (plan.gets, plan.bytes_read) == (updates.gets, updates.bytes_read)
-    assert (plan.puts, plan.bytes_written) == (result.puts, result.bytes_written)
+    asked = total(plan.tasks_usage)
+    assert (asked.gets, asked.bytes_read) == (updates.gets, updates.bytes_read)
+    assert (asked.puts + 3, asked.bytes_written + plan.header_bytes) == (result.puts, result.bytes_written)
     assert (0, 0) == (updates.puts, result.gets)
 
 

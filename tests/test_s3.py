@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.body import Body
-from gradsharding.aws.compose import LARGE, MINIMUM, Composed, compose, is_kept
 from gradsharding.aws.direct import UrlSource, offer, write
 from gradsharding.aws.presign import grant, readable, settle
 from gradsharding.aws.s3 import S3Store
+from gradsharding.compose import LARGE, MINIMUM, Composed, compose, is_kept
 from gradsharding.errors import (
     ChangedObject,
     IncompleteUpload,
@@ -39,11 +39,12 @@ from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, locate, open_store
-from gradsharding.testing import StoreContract, assert_same, read, reference_mean, sample_updates
+from gradsharding.testing import StoreContract, assert_same, peak, read, reference_mean, sample_updates
 from gradsharding.testing.proxy import Path, Proxy
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from gradsharding.topology import Topology, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import encode
+from gradsharding.usage import total
 from gradsharding.verify import verify
 
 MIB = 1 << 20
@@ -344,7 +345,7 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
     result = aggregate(round_, topology=_into(shards), executor=executor)
 
     assert_same(reference_mean(updates), result.arrays())
-    assert result.plan.gets == sum(report.gets for report in result.reports)
+    assert (result.plan.gets, result.plan.puts) == (total(result.usage).gets, total(result.usage).puts)
     listed = ceph_store.client.list_objects_v2(Bucket=ceph_store.bucket)["Contents"]
     assert not [found["Key"] for found in listed if ".gradsharding" in found["Key"]]
     assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
@@ -359,20 +360,21 @@ def test_trees(ceph_store: S3Store, make: Any, arithmetic: Arithmetic) -> None:
     round_ = Round.create(ceph_store, "r")
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
-    seen = list[str]()
-    told = lambda _: seen.extend(key for key, _ in ceph_store.list("rounds/r/partials/"))  # noqa: E731
+    there = list[str]()
+    told = lambda _: there.extend(key for key, _ in ceph_store.list("rounds/r/partials/"))  # noqa: E731
     limits = Limits(memory=1 << 30)
     result = aggregate(round_, topology=make, arithmetic=arithmetic, limits=limits, executor=ProcessExecutor(2), progress=lambda _: told)
-    gets, bytes_read = (sum(getattr(r, k) for r in result.reports) for k in ("gets", "bytes_read"))
+    seen, planned = total(result.usage), total(result.plan.usage)
 
     assert_same(reference_mean(updates), result.arrays())
-    assert seen
+    assert there
     if arithmetic == "exact":
-        assert (gets, bytes_read) < (result.plan.gets, result.plan.bytes_read)
+        assert (seen.gets, seen.bytes_read) < (planned.gets, planned.bytes_read)
         assert verify(round_, sample=3).slices
     else:
-        assert (result.plan.gets, result.plan.bytes_read) == (gets, bytes_read)
-    assert max(report.peak_memory for report in result.reports) <= result.plan.memory
+        assert (planned.gets, planned.puts) == (seen.gets, seen.puts)
+        assert seen.bytes_read <= planned.bytes_read < seen.bytes_read + MIB
+    assert peak(result) <= result.plan.memory
     assert [] == [key for key, _ in ceph_store.list("rounds/r/partials/")]
 
 
@@ -426,4 +428,4 @@ def test_limits_shape_the_plan(ceph_store: S3Store) -> None:
     round_.submit("a", {"w": np.ones(16 * MIB, "f4")}, 1)
     result = aggregate(round_, limits=Limits(memory=192 * MIB), executor=ProcessExecutor(1))
 
-    assert max(report.peak_memory for report in result.reports) <= result.plan.memory <= 192 * MIB
+    assert peak(result) <= result.plan.memory <= 192 * MIB

@@ -18,6 +18,7 @@ from botocore.exceptions import (
 )
 
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
+from gradsharding.usage import count
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
@@ -58,6 +59,32 @@ _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocat
 
 _MAKING = threading.Lock()
 """A cache lets threads that ask at once each make a client, and each takes memory that no plan counts."""
+
+
+LISTS = {"ListObjectsV2", "ListParts"}
+"""Operations that S3 bills as LIST, and HTTP knows as GET."""
+
+DELETES = {"DeleteObjects"}
+"""Operations that S3 counts as DELETE (DeleteRequests in https://docs.aws.amazon.com/AmazonS3/latest/userguide/metrics-dimensions.html),
+and HTTP knows as POST."""
+
+
+def count_requests(client: Any) -> None:
+    """Have an S3 client, boto3's or aiobotocore's, count each request as it is sent, its retries too."""
+    client.meta.events.register("before-send.s3", _count_sent)
+
+
+def _count_sent(request: Any, event_name: str, **_: Any) -> None:
+    operation, method = event_name.rpartition(".")[2], request.method
+    if operation in DELETES or method == "DELETE":
+        count("s3", deletes=1)
+    elif operation in LISTS:
+        count("s3", puts=1)
+    elif method in ("GET", "HEAD"):
+        count("s3", gets=1)
+    else:
+        objects = operation in ("PutObject", "UploadPart")
+        count("s3", puts=1, bytes_written=int(request.headers.get("Content-Length") or 0) if objects else 0)
 
 
 def s3_client() -> "S3Client":
@@ -110,7 +137,9 @@ def _refused(error: ClientError, doing: str) -> GradShardingError:
 
 @lru_cache(maxsize=8)
 def _s3_client(environment: tuple[tuple[str, str], ...]) -> "S3Client":  # noqa: ARG001 - what the client depends on
-    return boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
+    client = boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
+    count_requests(client)
+    return client
 
 
 @lru_cache(maxsize=8)

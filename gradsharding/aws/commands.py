@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from gradsharding.aggregate import Result, aggregate
+from gradsharding.aggregate import Result, aggregate, observed_memory
 from gradsharding.aws.bundle import WHEELS
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
@@ -107,7 +107,7 @@ def destroy(name: str, *, yes: bool) -> None:
 def bill_text(result: Result) -> str:
     """Memory and cost of a finished round, in list prices."""
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
-    lines = [f"memory per function: {mib(result.plan.memory)} projected, {mib(max(r.peak_memory for r in result.reports))} observed"]
+    lines = [f"memory per function: {mib(result.plan.memory)} projected, {observed_memory(result)}"]
     if told:
         cold = sum(one.init_seconds is not None for one in told.values())
         largest, had = max(one.max_memory for one in told.values()), max(one.memory_size for one in told.values())
@@ -115,8 +115,8 @@ def bill_text(result: Result) -> str:
     else:
         lines.append("invocations: Lambda told no figures, so that only requests to the store are counted")
     prices = load_prices(next((one.region for one in told.values() if one.region), HOME_REGION))
-    billed = result.cost() or bill(result.reports, result.plan, prices, puts=result.puts)
-    return "\n".join([*lines, str(billed.aggregation), f"{prices.origin}; uploads and the round's records are not counted"])
+    billed = result.cost() or bill(result.reports, result.caller, result.plan, prices)
+    return "\n".join([*lines, str(billed.aggregation), f"{prices.origin}; the clients' uploads are not in it"])
 
 
 def _found(name: str) -> Deployed:

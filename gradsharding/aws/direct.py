@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import urllib3
 from pydantic import Field
 from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.body import Body
-from gradsharding.aws.ranged import Answer, stream
+from gradsharding.aws.ranged import Answer, first_of, stream
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
 from gradsharding.plan import MAX_PARTS
-from gradsharding.store.protocol import Stat, changed, missing
+from gradsharding.store.protocol import Peeked, Stat, changed, missing
+from gradsharding.usage import carried, count
 from gradsharding.value import Value
 
 PARALLEL = 4
@@ -77,7 +78,7 @@ def write(path: Path, what: Offer, permit: Permit) -> None:
     single, ends = len(what.pieces) == 1, accumulate(piece.size for piece in what.pieces)
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-upload") as pool:
         sent = [
-            pool.submit(_put, piece, url, data.part(end - piece.size, end), single=single)
+            pool.submit(carried(_put), piece, url, data.part(end - piece.size, end), single=single)
             for piece, url, end in zip(what.pieces, permit.urls, ends, strict=True)
         ]
     for one in sent:
@@ -93,12 +94,15 @@ class UrlSource:
 
     def head(self, key: str) -> Stat:
         """Tell the object's size and version; raise MissingObject or StoreRefused."""
+        return self.peek(key, 1)[0]
+
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        """Tell the same, and give the first bytes, as stores do."""
         if key != self.key:
             raise missing(key, f"a URL of {self.key}")
-        if not (answer := self._ask(0, 1, None)):
-            return Stat(0, "")
-        answer.body.close()
-        return Stat(answer.size, answer.version)
+        if not (answer := self._ask(0, nbytes, None)):
+            return Peeked(Stat(0, ""), b"")
+        return Peeked(Stat(answer.size, answer.version), first_of(answer, self._ask, nbytes, f"reading {key}"))
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
         """Stream bytes ``start`` to ``stop``, as stores do; raise MissingObject, ChangedObject, StoreRefused or StoreFailed."""
@@ -156,6 +160,19 @@ class _Discreet(logging.Filter):
 for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
     logging.getLogger(_name).addFilter(_Discreet())
 
+
+class _CountingPool(urllib3.HTTPConnectionPool):
+    """Counts each request as it is sent, its retries too."""
+
+    def urlopen(self, method: str, url: str, body: Any = None, *args: Any, **kwargs: Any) -> urllib3.BaseHTTPResponse:
+        count("s3", gets=method == "GET", puts=method == "PUT", bytes_written=0 if body is None else len(body))
+        return super().urlopen(method, url, body, *args, **kwargs)
+
+
+class _CountingSecurePool(_CountingPool, urllib3.HTTPSConnectionPool):
+    """The same, over TLS."""
+
+
 _HTTP = urllib3.PoolManager(
     maxsize=PARALLEL,
     blocksize=256 << 10,
@@ -170,3 +187,4 @@ _HTTP = urllib3.PoolManager(
         raise_on_status=False,
     ),
 )
+_HTTP.pool_classes_by_scheme = {"http": _CountingPool, "https": _CountingSecurePool}

@@ -8,18 +8,20 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.client import CONNECTIONS, S3_CONFIG
+from gradsharding.aws.client import CONNECTIONS, S3_CONFIG, count_requests
+from gradsharding.usage import carried, count
 
 
 def read_all(bucket: str, places: Sequence[str]) -> list[bytes | BotoCoreError | ClientError]:
     """Read whole objects, in the order of ``places``; where one cannot be read, its error stands in its place."""
     with ThreadPoolExecutor(1, thread_name_prefix="gradsharding-fanout") as pool:  # the caller may itself run in an event loop
-        return pool.submit(asyncio.run, _read_all(bucket, places)).result()
+        return pool.submit(carried(asyncio.run), _read_all(bucket, places)).result()
 
 
 async def _read_all(bucket: str, places: Sequence[str]) -> list[bytes | BotoCoreError | ClientError]:
     free = asyncio.Semaphore(CONNECTIONS)
     async with get_session().create_client("s3", config=AioConfig(**S3_CONFIG)) as client:
+        count_requests(client)
 
         async def read(place: str) -> bytes | BotoCoreError | ClientError:
             async with free:
@@ -27,6 +29,7 @@ async def _read_all(bucket: str, places: Sequence[str]) -> list[bytes | BotoCore
                     answer = await client.get_object(Bucket=bucket, Key=place)
                     async with answer["Body"] as body:
                         data: bytes = await body.read()
+                        count("s3", bytes_read=len(data))
                 except (BotoCoreError, ClientError) as error:
                     return error
             return data

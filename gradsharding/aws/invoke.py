@@ -6,9 +6,11 @@ import random
 import re
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -22,6 +24,7 @@ from gradsharding.plan import Limits, mib
 from gradsharding.platform import RUNTIME, Architecture
 from gradsharding.store import ObjectStore
 from gradsharding.task import Invocation, Job, Task, TaskReport
+from gradsharding.usage import Spent, together
 
 CONCURRENCY = 100
 """Invocations at once, where the account does not say what it allows."""
@@ -119,8 +122,25 @@ class _Throttled(Exception):
 class _Failed(Exception):
     """The invocation may be tried again."""
 
-    def __init__(self, error: GradShardingError) -> None:
+    def __init__(self, error: GradShardingError, *, lost: bool = True) -> None:
         self.error = error
+        self.lost = lost
+        """Whether it gave no answer of its own, so that nobody knows what it asked of stores."""
+
+
+class _Vain(NamedTuple):
+    """What a task's attempts before the last one asked of stores, and how many of them gave no answer."""
+
+    usage: Spent = MappingProxyType({})
+    lost: int = 0
+
+    def then(self, failed: _Failed) -> "_Vain":
+        """Add an attempt."""
+        return _Vain(together(self.usage, failed.error.usage), self.lost + failed.lost)
+
+    def added(self, report: TaskReport) -> TaskReport:
+        """Add this to the report of the attempt that was answered."""
+        return report.model_copy(update={"usage": together(self.usage, report.usage), "lost": report.lost + self.lost})
 
 
 class _Run:
@@ -135,7 +155,7 @@ class _Run:
 
     def batch(self, tasks: Sequence[Task]) -> list[TaskReport]:
         """Run tasks, in as few invocations as it takes, until each has its report; raise what ended it."""
-        left, done = {task.id: task for task in tasks}, list[TaskReport]()
+        left, done, vain = {task.id: task for task in tasks}, list[TaskReport](), defaultdict[str, _Vain](_Vain)
         size, asked, failures, waited = len(tasks), 0, 0, 0.0
         while left and not self.given_up.is_set():
             some = [*left.values()][:size]
@@ -148,7 +168,7 @@ class _Run:
                 continue
             asked += 1
             try:
-                reports = self._invoke(data, some, asked)
+                reports = self._invoke(data, some, asked, vain)
             except _Throttled:
                 waited += _pause(asked)
                 if waited > PATIENCE:
@@ -160,6 +180,7 @@ class _Run:
                 continue
             except _Failed as failed:
                 failures += 1
+                vain.update((task.id, vain[task.id].then(failed)) for task in (some if failed.lost else some[:1]))
                 if failures == self._executor.attempts:
                     raise type(failed.error)(f"{failed.error.message} ({failures} times)", **failed.error.details) from None
                 size = 1  # so that one task does not take others down with it
@@ -167,12 +188,15 @@ class _Run:
                 continue
             for report in reports:
                 del left[report.task]
-            done += reports
+            done += [vain[report.task].added(report) for report in reports]
             asked, failures = 0, 0
         return done
 
-    def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int) -> list[TaskReport]:
-        """Ask once: give the reports of the tasks that were done, at least one. Raise _Throttled, _Failed, or what tries cannot mend."""
+    def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[TaskReport]:
+        """Ask once: give the reports of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.
+
+        Raise _Throttled, _Failed, or what tries cannot mend.
+        """
         name, first = self._executor.function, tasks[0].id
         try:
             answer = self._client.invoke(FunctionName=name, Payload=data, LogType="Tail")
@@ -193,16 +217,23 @@ class _Run:
         told = self._told(log, asked, len(tasks))
         if "FunctionError" in answer:
             raise self._broken(tasks[0], payload.decode(errors="replace"), told)
-        found: dict[str, Any] = json.loads(payload)
+        return self._answered(json.loads(payload), tasks, told, vain)
+
+    def _answered(self, found: dict[str, Any], tasks: Sequence[Task], told: Invocation | None, vain: dict[str, _Vain]) -> list[TaskReport]:
+        """Read what the handler said."""
         reports = [
             TaskReport.model_validate_json(json.dumps(report)).model_copy(update={"invocation": told}) for report in found["reports"]
         ]
-        if reports or "error" not in found:
+        if "error" not in found:
             return reports
         error = from_wire(found)
+        if reports:
+            failed = tasks[len(reports)].id  # it is asked for again
+            vain[failed] = vain[failed].then(_Failed(error, lost=False))
+            return reports
         if isinstance(error, OutOfMemory):
             raise self._too_small(tasks[0], error.message)
-        raise _Failed(error) if type(error) in (TaskFailed, StoreFailed) else error
+        raise _Failed(error, lost=False) if type(error) in (TaskFailed, StoreFailed) else error
 
     def _told(self, log: str, asked: int, tasks: int) -> Invocation | None:
         """Read the REPORT line that Lambda writes at the end of an invocation's log."""

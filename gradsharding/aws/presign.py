@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from gradsharding.aws.direct import Offer, Permit
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import InvalidUpdate, MissingObject, ObjectExists
+from gradsharding.store.protocol import Peeked
+from gradsharding.update import FIRST_READ, inspection
+from gradsharding.usage import Usage
 
 EXPIRES = 900
 """Seconds that a URL is good for."""
@@ -52,18 +55,29 @@ def grant(store: S3Store, key: str, offer: Offer, seconds: int) -> Grant:
     return Grant(key, offer, Permit(urls=tuple(urls)), upload)
 
 
-def settle(store: S3Store, granted: Grant) -> None:
-    """See that what was permitted has arrived, and publish it; again, it changes nothing. Raise InvalidUpdate if it has not."""
+def settle(store: S3Store, granted: Grant) -> Peeked:
+    """See that what was permitted has arrived, and publish it; give its first bytes. Again, it changes nothing.
+
+    Raise InvalidUpdate if it has not arrived.
+    """
     key, offer = granted.key, granted.offer
     try:
         if granted.upload:
             with contextlib.suppress(MissingObject, ObjectExists):  # completed before, maybe
                 store.complete(key, granted.upload, {number: piece.size for number, piece in enumerate(offer.pieces, 1)})
-        size = store.head(key).size
+        peeked = store.peek(key, FIRST_READ)
     except MissingObject:
         raise InvalidUpdate(f"nothing has arrived under {key}, where {offer.nbytes} bytes were offered and permitted") from None
-    if size != offer.nbytes:
-        raise InvalidUpdate(f"{size} bytes have arrived under {key}, where {offer.nbytes} were offered and permitted")
+    if peeked.stat.size != offer.nbytes:
+        raise InvalidUpdate(f"{peeked.stat.size} bytes have arrived under {key}, where {offer.nbytes} were offered and permitted")
+    return peeked
+
+
+def settling(store: S3Store, offer: Offer, header_bytes: int) -> Usage:
+    """What permitting and settling an offer of an update, and reading its header, asks of the store at most."""
+    sizes = {number: piece.size for number, piece in enumerate(offer.pieces, 1)}
+    upload = Usage(puts=1) + store.charges.whole(sizes) if len(sizes) > 1 else Usage()
+    return upload + inspection(header_bytes, offer.nbytes - header_bytes)
 
 
 def withdraw(store: S3Store, granted: Grant) -> None:

@@ -8,6 +8,7 @@ from typing import IO, NamedTuple, Protocol, cast
 
 from urllib3.exceptions import HTTPError
 
+from gradsharding import usage
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import StoreFailed
 
@@ -47,6 +48,7 @@ def stream(ask: Ask, start: int, stop: int, version: str | None, what: str, brok
         try:
             with contextlib.closing(answer.body) as body:
                 while start < stop and (count := cast("IO[bytes]", body).readinto(buffer)):  # type: ignore[attr-defined]
+                    usage.count("s3", bytes_read=count)
                     yield buffer[:count]
                     start += count
         except breaks as error:
@@ -54,6 +56,13 @@ def stream(ask: Ask, start: int, stop: int, version: str | None, what: str, brok
             if failures == ATTEMPTS:
                 raise StoreFailed(f"{what} broke off {ATTEMPTS} times ({type(error).__name__}); run it again") from None
             pause(failures)
+
+
+def first_of(answer: Answer, ask: Ask, nbytes: int, what: str, broken: tuple[type[Exception], ...] = ()) -> bytes:
+    """Give the first ``nbytes`` bytes of an object, from an ``answer`` that is there already; where it breaks off, the rest by ``ask``."""
+    there = iter([answer])
+    asked = stream(lambda *range_: next(there, None) or ask(*range_), 0, nbytes, answer.version, what, broken)
+    return b"".join(bytes(chunk) for chunk in asked)
 
 
 def pause(failures: int) -> None:

@@ -1,4 +1,4 @@
-"""S3 as a store: one verb is one request, and S3's own rules (5 MiB parts, empty ranges, lost answers) end here."""
+"""S3 as a store: its own rules (5 MiB parts, pages, empty ranges, lost answers) end here. Its client counts what it sends."""
 
 import contextlib
 import hashlib
@@ -13,16 +13,21 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 
 from gradsharding.aws.body import Body
 from gradsharding.aws.client import code_of, explained, s3_client
-from gradsharding.aws.compose import MINIMUM, Composed, compose, is_kept
-from gradsharding.aws.ranged import ATTEMPTS, Answer, pause, stream
+from gradsharding.aws.ranged import ATTEMPTS, Answer, Ask, first_of, pause, stream
+from gradsharding.compose import MINIMUM, Composed, compose, is_kept, pieces
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
-from gradsharding.platform import GRAIN, LARGEST_PUT, PARALLEL, READING
-from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.platform import CHARGES, GRAIN, LARGEST_PUT, PARALLEL, READING
+from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.usage import carried, count
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PartTypeDef
+
+BROKEN = (HTTPClientError, IncompleteReadError)
+"""By what boto3 says that an answer broke off."""
 
 LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
 """What completing an upload must say of each part."""
@@ -36,6 +41,7 @@ class S3Store:
 
     grain = GRAIN
     reading = READING
+    charges = CHARGES
 
     def __init__(self, url: str) -> None:
         """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket."""
@@ -67,20 +73,15 @@ class S3Store:
             found = self.client.head_object(Bucket=self.bucket, Key=self.place(key))
         return Stat(found["ContentLength"], _quoted(found["ETag"]))
 
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        ask = self._ranged(key)
+        if not (answer := ask(0, nbytes, None)):  # an empty object has no range
+            return Peeked(self.head(key), b"")
+        first = first_of(answer, ask, nbytes, f"GetObject of {self.url}/{key}", BROKEN)
+        return Peeked(Stat(answer.size, _quoted(answer.version)), first)
+
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
-        place = self.place(key)
-
-        def ask(start: int, stop: int, version: str | None) -> Answer | None:
-            condition: Any = {"IfMatch": version} if version else {}
-            try:
-                answer = self.client.get_object(Bucket=self.bucket, Key=place, Range=f"bytes={start}-{stop - 1}", **condition)
-            except (BotoCoreError, ClientError) as error:
-                if code_of(error) == "InvalidRange":
-                    return None
-                raise self._error(error, "GetObject", key, version=version) from error
-            return Answer(answer["ETag"], int(answer["ContentRange"].rpartition("/")[2]), answer["Body"])
-
-        return stream(ask, start, stop, version, f"GetObject of {self.url}/{key}", (HTTPClientError, IncompleteReadError))
+        return stream(self._ranged(key), start, stop, version, f"GetObject of {self.url}/{key}", BROKEN)
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         body = Body(data)
@@ -126,7 +127,7 @@ class S3Store:
             return
         for key in wanted:
             with self._asking("GetObject", key):
-                yield key, self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"].read()
+                yield key, self._all(self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"])
 
     def begin(self, key: str, *, checksum: bool = True) -> str:
         """Begin an upload; with ``checksum``, each part must come with its CRC-32C."""
@@ -159,16 +160,16 @@ class S3Store:
             raise taken(key, self.url)
         composed = compose(sizes, kept)
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-compose") as pool:
-            [*pool.map(partial(self._compose, key, upload), composed)]
+            [*pool.map(carried(partial(self._compose, key, upload)), composed)]
         final = (sizes.keys() - kept.keys()) | {part.number for part in composed}
-        written, _ = self._arrived(key, upload)
+        written = self._written_parts(key, upload)
         listed: Any = [{name: value for name, value in written[number].items() if name in LISTED} for number in sorted(final)]
         condition: Any = {} if overwrite else {"IfNoneMatch": "*"}
         with self._asking("CompleteMultipartUpload", key, upload=upload):
             done = self.client.complete_multipart_upload(
                 Bucket=self.bucket, Key=self.place(key), UploadId=upload, MultipartUpload={"Parts": listed}, **condition
             )
-        self._forget(upload)
+        self._delete([self._keeping(upload, number) for number in kept])
         if not done["ETag"].strip('"'):  # Ceph 16 does not tell
             return self.head(key)
         return Stat(sum(sizes.values()), _quoted(done["ETag"]))
@@ -176,7 +177,23 @@ class S3Store:
     def abort(self, key: str, upload: str) -> None:
         with contextlib.suppress(MissingObject), self._asking("AbortMultipartUpload", key, upload=upload):
             self.client.abort_multipart_upload(Bucket=self.bucket, Key=self.place(key), UploadId=upload)
-        self._forget(upload)
+        self._delete([place for place, _ in self._list(self._keeping(upload))])
+
+    def _ranged(self, key: str) -> Ask:
+        """Give what asks for a range of an object."""
+        place = self.place(key)
+
+        def ask(start: int, stop: int, version: str | None) -> Answer | None:
+            condition: Any = {"IfMatch": version} if version else {}
+            try:
+                answer = self.client.get_object(Bucket=self.bucket, Key=place, Range=f"bytes={start}-{stop - 1}", **condition)
+            except (BotoCoreError, ClientError) as error:
+                if code_of(error) == "InvalidRange":
+                    return None
+                raise self._error(error, "GetObject", key, version=version) from error
+            return Answer(answer["ETag"], int(answer["ContentRange"].rpartition("/")[2]), answer["Body"])
+
+        return ask
 
     def _asking(self, verb: str, key: str, *, upload: str | None = None) -> "contextlib.AbstractContextManager[None]":
         """Turn what AWS answers into our errors."""
@@ -198,6 +215,13 @@ class S3Store:
                 return taken(key, self.url)
         return explained(error, f"{verb} of {self.url}/{key}")
 
+    @staticmethod
+    def _all(body: "StreamingBody") -> bytes:
+        """Read a small answer."""
+        data = body.read()
+        count("s3", bytes_read=len(data))
+        return data
+
     def _is_there(self, key: str) -> bool:
         with contextlib.suppress(MissingObject):
             return bool(self.head(key))
@@ -215,13 +239,13 @@ class S3Store:
 
     def _put_in_parts(self, key: str, body: Body) -> Stat:
         """Create an object that is too large for one PUT."""
-        size = max(64 << 20, -(-len(body) // 9_000))
-        starts = dict(enumerate(range(0, len(body), size), 1))
+        sizes, start = dict(enumerate(pieces(len(body)), 1)), 0
         upload = self.begin(key)
         try:
-            for number, start in starts.items():
+            for number, size in sizes.items():
                 self._upload_part(key, upload, number, body.part(start, start + size))
-            return self.complete(key, upload, {number: min(size, len(body) - start) for number, start in starts.items()})
+                start += size
+            return self.complete(key, upload, sizes)
         except BaseException:
             self.abort(key, upload)
             raise
@@ -256,24 +280,23 @@ class S3Store:
         for place, wanted, span in spans:
             if span.stop > span.start:
                 with self._asking("GetObject", key):
-                    data.append(self.client.get_object(Bucket=self.bucket, Key=place, Range=wanted)["Body"].read())
+                    data.append(self._all(self.client.get_object(Bucket=self.bucket, Key=place, Range=wanted)["Body"]))
         self._upload_part(key, upload, part.number, Body(data))
 
     def _arrived(self, key: str, upload: str) -> "tuple[dict[int, PartTypeDef], dict[int, int]]":
         """The parts that S3 has, and the bytes of those that are kept as objects."""
+        written = self._written_parts(key, upload)
+        return written, {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
+
+    def _written_parts(self, key: str, upload: str) -> "dict[int, PartTypeDef]":
         with self._asking("ListParts", key, upload=upload):
             pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=self.place(key), UploadId=upload)
-            written = {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
-        kept = {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
-        return written, kept
+            return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
 
     def _keeping(self, upload: str, number: int | None = None) -> str:
         """Place of a part that is kept as an object, or of all of an upload."""
         place = f"{self.prefix}.gradsharding/uploads/{hashlib.sha256(upload.encode()).hexdigest()[:32]}/"
         return place if number is None else f"{place}{number:05d}"
-
-    def _forget(self, upload: str) -> None:
-        self._delete([place for place, _ in self._list(self._keeping(upload))])
 
     def _list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         """Give S3's own keys that begin with ``prefix``."""

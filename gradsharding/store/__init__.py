@@ -12,14 +12,16 @@ from typing import TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from gradsharding.errors import MissingObject, UserError
-from gradsharding.store.directory import DirectoryStore
+from gradsharding.store.directory import DirectoryStore, SharedMemory
 from gradsharding.store.memory import MemoryStore
 from gradsharding.store.protocol import ObjectStore, Source, Stat, check_key
+from gradsharding.usage import SHARED
 
 __all__ = [
     "DirectoryStore",
     "MemoryStore",
     "ObjectStore",
+    "SharedMemory",
     "Source",
     "Stat",
     "check_key",
@@ -45,6 +47,8 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     scheme = urlsplit(text).scheme
     if scheme == "file":
         return DirectoryStore(file_path(text))
+    if scheme == SHARED:
+        return SharedMemory(file_path(text.replace(SHARED, "file", 1)))
     if scheme == "memory":
         try:
             return MemoryStore.known[text]

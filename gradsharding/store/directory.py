@@ -11,10 +11,12 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import IO, NamedTuple, TypeVar
 
+from gradsharding.charges import Charges
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject
 from gradsharding.reading import STREAM
-from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.usage import SHARED, count
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class DirectoryStore:
 
     grain = 8 << 20
     reading = STREAM
+    charges = Charges(kind="file")
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Use ``root``, which is made when the first object is."""
@@ -47,32 +50,33 @@ class DirectoryStore:
         self._hidden = self.root / ".gradsharding"
 
     def head(self, key: str) -> Stat:
-        path = self._path(key)
-        with contextlib.suppress(OSError):  # no such file, a loop of links, a directory that may not be entered
-            stat = path.stat()
-            if S_ISREG(stat.st_mode):
-                return _stat(stat)
-        raise missing(key, self.url)
+        self._count(gets=1)
+        return self._look(key)
+
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        self._count(gets=1)
+        with self._open(key) as file:
+            stat, first = _stat(os.fstat(file.fileno())), os.pread(file.fileno(), nbytes, 0)
+        self._count(bytes_read=len(first))
+        return Peeked(stat, first)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
-        self.head(key)  # what is not a regular file, such as a pipe, could block for ever
-        try:
-            file = self._path(key).open("rb", buffering=0)
-        except OSError as error:
-            raise missing(key, self.url, error.strerror) from None
-        with file:
+        self._count(gets=1)
+        with self._open(key) as file:
             self._require(key, file.fileno(), version)
             buffer = memoryview(bytearray(max(0, min(CHUNK, stop - start))))
             while start < stop:
-                count = os.preadv(file.fileno(), [buffer[: stop - start]], start)
-                if not count:
+                came = os.preadv(file.fileno(), [buffer[: stop - start]], start)
+                if not came:
                     break
-                yield buffer[:count]
-                start += count
+                self._count(bytes_read=came)
+                yield buffer[:came]
+                start += came
             self._require(key, file.fileno(), version)
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         path, draft = self._path(key), self._hidden / "drafts" / uuid.uuid4().hex
+        self._count(puts=1, bytes_written=sum(memoryview(buffer).nbytes for buffer in data))
         try:
             with _inside(draft.parent, lambda: draft.open("xb", buffering=0)) as file:
                 for buffer in data:
@@ -84,28 +88,34 @@ class DirectoryStore:
             self._prune(draft.parent)
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        self._count(puts=1)
         top = self.root / Path(prefix).parent if "/" in prefix else self.root
         found = (path for path in top.rglob("*") if path.is_file() and self._hidden not in path.parents)
         keys = sorted(path.relative_to(self.root).as_posix() for path in found)
         for key in (key for key in keys if key.startswith(prefix)):
             with contextlib.suppress(MissingObject):  # deleted while we list
-                yield key, self.head(key)
+                yield key, self._look(key)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._path(key)
+            self._count(deletes=1)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 path.unlink()
             self._prune(path.parent)
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         for key in keys:
+            self._count(gets=1)
             try:
-                yield key, self._path(key).read_bytes()
+                data = self._path(key).read_bytes()
             except OSError as error:
                 raise missing(key, self.url, error.strerror) from None
+            self._count(bytes_read=len(data))
+            yield key, data
 
     def begin(self, key: str) -> str:
+        self._count(puts=1)
         self._path(key)
         upload = uuid.uuid4().hex
         _inside(self._upload(upload).parent, self._upload(upload).mkdir)
@@ -114,6 +124,7 @@ class DirectoryStore:
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        self._count(puts=1, bytes_written=memoryview(data).nbytes)
         with self._data(key, upload) as file:
             _write(file.fileno(), data, offset)
         mark = self._upload(upload) / "parts" / f"{number:05d}"
@@ -125,6 +136,7 @@ class DirectoryStore:
             raise no_upload(key, upload) from None
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
+        self._count(puts=1)
         # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
         with self._data(key, upload) as file:
             try:
@@ -133,6 +145,7 @@ class DirectoryStore:
                 raise no_upload(key, upload) from None
 
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
+        self._count(puts=1)
         data = self._upload(upload) / "data"
         try:
             with self._data(key, upload) as file:
@@ -142,13 +155,35 @@ class DirectoryStore:
             stat = self._publish(key, data, self._path(key), overwrite=overwrite)
         except FileNotFoundError:  # completed or aborted by another meanwhile
             raise no_upload(key, upload) from None
-        self.abort(key, upload)
+        self._forget(upload)
         return stat
 
     def abort(self, key: str, upload: str) -> None:
+        self._count(deletes=1)
+        self._forget(upload)
+
+    def _forget(self, upload: str) -> None:
         (self._upload(upload) / "data").unlink(missing_ok=True)  # first: an upload that lacks it is gone, whatever else is left
         shutil.rmtree(self._upload(upload), ignore_errors=True)
         self._prune(self._hidden / "uploads")
+
+    def _count(self, **figures: int) -> None:
+        count(self.charges.kind, **figures)
+
+    def _look(self, key: str) -> Stat:
+        path = self._path(key)
+        with contextlib.suppress(OSError):  # no such file, a loop of links, a directory that may not be entered
+            stat = path.stat()
+            if S_ISREG(stat.st_mode):
+                return _stat(stat)
+        raise missing(key, self.url)
+
+    def _open(self, key: str) -> IO[bytes]:
+        self._look(key)  # what is not a regular file, such as a pipe, could block for ever
+        try:
+            return self._path(key).open("rb", buffering=0)
+        except OSError as error:
+            raise missing(key, self.url, error.strerror) from None
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -183,7 +218,7 @@ class DirectoryStore:
             if not draft.samefile(path):  # published by a process that died before it cleaned up
                 raise taken(key, self.url) from None
         _sync_directory(path.parent)
-        return self.head(key)
+        return self._look(key)
 
     def _prune(self, directory: Path) -> None:
         """Remove directories that have become empty, below the root."""
@@ -191,6 +226,17 @@ class DirectoryStore:
             while directory != self.root:
                 directory.rmdir()
                 directory = directory.parent
+
+
+class SharedMemory(DirectoryStore):
+    """Files that are memory, below /dev/shm: for what the processes of one machine hand to each other. ``shm:///directory``."""
+
+    charges = Charges(kind=SHARED)
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        """Use ``root``."""
+        super().__init__(root)
+        self.url = f"{SHARED}://{self.url.removeprefix('file://')}"
 
 
 def _inside(directory: Path, act: Callable[[], T]) -> T:
@@ -219,8 +265,8 @@ def _stat(stat: os.stat_result) -> Stat:
 def _write(file: int, data: Buffer, offset: int | None = None) -> None:
     view = memoryview(data).cast("B")
     while view:
-        count = os.write(file, view) if offset is None else os.pwrite(file, view, offset)
-        view, offset = view[count:], None if offset is None else offset + count
+        went = os.write(file, view) if offset is None else os.pwrite(file, view, offset)
+        view, offset = view[went:], None if offset is None else offset + went
 
 
 def _crc(file: int, mark: _Mark) -> int:

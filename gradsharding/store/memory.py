@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, NoReturn
 
+from gradsharding.charges import Charges
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import UserError
 from gradsharding.reading import STREAM
-from gradsharding.store.protocol import Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.usage import count
 
 
 class MemoryStore:
@@ -18,6 +20,7 @@ class MemoryStore:
     known: ClassVar["weakref.WeakValueDictionary[str, MemoryStore]"] = weakref.WeakValueDictionary()
     grain = 8 << 20
     reading = STREAM
+    charges = Charges(kind="memory")
 
     def __init__(self, name: str | None = None) -> None:
         """Make an empty store that ``open_store("memory://NAME")`` finds within this process."""
@@ -28,50 +31,72 @@ class MemoryStore:
         self.known[self.url] = self
 
     def head(self, key: str) -> Stat:
-        data, version = self._object(key)
-        return Stat(len(data), version)
+        count("memory", gets=1)
+        return self._stat(key)
+
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        count("memory", gets=1)
+        first = self._object(key)[0][:nbytes]
+        count("memory", bytes_read=len(first))
+        return Peeked(self._stat(key), first)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        count("memory", gets=1)
         data, found = self._object(key)
         if version not in (None, found):
             raise changed(key, version, found)
-        yield memoryview(data)[start:stop]
+        wanted = memoryview(data)[start:stop]
+        count("memory", bytes_read=len(wanted))
+        yield wanted
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
-        return self._publish(check_key(key), b"".join(data), overwrite=False)
+        joined = b"".join(data)
+        count("memory", puts=1, bytes_written=len(joined))
+        return self._publish(check_key(key), joined, overwrite=False)
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
+        count("memory", puts=1)
         for key in sorted(self._objects):
             if key.startswith(prefix):
-                yield key, self.head(key)
+                yield key, self._stat(key)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
+            count("memory", deletes=1)
             self._objects.pop(check_key(key), None)
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        return ((key, self._object(key)[0]) for key in keys)
+        for key in keys:
+            count("memory", gets=1)
+            data = self._object(key)[0]
+            count("memory", bytes_read=len(data))
+            yield key, data
 
     def begin(self, key: str) -> str:
+        count("memory", puts=1)
         check_key(key)
         upload = uuid.uuid4().hex
         self._uploads[upload] = {}
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
+        count("memory", puts=1, bytes_written=memoryview(data).nbytes)
         self._parts(key, upload)[number] = bytes(data)
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
-        return {number: len(data) for number, data in self._parts(key, upload).items()}
+        count("memory", puts=1)
+        return self._sizes(key, upload)
 
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
-        check_arrived(key, sizes, self.parts(key, upload))
+        count("memory", puts=1)
+        check_arrived(key, sizes, self._sizes(key, upload))
         data = b"".join(data for _, data in sorted(self._parts(key, upload).items()))
         stat = self._publish(key, data, overwrite=overwrite)
-        self.abort(key, upload)
+        self._uploads.pop(upload, None)
         return stat
 
     def abort(self, key: str, upload: str) -> None:
+        count("memory", deletes=1)
         self._uploads.pop(upload, None)
 
     def __reduce__(self) -> NoReturn:
@@ -84,6 +109,13 @@ class MemoryStore:
         except KeyError:
             raise missing(key, self.url) from None
 
+    def _stat(self, key: str) -> Stat:
+        data, version = self._object(key)
+        return Stat(len(data), version)
+
+    def _sizes(self, key: str, upload: str) -> dict[int, int]:
+        return {number: len(data) for number, data in self._parts(key, upload).items()}
+
     def _parts(self, key: str, upload: str) -> dict[int, bytes]:
         try:
             return self._uploads[upload]
@@ -95,4 +127,4 @@ class MemoryStore:
             if key in self._objects and not overwrite:
                 raise taken(key, self.url)
             self._objects[key] = data, uuid.uuid4().hex
-        return self.head(key)
+        return self._stat(key)

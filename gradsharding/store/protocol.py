@@ -1,8 +1,13 @@
-"""What a store promises: few verbs, one call is one request, objects are created once and never change."""
+"""What a store promises: few verbs, what it asks is counted, objects are created once and never change.
+
+A store counts (``gradsharding.usage.count``) each request it makes and each byte it brings or sends, under the scheme of its URL,
+and says beforehand how many requests each verb takes (``Charges``).
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from gradsharding.charges import Charges
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
 from gradsharding.reading import Reading
@@ -15,11 +20,22 @@ class Stat(NamedTuple):
     version: str
 
 
+class Peeked(NamedTuple):
+    """What one request tells of an object, and its first bytes."""
+
+    stat: Stat
+    first: bytes
+
+
 class Source(Protocol):
     """What reading an object asks of a store."""
 
     def head(self, key: str) -> Stat:
         """Tell an object's size and version; raise MissingObject."""
+        ...
+
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        """Tell an object's size and version, and give its first ``nbytes`` bytes, in one request; raise MissingObject."""
         ...
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
@@ -40,6 +56,8 @@ class ObjectStore(Source, Protocol):
     """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
     reading: Reading
     """How a function should read from it."""
+    charges: Charges
+    """Requests that its verbs take."""
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         """Create an object from buffers, all at once or not at all; raise ObjectExists if there is one."""

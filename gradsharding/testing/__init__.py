@@ -3,7 +3,7 @@
 A contract is a class for pytest: inherit it, supply its fixture and hooks, and each of its promises is tested.
 """
 
-from gradsharding.testing.executors import ExecutorContract, Started
+from gradsharding.testing.executors import ExecutorContract, Started, peak
 from gradsharding.testing.reference import assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import StoreContract, read
 from gradsharding.testing.wrappers import CountingStore, FlakyStore, SlowStore
@@ -16,6 +16,7 @@ __all__ = [
     "Started",
     "StoreContract",
     "assert_same",
+    "peak",
     "read",
     "reference_mean",
     "sample_updates",

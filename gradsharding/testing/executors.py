@@ -8,16 +8,29 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import pytest
 
+from gradsharding.aggregate import Result
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
 from gradsharding.executor import Executor, InlineExecutor
 from gradsharding.plan import Limits, Plan
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
-from gradsharding.task import Job, TaskReport
+from gradsharding.task import Job, Task, TaskReport
 from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import read
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import load
+
+
+def peak(seen: TaskReport | Result) -> int:
+    """Give the peak memory of a task, or of a result's largest one, in bytes; it must have been measured."""
+    assert seen.peak_memory is not None, seen.unmeasured
+    return seen.peak_memory
+
+
+def puts(task: Task, store: ObjectStore) -> int:
+    """Requests of the class of PUT that a task should take."""
+    charges = store.charges
+    return (charges.put_parts([(task.offset, task.nbytes)]) if task.part else charges.put(task.bytes_written)).puts
 
 
 class ExecutorContract:
@@ -44,9 +57,11 @@ class ExecutorContract:
 
         assert [task.id for task in started.plan.tasks] == [report.task for report in reports]
         assert sorted(reports, key=lambda r: r.task) == sorted(told, key=lambda r: r.task)
-        assert [(t.gets, 1, 3 * t.nbytes, t.nbytes) for t in started.plan.tasks] == [
+        assert [(t.gets, puts(t, store), 3 * t.nbytes, t.nbytes) for t in started.plan.tasks] == [
             (r.gets, r.puts, r.bytes_read, r.bytes_written) for r in reports
         ]
+        assert [{store.charges.kind}] * len(reports) == [{*report.usage} for report in reports]
+        assert all((report.peak_memory is None) == bool(report.unmeasured) for report in reports)
         assert_same(reference_mean(updates), started.complete())
 
     def test_no_tasks(self, executor: Executor, store: ObjectStore) -> None:
@@ -74,7 +89,7 @@ class ExecutorContract:
         reports = started.run(executor)
 
         assert [task.id for task in started.plan.tasks] == [report.task for report in reports]
-        assert [(t.gets, t.puts, t.bytes_read, t.bytes_written) for t in started.plan.tasks] == [
+        assert [(t.gets, puts(t, store), t.bytes_read, t.bytes_written) for t in started.plan.tasks] == [
             (r.gets, r.puts, r.bytes_read, r.bytes_written) for r in reports
         ]
         expected, found = reference_mean(updates), started.complete()

@@ -1,8 +1,10 @@
 """S3 servers for tests, on loopback: moto in this process, and Ceph's RADOS Gateway, a production server, as three processes."""
 
 import contextlib
+import http.client
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -11,16 +13,36 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 CEPH_PACKAGES = "ceph-mon ceph-osd radosgw ceph-common"
 """Debian's packages that ``ceph_server`` needs."""
+
+
+class Request(NamedTuple):
+    """A request as a server has seen it."""
+
+    method: str
+    target: str
+    """Path and query."""
+
+    @property
+    def billed(self) -> Literal["gets", "puts", "deletes"]:
+        """The class that it is billed in, told from HTTP alone: a LIST is a GET of a bucket's keys, or of an upload's parts."""
+        query = "&" + self.target.partition("?")[2]
+        if self.method == "DELETE" or (self.method == "POST" and "&delete" in query):
+            return "deletes"
+        if self.method in ("GET", "HEAD"):
+            return "puts" if "&list-type=" in query or "&uploadId=" in query else "gets"
+        return "puts"
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,15 @@ class S3Server:
     access_key: str
     secret_key: str
     region: str = "us-east-1"
+    seen: Callable[[], list[Request]] = field(default=list, repr=False, compare=False)
+    """What the server has been asked since its start, by whomever, in its own words."""
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[Counter[str]]:
+        """Count, by the class that they are billed in, the requests that reach the server within; told at the end."""
+        counts, before = Counter[str](gets=0, puts=0, deletes=0), len(self.seen())
+        yield counts
+        counts.update(request.billed for request in self.seen()[before:])
 
     def environment(self) -> dict[str, str]:
         """The AWS environment that leads every client here, and to no profile of this machine's user."""
@@ -77,9 +108,17 @@ def moto_server() -> Iterator[S3Server]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells each request
     server.start()
+    seen: list[Request] = []
+    app = server._server.app  # type: ignore[union-attr]  # noqa: SLF001 - there is no other way in
+
+    def logging_app(environ: dict[str, Any], start_response: Any) -> Any:
+        seen.append(Request(environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"))
+        return app(environ, start_response)
+
+    server._server.app = logging_app  # type: ignore[union-attr]  # noqa: SLF001
     try:
         host, port = server.get_host_and_port()
-        yield S3Server(f"http://{host}:{port}", "moto", secrets.token_hex(8))
+        yield S3Server(f"http://{host}:{port}", "moto", secrets.token_hex(8), seen=seen.copy)
     finally:
         server.stop()
 
@@ -103,7 +142,7 @@ class Ceph:
 
     def user(self, name: str) -> S3Server:
         """Make another user, who owns nothing and may do what bucket policies allow."""
-        keys = S3Server(self.server.endpoint, _key(), secrets.token_urlsafe(24))
+        keys = replace(self.server, access_key=_key(), secret_key=secrets.token_urlsafe(24))
         _add_user(self.configuration, name, keys)
         return keys
 
@@ -120,7 +159,8 @@ def ceph_server(*, day: int | None = None, certificate: tuple[Path, Path] | None
         configuration = directory / "ceph.conf"
         settings = _settings(directory, port, tls, day, certificate)
         configuration.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
-        server = S3Server(f"http://127.0.0.1:{port}", _key(), secrets.token_urlsafe(24))
+        seen = partial(_seen_by_ceph, directory / "client.rgw.log", port)
+        server = S3Server(f"http://127.0.0.1:{port}", _key(), secrets.token_urlsafe(24), seen=seen)
         stack.callback(_stop, directory)
         _start(directory, configuration, settings, server)
         yield Ceph(server, configuration, f"https://127.0.0.1:{tls}" if certificate else None)
@@ -156,6 +196,22 @@ def _stop(directory: Path) -> None:
     for name in ("client.rgw", "osd.0", "mon.a"):
         with contextlib.suppress(OSError, ValueError):
             os.kill(int((directory / f"{name}.pid").read_text()), signal.SIGKILL)
+
+
+def _seen_by_ceph(log: Path, port: int) -> list[Request]:
+    """Read the gateway's own log, once it has in it a request that was made for that."""
+    mark = uuid.uuid4().hex
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection.request("GET", f"/mark-{mark}")
+    connection.getresponse().read()
+    connection.close()
+    for _ in range(1_000):
+        if mark in log.read_text():
+            break
+        time.sleep(0.01)
+    time.sleep(0.02)  # lines of requests that were answered at the same time
+    found = (Request(*line.groups()) for line in re.finditer(r'beast: .*?"([A-Z]+) (\S+) HTTP/', log.read_text()))
+    return [request for request in found if not request.target.startswith("/mark-")]
 
 
 def _add_user(configuration: Path, name: str, keys: S3Server) -> None:
@@ -221,7 +277,7 @@ def _settings(directory: Path, port: int, tls: int, day: int | None, certificate
         "rgw gc processor period": 5,
         "rgw gc processor max time": 4,
         "rgw lc debug interval": -1 if day is None else day,
-        "debug rgw": 0,
+        "debug rgw": 1,  # a line for each request
         "debug osd": 0,
         "debug ms": 0,
     }

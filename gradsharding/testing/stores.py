@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
 from gradsharding.store import ObjectStore, open_store
+from gradsharding.usage import Usage, counting
 
 
 class StoreContract:
@@ -81,6 +83,62 @@ class StoreContract:
         assert data == read(store, "a")
         assert data[1_000_001:5_000_003] == read(store, "a", 1_000_001, 5_000_003)
 
+    @pytest.mark.parametrize(("size", "nbytes"), [(10, 4), (10, 10), (10, 1_000), (0, 4), (3_000_000, 1_000_000)])
+    def test_peek(self, store: ObjectStore, size: int, nbytes: int) -> None:
+        """Peek gives an object's stat and its first bytes, or all of a smaller one."""
+        data = os.urandom(size)
+        self.raw_put(store, "a", data)
+
+        assert (store.head("a"), data[:nbytes]) == store.peek("a", nbytes)
+
+    def test_counts(self, store: ObjectStore) -> None:
+        """Each verb counts its requests and bytes where they are made."""
+        charges, upload = store.charges, store.begin("b")
+
+        assert Usage(puts=1, bytes_written=6) == asked(store, lambda: store.put("a/1", [b"abc", b"def"]))
+        assert Usage(gets=1) == asked(store, lambda: store.head("a/1"))
+        assert Usage(gets=1, bytes_read=4) == asked(store, lambda: store.peek("a/1", 4))
+        assert Usage(gets=1, bytes_read=2) == asked(store, lambda: read(store, "a/1", 1, 3))
+        assert Usage(gets=2, bytes_read=12) == asked(store, lambda: list(store.fetch(["a/1", "a/1"])))
+        assert charges.list(1) == asked(store, lambda: list(store.list("a/")))
+        assert Usage(deletes=1) == asked(store, lambda: store.delete(["a/1"]))
+        assert Usage(puts=1) == asked(store, lambda: store.begin("c"))
+        assert charges.put_parts([(0, 300)]) == asked(store, lambda: store.put_part("b", upload, 1, 0, bytes(300)))
+        assert charges.parts({1: 300}) == asked(store, lambda: store.parts("b", upload))
+        assert 1 <= asked(store, lambda: store.abort("b", upload)).deletes
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("sizes", [(300,), (300, 7_000_000), (300, 7_000_000, 6_500_000, 6_500_001), (300, *[1_000_000] * 7)], ids=str)
+    def test_charges(self, store: ObjectStore, sizes: tuple[int, ...], overwrite: bool) -> None:  # noqa: FBT001
+        """Publishing parts takes the requests and bytes that the store's charges say; one GET fewer, where it tells the version itself."""
+        upload, parts = store.begin("b"), dict(enumerate(sizes, 1))
+        places = [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
+
+        def write() -> None:
+            for number, (offset, size) in enumerate(places, 1):
+                store.put_part("b", upload, number, offset, bytes(size))
+
+        assert store.charges.put_parts(places) == asked(store, write)
+        projected = store.charges.complete(parts, overwrite=overwrite)
+        counted = asked(store, lambda: store.complete("b", upload, parts, overwrite=overwrite))
+        assert counted.gets in (projected.gets, projected.gets - 1)
+        assert projected == counted.model_copy(update={"gets": projected.gets, "deletes": 0})
+
+    def test_counts_stay_apart(self, store: ObjectStore) -> None:
+        """Pieces of work that go on at once are counted each by itself, and so is one inside another."""
+
+        def work(count: int) -> int:
+            with counting() as ledger:
+                for _ in range(count):
+                    store.head("a")
+                    with counting():
+                        store.head("a")
+            return ledger.spent[store.charges.kind].gets
+
+        store.put("a", [b"x"])
+        with ThreadPoolExecutor(4) as pool:
+            assert [3, 1, 4, 15] == [*pool.map(work, [3, 1, 4, 15])]
+
     def test_versions(self, store: ObjectStore) -> None:
         """A replaced object has another version, and a read of the old one raises ChangedObject."""
         self.raw_put(store, "a", b"old")
@@ -136,6 +194,8 @@ class StoreContract:
             lambda: store.head("b"),
             lambda: store.head("b/c/d"),
             lambda: read(store, "a", 0, 1),
+            lambda: store.peek("a", 1),
+            lambda: store.peek("b", 1),
             lambda: read(store, "b", 0, 1),
             lambda: read(store, "b/c/d", 0, 1),
             lambda: store.put_part("a", upload, 1, 0, b"x"),
@@ -253,7 +313,15 @@ class StoreContract:
         again.put_part("b", upload, 1, 0, b"def")
 
         assert (b"abc", {1: 3}) == (read(again, "a"), store.parts("b", upload))
-        assert (again.grain, again.reading, again.url) == (store.grain, store.reading, store.url)
+        assert (again.grain, again.reading, again.charges, again.url) == (store.grain, store.reading, store.charges, store.url)
+
+
+def asked(store: ObjectStore, act: Callable[[], object]) -> Usage:
+    """Give what an act asks of a store, and of no other."""
+    with counting() as ledger:
+        act()
+    assert {store.charges.kind} == {*ledger.spent}
+    return ledger.spent[store.charges.kind]
 
 
 def read(store: ObjectStore, key: str, start: int = 0, stop: int = 1 << 40, version: str | None = None) -> bytes:

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar
 
 from gradsharding.dtypes import Buffer
 from gradsharding.store import ObjectStore, Stat
+from gradsharding.store.protocol import Peeked
 
 _T = TypeVar("_T")
 
@@ -17,7 +18,7 @@ class _Wrapper:
     """Passes each request on. ``_ask`` sees every request, ``_received`` every count of bytes that come back."""
 
     def __init__(self, store: ObjectStore) -> None:
-        self.store, self.url, self.grain, self.reading = store, store.url, store.grain, store.reading
+        self.store, self.url, self.grain, self.reading, self.charges = store, store.url, store.grain, store.reading, store.charges
         self._lock = threading.Lock()
 
     def _ask(self, verb: str, key: str, request: Callable[[], _T], sent: int = 0) -> _T:  # noqa: ARG002
@@ -28,6 +29,11 @@ class _Wrapper:
 
     def head(self, key: str) -> Stat:
         return self._ask("head", key, lambda: self.store.head(key))
+
+    def peek(self, key: str, nbytes: int) -> Peeked:
+        peeked = self._ask("peek", key, lambda: self.store.peek(key, nbytes))
+        self._received(key, len(peeked.first))
+        return peeked
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
         for chunk in self._ask("get", key, lambda: self.store.get(key, start, stop, version=version)):
@@ -67,12 +73,20 @@ class _Wrapper:
 
 
 class CountingStore(_Wrapper):
-    """Counts requests as they are billed, and bytes, of the keys for which ``only`` is true.
+    """Counts calls of verbs, and bytes, of the keys for which ``only`` is true.
 
-    ``gets``, ``heads``, ``lists`` (list, parts), ``deletes`` (delete, abort), ``puts`` (put, begin, put_part, complete).
+    ``gets`` (get, peek), ``heads``, ``lists`` (list, parts), ``deletes`` (delete, abort), ``puts`` (put, begin, put_part, complete).
     """
 
-    _KINDS: ClassVar = {"get": "gets", "head": "heads", "list": "lists", "parts": "lists", "delete": "deletes", "abort": "deletes"}
+    _KINDS: ClassVar = {
+        "get": "gets",
+        "peek": "gets",
+        "head": "heads",
+        "list": "lists",
+        "parts": "lists",
+        "delete": "deletes",
+        "abort": "deletes",
+    }
 
     def __init__(self, store: ObjectStore, *, only: Callable[[str], bool] = lambda _: True) -> None:
         """Count what passes through this wrapper; workers that open the store's URL pass it by."""

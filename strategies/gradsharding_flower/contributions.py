@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,11 @@ from gradsharding.errors import (
     TooFewClients,
 )
 from gradsharding.layout import Layout
+from gradsharding.projection import commanded
+from gradsharding.round import RECORD, Manifest
+from gradsharding.round import Contribution as OfRound
 from gradsharding.update import Update, inspect
+from gradsharding.usage import Usage, carried, together
 from gradsharding.weights import check_weight
 from gradsharding_flower.reference import Reference, client_id, find
 
@@ -48,21 +52,26 @@ class Contribution:
         """The node as the client of a round."""
         return client_id(self.node)
 
-    def refer(self, round_: Round) -> None:
-        """Record it in a round; its data stay where they are."""
-        round_.refer(self.client, self.reference.source, self.weight, version=self.reference.version, update=self.update)
+    @property
+    def of_round(self) -> OfRound:
+        """The same, for a round's manifest."""
+        return OfRound(self.client, self.reference.source, self.update, self.weight)
 
 
-def collect(replies: Iterable[Message], round_: Round, weighted_by_key: str, like: Layout, leave_out: LeaveOut) -> list[Contribution]:
+def collect(
+    replies: Iterable[Message], round_: Round, weighted_by_key: str, like: Layout, known: Mapping[str, Update], leave_out: LeaveOut
+) -> list[Contribution]:
     """Give the usable replies, sorted by node; ``leave_out`` is told of the others.
 
+    ``known`` are the updates, by key, whose headers need not be read: the server wrote them, or saw them arrive.
     They hold the tensors of ``like``, the model that was sent, if any reply does; all have the most common dtypes and
     the most common metrics.
     """
     found = []
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="gradsharding-collect") as pool:
         answers = sorted(replies, key=lambda m: m.metadata.src_node_id)
-        for message, one in zip(answers, pool.map(partial(_check, round_, weighted_by_key), answers), strict=True):
+        check = carried(partial(_check, round_, weighted_by_key, known))
+        for message, one in zip(answers, pool.map(check, answers), strict=True):
             if isinstance(one, str):
                 leave_out(message.metadata.src_node_id, one)
             else:
@@ -75,18 +84,20 @@ def mean(
 ) -> Result:
     """Average the contributions; those that turn out to be unusable are left out, and the rest is averaged again.
 
-    Each attempt is a round of its own, ``run`` aggregates it. Raise TooFewClients, or what is no client's fault.
+    Each attempt is a round of its own, ``run`` aggregates it; what attempts have asked of stores in vain is in the result. Raise
+    TooFewClients, or what is no client's fault.
     """
-    kept = list(contributions)
+    kept, vain = list(contributions), dict[str, Usage]()
     for attempt in range(len(kept) + 1):
         if len(kept) < max(at_least, 1):
             raise TooFewClients(f"{len(kept)} usable updates are too few, {max(at_least, 1)} are needed; see why the others were left out")
         trial = Round.create(round_.store, f"{round_.id}-{attempt}")
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="gradsharding-refer") as pool:
-            [*pool.map(partial(Contribution.refer, round_=trial), kept)]
         try:
-            return run(trial)
+            manifest = trial.freeze(Manifest.of(trial.id, (one.of_round for one in kept)))
+            records = commanded({}, trial.store.charges, manifest.json_bytes + RECORD, found=len(trial.found))
+            return run(trial).within(vain, records)
         except GradShardingError as error:
+            vain = together(vain, error.usage)
             trial.abandon()
             faults = _faults(error, kept[0].update.layout)
             if not faults:
@@ -98,17 +109,17 @@ def mean(
     raise AssertionError("each attempt but the last leaves a client out")
 
 
-def _check(round_: Round, weighted_by_key: str, message: Message) -> Contribution | str:
+def _check(round_: Round, weighted_by_key: str, known: Mapping[str, Update], message: Message) -> Contribution | str:
     """Check one reply by itself; give it as a contribution, or say why it is none."""
     if message.has_error():
         return f"it answered with an error: {message.error.reason}"
     try:
-        return _checked(message.metadata.src_node_id, message.content, round_, weighted_by_key)
+        return _checked(message.metadata.src_node_id, message.content, round_, weighted_by_key, known)
     except GradShardingError as error:
         return error.message
 
 
-def _checked(node: int, content: RecordDict, round_: Round, weighted_by_key: str) -> Contribution:
+def _checked(node: int, content: RecordDict, round_: Round, weighted_by_key: str, known: Mapping[str, Update]) -> Contribution:
     """Check its records, its weight, and that its receipt tells the truth."""
     arrays, metrics = list(content.array_records.values()), list(content.metric_records.values())
     if len(arrays) != 1 or len(metrics) != 1:
@@ -120,7 +131,7 @@ def _checked(node: int, content: RecordDict, round_: Round, weighted_by_key: str
     reference, place = find(arrays[0]), round_.update_key(client_id(node))
     if reference is None or reference.source != place:
         raise InvalidUpdate(f"its receipt is for {reference.source if reference else 'nothing'}, where {place} is due")
-    update = inspect(place, round_.store)
+    update = known.get(place) or inspect(place, round_.store)
     if update.stat.version != reference.version:
         raise ChangedObject(f"{place} is at version {update.stat.version}, not {reference.version} as in its receipt")
     if sorted(reference.names) != sorted(tensor.name for tensor in update.layout.tensors):

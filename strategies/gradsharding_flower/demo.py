@@ -95,7 +95,7 @@ def _printer(console: Console, strategy: GradSharding) -> OnRound:
                 f"{reached:.4f}",
                 f"{(report.server_sent + report.server_received) / 1000:,.1f} kB",
                 f"{(report.uploaded + report.read + report.written) / 1000:,.1f} kB",
-                mib(report.peak_memory),
+                "-" if report.peak_memory is None else mib(report.peak_memory),
                 mib(report.projected_memory),
             )
         )

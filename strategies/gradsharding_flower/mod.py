@@ -5,6 +5,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from gradsharding import ObjectStore, Round, open_store
 from gradsharding.errors import ObjectExists
+from gradsharding.usage import FIGURES, Usage, counting, total
 from gradsharding_flower.permits import PERMIT, PIECE, ByUrl
 from gradsharding_flower.reference import Reference, client_id, describe, find, write
 
@@ -24,7 +25,25 @@ def upload_mod(message: Message, context: Context, call_next: ClientAppCallable)
     """
     if ORDERS not in message.content.config_records:
         return call_next(message, context)
-    orders = message.content.config_records[ORDERS]
+    with counting() as ledger:
+        reply = _obeyed(message.content.config_records[ORDERS], message, context, call_next)
+    if message.metadata.message_type.startswith(MessageType.TRAIN) and reply.has_content():
+        reply.content[ORDERS] = ConfigRecord(total(ledger.spent).model_dump())
+    return reply
+
+
+def asked_by(content: RecordDict) -> Usage | None:
+    """Take out of a reply what its node says that it has asked of the store; None if it says nothing that could be so."""
+    if not isinstance(told := content.pop(ORDERS, None), ConfigRecord):
+        return None
+    figures = {name: told.get(name) for name in FIGURES}
+    if any(type(figure) is not int or not 0 <= figure < 1 << 53 for figure in figures.values()):
+        return None
+    return Usage.model_validate(figures)
+
+
+def _obeyed(orders: ConfigRecord, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Do what the server ordered, around the training."""
     if PERMIT in orders:
         ByUrl(orders, context).write()
         return Message(RecordDict(), reply_to=message)

@@ -17,10 +17,11 @@ from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
 from gradsharding.errors import InvalidUpdate, UserError
 from gradsharding.plan import MAX_PARTS
 from gradsharding.round import check_id
-from gradsharding.update import encode
+from gradsharding.update import Update, encode, inspect
+from gradsharding.usage import Usage
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
-from gradsharding_flower.reference import Reference, client_id, describe
+from gradsharding_flower.reference import Reference, client_id
 
 if TYPE_CHECKING:
     from gradsharding.aws.presign import Grant
@@ -137,13 +138,19 @@ class Lender:
         self._open[key] = granted = grant(self._store, key, update, self._seconds)
         return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
 
-    def settle(self, key: str, offered: Offered) -> Reference:
-        """See that what was permitted under ``key`` has arrived, and describe it; raise InvalidUpdate if it has not."""
+    def settle(self, key: str) -> Update:
+        """See that what was permitted under ``key`` has arrived, and give what its header says; raise InvalidUpdate if it has not."""
         from gradsharding.aws.presign import settle  # noqa: PLC0415
 
-        settle(self._store, self._open[key])
+        peeked = settle(self._store, self._open[key])
         del self._open[key]
-        return describe(key, self._store, offered.names)
+        return inspect(key, self._store, peeked)
+
+    def settling(self, offered: Offered, header_bytes: int) -> Usage:
+        """What permitting and settling an offer asks of the store, at most."""
+        from gradsharding.aws.presign import settling  # noqa: PLC0415
+
+        return settling(self._store, offered.update, header_bytes)
 
     def close(self) -> None:
         """Withdraw what was permitted and has not arrived."""

@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from flwr.app import Array, ArrayRecord
 from pydantic import ValidationError
 
 from gradsharding import ObjectStore, Raw
-from gradsharding.errors import ChangedObject, InvalidUpdate
+from gradsharding.errors import InvalidUpdate
 from gradsharding.store import Source, file_reference
-from gradsharding.update import encode, inspect, load_raw
+from gradsharding.update import Update, encode, inspect, load_raw
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw, to_record
 
@@ -32,12 +33,15 @@ class Reference(Value):
         """The ArrayRecord that travels: one array of a few bytes, whatever the model."""
         return ArrayRecord({KEY: Array("reference", (), STYPE, self.model_dump_json().encode())})
 
+    @classmethod
+    def to(cls, source: str, update: Update, names: tuple[str, ...] | None = None) -> Self:
+        """Make one to an object whose header was read; ``names`` orders its tensors, by default as their bytes lie."""
+        layout, stat = update.layout, update.stat
+        return cls(source=source, version=stat.version, nbytes=layout.nbytes, names=names or tuple(t.name for t in layout.tensors))
+
     def load(self, store: Source) -> ArrayRecord:
         """Read the arrays; raise ChangedObject if they were written again."""
-        found = inspect(self.source, store).stat.version
-        if found != self.version:
-            raise ChangedObject(f"{self.source} is at version {found}, not {self.version}: it was written again")
-        return to_record(load_raw(self.source, store), self.names)
+        return to_record(load_raw(self.source, store, version=self.version), self.names)
 
 
 def find(record: ArrayRecord) -> Reference | None:
@@ -53,16 +57,19 @@ def find(record: ArrayRecord) -> Reference | None:
 
 def write(key: str, arrays: ArrayRecord, store: ObjectStore) -> Reference:
     """Write the arrays of a record as one object under ``key``; raise ObjectExists or InvalidUpdate."""
+    return Reference.to(key, put(key, arrays, store), tuple(arrays))
+
+
+def put(key: str, arrays: ArrayRecord, store: ObjectStore) -> Update:
+    """Do the same; give what a reader of the header would find."""
     raws: Mapping[str, Raw] = {name: to_raw(name, array) for name, array in arrays.items()}
     layout, buffers = encode(raws)
-    stat = store.put(key, buffers)
-    return Reference(source=key, version=stat.version, nbytes=layout.nbytes, names=tuple(arrays))
+    return Update(layout, memoryview(buffers[0]).nbytes, store.put(key, buffers))
 
 
 def describe(source: str, store: ObjectStore, names: tuple[str, ...] | None = None) -> Reference:
     """Make a reference to an object that is there, reading its header only."""
-    layout, _, stat = inspect(source, store)
-    return Reference(source=source, version=stat.version, nbytes=layout.nbytes, names=names or tuple(t.name for t in layout.tensors))
+    return Reference.to(source, inspect(source, store), names)
 
 
 def refer(path: str | os.PathLike[str], store: ObjectStore, names: Sequence[str] = ()) -> ArrayRecord:

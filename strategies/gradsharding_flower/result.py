@@ -9,6 +9,8 @@ from flwr.serverapp.strategy import Result
 
 from gradsharding import ObjectStore
 from gradsharding import Result as Averaged
+from gradsharding.usage import together, total
+from gradsharding_flower.books import Books
 from gradsharding_flower.contributions import Contribution
 from gradsharding_flower.grid import Traffic
 from gradsharding_flower.reference import Reference
@@ -33,8 +35,21 @@ class RoundReport:
     """Through the store: what the functions read."""
     written: int
     """Through the store: what the functions wrote."""
+    gets: int
+    """GET and HEAD requests of the server and the functions, counted, attempts that failed included."""
+    puts: int
+    """Their PUT, COPY, POST and LIST requests."""
+    projected_gets: int
+    """As planned, at most, if nothing fails."""
+    projected_puts: int
+    nodes_gets: int | None
+    """Those of the nodes with ``upload_mod``, as they say; None if none says so."""
+    nodes_puts: int | None
+    projected_nodes_gets: int
+    projected_nodes_puts: int
     functions: int
-    peak_memory: int
+    peak_memory: int | None
+    """Of a function; None if its memory could not be told from that of its process (inline, threads, pools)."""
     projected_memory: int
     seconds: float
     digest: str | None
@@ -42,10 +57,11 @@ class RoundReport:
 
     @classmethod
     def of(
-        cls, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged, traffic: Traffic
+        cls, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged, traffic: Traffic, books: Books
     ) -> "RoundReport":
         """Put a round's figures together."""
         observed = averaged.reports
+        asked, planned = total(together(books.counted, averaged.usage)), total(together(books.planned, averaged.plan.usage))
         return cls(
             server_round=server_round,
             clients=tuple(one.node for one in kept),
@@ -55,8 +71,16 @@ class RoundReport:
             uploaded=sum(one.update.stat.size for one in kept),
             read=sum(report.bytes_read for report in observed),
             written=averaged.plan.header_bytes + sum(report.bytes_written for report in observed),
+            gets=asked.gets,
+            puts=asked.puts,
+            projected_gets=planned.gets,
+            projected_puts=planned.puts,
+            nodes_gets=books.nodes.gets if books.nodes else None,
+            nodes_puts=books.nodes.puts if books.nodes else None,
+            projected_nodes_gets=books.nodes_planned.gets,
+            projected_nodes_puts=books.nodes_planned.puts,
             functions=len(observed),
-            peak_memory=max(report.peak_memory for report in observed),
+            peak_memory=averaged.peak_memory,
             projected_memory=averaged.plan.memory,
             seconds=sum(report.seconds for report in observed),
             digest=averaged.record.digest,

@@ -21,14 +21,17 @@ from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import mib
 from gradsharding.round import Manifest
+from gradsharding.store import locate
 from gradsharding.task import Term
 from gradsharding.topology import Topology
-from gradsharding.update import inspect
+from gradsharding.update import Update, inspect, inspection, loading
+from gradsharding.usage import Usage, counting
+from gradsharding_flower.books import Books
 from gradsharding_flower.contributions import collect, mean
 from gradsharding_flower.grid import FollowUp, Traffic, WatchedGrid
-from gradsharding_flower.mod import ORDERS, orders
+from gradsharding_flower.mod import ORDERS, asked_by, orders
 from gradsharding_flower.permits import Lender, Offered, find_offer
-from gradsharding_flower.reference import KEY, Reference, client_id, find, write
+from gradsharding_flower.reference import KEY, Reference, client_id, find, put, write
 from gradsharding_flower.result import LazyResult, RoundReport
 from gradsharding_flower.wrapped import needs_arrays
 
@@ -113,6 +116,9 @@ class GradSharding(Strategy):
         self._traffic = self._before = Traffic()
         self._server_round = 0
         self._refused: dict[int, str] = {}
+        self._arrived: dict[str, Update] = {}
+        """Updates of this round whose headers the server knows, by key."""
+        self._books = Books()
 
     def summary(self) -> None:
         """Log the configuration, then the wrapped strategy's."""
@@ -144,24 +150,30 @@ class GradSharding(Strategy):
         self._check(self._layout)
         watched = WatchedGrid(grid, self._received)
         self._traffic = watched.traffic
-        result = super().start(
-            watched,
-            self._model.record(),
-            num_rounds,
-            timeout,
-            train_config,
-            evaluate_config,
-            self._materialised(evaluate_fn) if evaluate_fn else None,
-        )
+        with counting() as ledger:
+            self._books = Books(ledger)
+            result = super().start(
+                watched,
+                self._model.record(),
+                num_rounds,
+                timeout,
+                train_config,
+                evaluate_config,
+                self._materialised(evaluate_fn) if evaluate_fn else None,
+            )
         return LazyResult(result, self._model, self.store)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Let the wrapped strategy choose nodes and settings; references go where the model would."""
-        self._server_round, self._refused = server_round, {}
+        self._server_round, self._refused, self._arrived = server_round, {}, {}
         self._before = replace(self._traffic)
+        self._books.open()
         shown = self._load(arrays) if self._needs_arrays else arrays
         messages = self._address(self.inner.configure_train(server_round, shown, config, grid), arrays)
         self._asked = {message.metadata.dst_node_id for message in messages}
+        if reference := find(arrays):
+            direct = sum(reference == find(message.content.array_records[self.inner.arrayrecord_key]) for message in messages)
+            self._books.nodes_planned += loading(len(self._layout.header()), reference.nbytes) * direct
         return messages
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -185,7 +197,11 @@ class GradSharding(Strategy):
         round_, answers = self._round(server_round), list(replies)
         for node in sorted(self._asked - {answer.metadata.src_node_id for answer in answers}):
             leave_out(node, "it did not answer in time")
-        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout, leave_out)
+        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout, self._arrived, leave_out)
+        self._books.plan(
+            self.store,
+            *(inspection(one.update.base, one.update.layout.nbytes) for one in kept if one.reference.source not in self._arrived),
+        )
         try:
             averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
         except GradShardingError as error:
@@ -205,9 +221,9 @@ class GradSharding(Strategy):
         if self._needs_arrays:
             model = self._server_step(server_round, model)
         metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
-        self.history.append(RoundReport.of(server_round, kept, left_out, averaged, self._traffic - self._before))
         self._previous, self._model = self._model, model
         self._forget()
+        self.history.append(RoundReport.of(server_round, kept, left_out, averaged, self._traffic - self._before, self._books))
         return model.record(), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -238,7 +254,10 @@ class GradSharding(Strategy):
 
     def _load(self, arrays: ArrayRecord) -> ArrayRecord:
         reference = find(arrays)
-        return reference.load(self.store) if reference else arrays
+        if not reference:
+            return arrays
+        self._books.plan(locate(reference.source, self.store)[0], loading(len(self._layout.header()), reference.nbytes))
+        return reference.load(self.store)
 
     def _materialised(self, evaluate: EvaluateFn) -> EvaluateFn:
         return lambda server_round, arrays: evaluate(server_round, self._load(arrays))
@@ -269,10 +288,12 @@ class GradSharding(Strategy):
         if not reply.has_content() or not reply.metadata.message_type.startswith(MessageType.TRAIN):
             return None
         node, content = reply.metadata.src_node_id, reply.content
+        self._books.told(asked_by(content))
         records = list(content.array_records.items())
         for key, record in records:
             if KEY in record:
                 self._direct_nodes.add(node)
+                self._books.nodes_planned += self.store.charges.put(self._layout.nbytes + len(self._layout.header()))
                 continue
             if len(records) > 1:  # no update: it will be refused for that
                 content[key] = ArrayRecord()
@@ -282,7 +303,9 @@ class GradSharding(Strategy):
                 if self._lender and (offered := find_offer(record)):
                     self._direct_nodes.add(node)
                     return self._permitted(self._lender, reply, key, place, offered)
-                content[key] = write(place, record, self.store).record()
+                self._arrived[place] = update = put(place, record, self.store)
+                self._books.plan(self.store, self.store.charges.put(update.stat.size))
+                content[key] = Reference.to(place, update, tuple(record)).record()
         return None
 
     def _permitted(self, lender: Lender, reply: Message, key: str, place: str, offered: Offered) -> FollowUp:
@@ -296,7 +319,11 @@ class GradSharding(Strategy):
             with self._refusing(node, content, key):
                 if answer.has_error():
                     raise InvalidUpdate(f"it could not write its update: {answer.error.reason}")
-                content[key] = lender.settle(place, offered).record()
+                self._books.told(asked_by(answer.content))
+                self._arrived[place] = update = lender.settle(place)
+                self._books.nodes_planned += Usage(puts=len(offered.update.pieces), bytes_written=offered.update.nbytes)
+                self._books.plan(self.store, lender.settling(offered, update.base))
+                content[key] = Reference.to(place, update, offered.names).record()
                 del self._refused[node]
 
         group, kind = reply.metadata.group_id, reply.metadata.message_type
@@ -318,7 +345,7 @@ class GradSharding(Strategy):
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
         """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
-        arrays = average.load(self.store)
+        arrays = self._load(average.record())
         one = Message(RecordDict({self.inner.arrayrecord_key: arrays}), dst_node_id=0, message_type=MessageType.TRAIN)
         one.content["metrics"] = MetricRecord({self.inner.weighted_by_key: 1.0})
         stepped, _ = self.inner.aggregate_train(server_round, [one])
@@ -327,7 +354,10 @@ class GradSharding(Strategy):
             kind = np.dtype(arrays[name].dtype)
             if kind.kind in "iub":
                 stepped[name] = Array(np.asarray(np.rint(array.numpy()), kind))
-        return write(self._round(server_round).key("model.safetensors"), stepped, self.store)
+        key = self._round(server_round).key("model.safetensors")
+        written = put(key, stepped, self.store)
+        self._books.plan(self.store, self.store.charges.put(written.stat.size))
+        return Reference.to(key, written, tuple(stepped))
 
     def _forget(self) -> None:
         """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
@@ -337,6 +367,7 @@ class GradSharding(Strategy):
             return
         needed = {model.source for model in (self._model, self._previous) if model}
         found = [key for key, _ in self.store.list(f"rounds/{self._run}-")]
+        self._books.plan(self.store, self.store.charges.list(len(found)))
         self.store.delete(key for key in found if key not in needed)
 
 

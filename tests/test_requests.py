@@ -1,0 +1,179 @@
+"""Requests are counted at the server: a report says what the server saw, and a plan no less."""
+
+import os
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import request_counts
+from gradsharding import InlineExecutor, ProcessExecutor, Round, aggregate, lambda_fl, lifl, sharded
+from gradsharding.aws.direct import UrlSource
+from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.aws.presign import readable
+from gradsharding.aws.s3 import S3Store
+from gradsharding.errors import NonFinite
+from gradsharding.executor import Executor
+from gradsharding.store import DirectoryStore, ObjectStore
+from gradsharding.testing import sample_updates
+from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
+from gradsharding.testing.proxy import Path as Route
+from gradsharding.testing.proxy import Proxy
+from gradsharding.testing.s3 import Ceph, Request, S3Server
+from gradsharding.usage import Usage, carried, count, counting, total
+
+MOTO, CEPH = 40, 15
+"""Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""
+
+
+def submitted(store: ObjectStore, updates: Any, name: str = "r") -> Round:
+    """Make a round of updates."""
+    round_ = Round.create(store, name)
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    return round_
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "billed"),
+    [
+        ("GET", "/b/key", "gets"),
+        ("HEAD", "/b/key", "gets"),
+        ("GET", "/b?list-type=2&prefix=a", "puts"),
+        ("GET", "/b/key?uploadId=7", "puts"),
+        ("PUT", "/b/key?partNumber=1&uploadId=7", "puts"),
+        ("POST", "/b/key?uploads", "puts"),
+        ("POST", "/b?delete", "deletes"),
+        ("DELETE", "/b/key?uploadId=7", "deletes"),
+    ],
+)
+def test_classes(method: str, target: str, billed: str) -> None:
+    """A request's class is told from HTTP alone, as S3 bills it."""
+    assert billed == Request(method, target).billed
+
+
+@pytest.mark.parametrize(("server", "count"), [("moto", MOTO), ("ceph", CEPH)])
+def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, server: str, count: int) -> None:
+    """Random rounds by command, call, after a crash and in Flower: the server saw what is reported, no more than was planned."""
+    store: S3Store = request.getfixturevalue(f"{server}_store")
+    found: Any = request.getfixturevalue(server)
+    at: S3Server = found.server if isinstance(found, Ceph) else found
+    monkeypatch.setattr("tempfile.tempdir", None)
+    counted = [*request_counts.rounds(random.SystemRandom().randrange(1 << 30), count, store, at)]
+
+    assert [] == [one.problem for one in counted if one.problem]
+    assert count <= len(counted)
+    assert {"command", "flower"} < {one.kind for one in counted}
+
+
+@pytest.mark.parametrize("topology", [partial(sharded, shards=3), lambda_fl, partial(lifl, fan_in=2)], ids=["sharded", "lambda-fl", "lifl"])
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, topology: Any) -> None:
+    """On Lambda, the functions' requests are in their reports, and with the caller's they are what the server saw; the bill is of these."""
+    round_ = submitted(ceph_store, sample_updates(5, size=3_000))
+    with LocalLambda(LocalFunction(memory=512), concurrency=2) as front:
+        for name, value in front.environment().items():
+            monkeypatch.setenv(name, value)
+        with ceph.server.counting() as seen:
+            result = aggregate(round_, topology=topology, executor=LambdaExecutor("gradsharding"))
+            report = result.report()
+
+    observed, projected = report["observed"], report["projected"]
+    assert (seen["gets"], seen["puts"], seen["deletes"]) == tuple(observed[name] for name in ("gets", "puts", "deletes"))
+    assert (observed["gets"], observed["puts"]) == (projected["gets"], projected["puts"])
+    billed = {item["what"]: float(item["count"]) for item in report["cost"]["items"]}
+    for kind in ("gets", "puts"):
+        class_ = f"{kind[:-1].upper()}s"
+        assert seen[kind] == billed[f"functions' {class_}"] + billed[f"the caller's {class_}"]
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+def test_a_lost_answer_is_told(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt whose answer was lost has asked nobody knows what: the report counts such attempts, and no more than it knows."""
+    round_ = submitted(ceph_store, sample_updates(3, size=100))
+    with LocalLambda(LocalFunction(memory=512), concurrency=1, faults={1: "lost"}) as front:
+        for name, value in front.environment().items():
+            monkeypatch.setenv(name, value)
+        with ceph.server.counting() as seen:
+            observed = aggregate(round_, executor=LambdaExecutor("gradsharding")).report()["observed"]
+
+    assert 1 == observed["lost_attempts"]
+    assert 3 == seen["gets"] - observed["gets"]
+
+
+class Killing(ProcessExecutor):
+    """Kills the worker of each first attempt."""
+
+    def run(self, *args: Any) -> Any:
+        """Kill, once."""
+        self.killed = False
+        return super().run(*args)
+
+    def _try(self, process: Any, task: Any) -> Any:
+        if not self.killed:
+            self.killed = True
+            os.kill(process._process.pid, signal.SIGKILL)
+        return super()._try(process, task)
+
+
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    """An attempt whose worker was killed is counted as lost."""
+    result = aggregate(submitted(DirectoryStore(tmp_path), sample_updates()), executor=Killing(1))
+
+    assert 1 == result.report()["observed"]["lost_attempts"]
+
+
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(1)], ids=["inline", "processes"])
+def test_retries_count(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, executor: Executor) -> None:
+    """Requests that are refused and made again, and reads that break off and go on, count each time."""
+    round_ = submitted(moto_store, {c: ({"w": np.full(100_000, i, "f4")}, 1) for i, c in enumerate("abc")})
+    plan = aggregate(submitted(moto_store, sample_updates(), "plan"), executor=executor).plan  # what a round of three takes
+    faults = {7: "503", 12: "cut:1000", 15: "500"}
+    with Proxy(moto.endpoint, Route(faults=faults)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        result = aggregate(round_, executor=executor)
+    observed = total(result.usage)
+
+    assert proxy.requests == observed.gets + observed.puts + observed.deletes
+    assert observed.gets + observed.puts > plan.gets + plan.puts
+
+
+def test_urls_count(ceph: Ceph, ceph_store: S3Store) -> None:
+    """What a node reads by a signed URL counts as any other request."""
+    ceph_store.put("a", [bytes(300_000)])
+    source = UrlSource("a", readable(ceph_store, "a", 60))
+    with ceph.server.counting() as seen, counting() as ledger:
+        source.head("a")
+        source.peek("a", 1_000)
+        assert 300_000 == sum(memoryview(chunk).nbytes for chunk in source.get("a", 0, 300_000))
+
+    assert Usage(gets=3, bytes_read=1 + 1_000 + 300_000) == ledger.spent["s3"]
+    assert 3 == seen["gets"]
+
+
+def test_a_failed_call_says_what_it_has_asked(ceph: Ceph, ceph_store: S3Store) -> None:
+    """An error of a call has in it what the call has asked of stores in vain, its tasks' requests too."""
+    round_ = submitted(ceph_store, {"a": ({"w": np.array([1, np.nan], "f4")}, 1), "b": ({"w": np.array([1, 2], "f4")}, 1)})
+    for executor in (InlineExecutor(), ProcessExecutor(1)):
+        with ceph.server.counting() as seen, pytest.raises(NonFinite) as caught:
+            aggregate(round_, executor=executor)
+        assert (seen["gets"], seen["puts"]) == (caught.value.usage["s3"].gets, caught.value.usage["s3"].puts)
+
+
+def test_threads_carry_the_ledger() -> None:
+    """A function that is carried counts in the ledger that was open where it was handed over; one that is not counts nowhere."""
+
+    def ask(_: int) -> None:
+        count("s3", gets=1)
+
+    with ThreadPoolExecutor(4) as pool, counting() as ledger:
+        [*pool.map(carried(ask), range(50))]
+        [*pool.map(ask, range(50))]
+    count("s3", gets=1)
+
+    assert {"s3": Usage(gets=50)} == ledger.spent
