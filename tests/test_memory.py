@@ -4,10 +4,14 @@ What is measured counts shared pages too, so it is more than a function is charg
 """
 
 import os
+import random
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ import pytest
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.s3 import S3Store
 from gradsharding.dtypes import FORMATS, NUMPY
-from gradsharding.executor import ProcessExecutor
+from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor
 from gradsharding.kernel import Arithmetic, is_wide
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.plan import Limits
@@ -24,9 +28,10 @@ from gradsharding.reading import STREAM
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore, file_reference
 from gradsharding.task import RESERVED, Job, Task, Term
-from gradsharding.testing import peak, read
-from gradsharding.topology import Topology, flat, lambda_fl, sharded
+from gradsharding.testing import Started, peak, read
+from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.weights import MAX_WEIGHT
+from pools import pool
 
 MIB = 1 << 20
 
@@ -167,6 +172,42 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
 
     assert clients == report.gets
     assert peak(report) <= task.memory
+
+
+def random_round(draw: random.Random, store: DirectoryStore, name: str) -> Started:
+    """Draw a round of any topology, of updates from a few kB to 24 MB."""
+    elements, shards = draw.choice([1_000, 300_000, 2_000_000, 6_000_000]), draw.randint(2, 5)
+    makes: list[Any] = [flat, partial(sharded, shards=shards), lambda_fl, lifl, partial(sharded_tree, shards=shards)]
+    numbers = np.random.default_rng(draw.randrange(1 << 30))
+    updates = {
+        f"c{i}": ({"w": numbers.normal(size=elements).astype("f4"), "h": numbers.normal(size=elements // 7).astype("f2")}, i + 1)
+        for i in range(draw.randint(2, 5))
+    }
+    arithmetic = draw.choice(["float64", "exact"])
+    return Started.of(store, updates, name=name, make=partial(draw.choice(makes), arithmetic=arithmetic))
+
+
+@pytest.mark.slow
+def test_a_peak_is_the_tasks_own(tmp_path: Path) -> None:
+    """A task's peak is that of the same task in a fresh process, within a tenth, whatever its process did before; or there is none.
+
+    50 random rounds: in worker processes; inline, in threads, in a pool of processes and in Dask's. (MPI's is in test_pools.)
+    """
+    draw, others = random.Random(5), dict[str, Executor]({"inline": InlineExecutor()})
+    with ThreadPoolExecutor(3) as threads, pool("processes:2") as processes, pool("dask-local:2") as dask:
+        others |= {"threads": FuturesExecutor(threads), "processes": FuturesExecutor(processes), "dask": FuturesExecutor(dask)}
+        for i in range(50):
+            started = random_round(draw, DirectoryStore(tmp_path / str(i)), "r")
+            run = partial(ProcessExecutor(1).run, job=started.job, store=started.round.store, limits=Limits(memory=1 << 32), progress=print)
+            warm = run(started.plan.tasks)
+            chosen = draw.randrange(len(warm))
+            (fresh,) = run([started.plan.tasks[chosen]])
+            assert peak(fresh) == pytest.approx(peak(warm[chosen]), rel=0.1), started.plan.tasks[chosen].id
+            assert all(peak(report) <= task.memory for report, task in zip(warm, started.plan.tasks, strict=True))
+            name = draw.choice([*others])
+            for report in started.run(others[name]):
+                assert (None, True) == (report.peak_memory, bool(report.unmeasured)), name
+            shutil.rmtree(tmp_path / str(i))
 
 
 @pytest.mark.slow

@@ -27,13 +27,21 @@ def benchmark(tmp_path: Path, *arguments: str, start: tuple[str, ...] = ()) -> A
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["threads:2", "processes:2", "dask-local:2", "mpi"])
 def test_pool(tmp_path: Path, spec: str) -> None:
-    """Whatever the pool, all topologies give the bytes that our own processes give, and do what their plans say."""
+    """Whatever the pool, all topologies give the bytes that our own processes give, and no more requests than planned.
+
+    What a task's memory is beside its pool's, nobody knows: then there is no peak, and a reason.
+    """
     start = ("mpiexec", "-n", "3", sys.executable, "-m", "mpi4py.futures") if spec == "mpi" else (sys.executable,)
     expected = benchmark(tmp_path, start=(sys.executable,))
     found = benchmark(tmp_path, "--pool", spec, start=start)
 
     assert expected["digest"] == found["digest"]
     assert (2, spec) == (found["setup"]["at_once"], found["setup"]["pool"])
+    for own, pooled in zip(expected["topologies"].values(), found["topologies"].values(), strict=True):
+        assert 0 < own["peak_memory"] <= own["projected_memory"]
+        assert (None, True) == (pooled["peak_memory"], "holds more than the task" in pooled["unmeasured"])
+        assert (own["gets"], own["puts"]) == (pooled["gets"], pooled["puts"])
+        assert (spec == "threads:2") >= (pooled["cpu_seconds"] is None)
 
 
 @pytest.mark.parametrize("spec", ["", "mpl", "processes", "processes:0", "threads:x", "dask:", "dask-slurm:"])
