@@ -125,6 +125,11 @@ def save(path: Path, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
+def shown(value: float | None, unit: float, form: str, name: str) -> str:
+    """Write a figure for people, or a dash."""
+    return "–" if value is None else f"{value / unit:{form}} {name}"
+
+
 def _status(pid: int) -> dict[str, int]:
     """The sizes in /proc/PID/status, in bytes; empty once the process is gone."""
     with contextlib.suppress(OSError):

@@ -4,9 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from measure import shown
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-LAYOUT = "model, paper's layout"
+LAYOUT, ENGINE = "model, paper's layout", "model, this engine"
+ALIKE = 0.05
+"""Peaks within this of each other are alike."""
+
+NEARLY = 0.85
+"""Of a rate: nearly all of it."""
+
 BEGIN, END = "<!-- from benchmarks/results: python benchmarks/readme.py -->\n", "<!-- end -->\n"
 
 
@@ -20,6 +28,7 @@ def section() -> str:
             kernel_speed(_results("kernel_speed")),
             s3_worker(_results("s3_worker")),
             topologies(_results("topologies")),
+            request_counts(_results("request_counts")),
             memory_wall(_results("memory_wall")),
             crossover(_results("crossover"), _results("calibration")),
             scale(_results("scale")),
@@ -40,6 +49,9 @@ def embedded(found: dict[str, Any]) -> str:
     alone, unlike = found["targets"]["time_beside_aggregate_train_alone"], found["verified"]["elements_where_exact_differs"]
     phases = sorted(((phase["median"], name) for name, phase in rivals["ours"]["phases"].items()), reverse=True)
     loop = rivals["numpy"]["seconds"]["median"] / rivals["ours"]["seconds"]["median"]
+    lean = rivals["numpy"]["memory"]["own"]["median"] / rivals["ours"]["memory"]["own"]["median"]
+    taken = {name: phase["median"] for name, phase in rivals["ours"]["phases"].items()}
+    start = 4e-6 * found["setup"]["elements"] * taken["worker start"] / sum(taken[name] for name in ("read", "fold", "write"))
     ours = "; ".join(f"{name} {seconds:.2f} s" for seconds, name in phases)
     return (
         f"**Aggregation alone**: {found['setup']['title']}, on local disk, cache warm. {_origin(found)}\n\n"
@@ -51,8 +63,9 @@ def embedded(found: dict[str, Any]) -> str:
         + row("read", "reading the files, one process")
         + f"\nWhere our time goes (medians): {ours}.\n"
         f"The exact mean differs from ours in {unlike:,} of {found['setup']['elements']:,} elements; its time has its digest in it.\n"
-        f"Beside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it. A single numpy\n"
-        f"loop that does nothing else takes {loop:.2f} of our time, and is leaner: what it lacks is everything but the arithmetic.\n"
+        f"Beside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it.\n"
+        f"A single numpy loop that does the arithmetic and nothing else takes {loop:.2f} of our time and {lean:.2f} of our memory.\n"
+        f"Starting the workers takes as long as averaging {start:,.0f} MB: for models below that, they cost more time than they save.\n"
     )
 
 
@@ -73,8 +86,16 @@ def flower_round(found: dict[str, Any]) -> str:
         + row("bytes over loopback", "loopback_bytes_per_round", 1e6, "MB")
         + row("peak memory of the ServerApp", peak, 1e6, "MB")
         + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode:\n"
-        "it does not grow with the model. A directory in the page cache is not S3, and two nodes are not two hundred.\n"
+        f"{growth(direct[peak], small[peak], found['model_bytes'])}.\n"
+        "A directory in the page cache is not S3, and two nodes are not two hundred.\n"
     )
+
+
+def growth(large: float, small: float, model: float) -> str:
+    """Say whether a server's peak grows with the model: by how many bytes for each of the large model's."""
+    if large - small <= ALIKE * small:
+        return f"it does not grow with the model (within {ALIKE:.0%})"
+    return f"it grows by {(large - small) / model:.2f} bytes for each byte of the model"
 
 
 def same_bits(found: dict[str, Any]) -> str:
@@ -90,8 +111,22 @@ def same_bits(found: dict[str, Any]) -> str:
         f"**The same bits**: {paths:,} paths to each mean of {found['setup']['clients']} updates: orders, topologies, slices, reads, "
         f"executors, sizes of a step. {_origin(found)}\n\n"
         "| updates | digests, exact | digests, float64 | float32 elements that float64 does not round correctly |\n"
-        "|---|---|---|---|\n" + "".join(row(kind, one) for kind, one in found["data"].items())
+        "|---|---|---|---|\n" + "".join(row(kind, one) for kind, one in found["data"].items()) + f"\n{advice(found['data'])}\n"
     )
+
+
+def advice(data: dict[str, dict[str, Any]]) -> str:
+    """Say on which data the two kinds of sums depend on the path."""
+
+    def kinds(arithmetic: str, *, one: bool) -> str:
+        return "; ".join(kind for kind, found in data.items() if (found[arithmetic]["digests"] == 1) == one)
+
+    same, other, exact = kinds("float64", one=True), kinds("float64", one=False), kinds("exact", one=False)
+    said = [
+        f"Sums in float64 gave the same bits on every path for {same}" if same else "",
+        f"{'but not' if same else 'Sums in float64 did not give the same bits'} for {other}" if other else "",
+    ]
+    return f"{', '.join(filter(None, said))}. Exact sums {f'did not for {exact}' if exact else 'did for all'}."
 
 
 def kernel_speed(found: dict[str, Any]) -> str:
@@ -131,9 +166,18 @@ def s3_worker(found: dict[str, Any]) -> str:
         + f"\nWe read {setup['chunk'] >> 20} MiB a request, {setup['parallel']} at once, and fold in float64. The serial loop is "
         "`get_object().read()`\nand `np.add` in float32. Memory beside the idle client, in slices: "
         f"ours {ours:.1f}, of which the float64 sums are 2; the loop's {serial:.1f}.\n"
-        "Where 75 MB/s is all there is, as is reported of a Lambda function, one connection nearly fills it,\n"
-        "and reading ahead gains what latency takes. Without a limit, folding competes with the server and the client for two cores.\n"
+        f"{reached(routes)}\n"
     )
+
+
+def reached(routes: dict[str, Any]) -> str:
+    """Say on which routes we read nearly as fast as the requests alone, and where a serial loop keeps up."""
+    below = [f"{name} ({one['ours_of_raw']:.2f})" for name, one in routes.items() if one["ours_of_raw"] < NEARLY]
+    slower = [f"{name} ({one['ours_of_serial']:.2f})" for name, one in routes.items() if one["ours_of_serial"] < 1]
+    most = max(routes, key=lambda name: float(routes[name]["ours_of_serial"]))
+    raw = f"We reach {NEARLY} of the requests' rate on every route" + (f" but {'; '.join(below)}" if below else "")
+    serial = f"The loop is faster on {'; '.join(slower)}" if slower else "The loop is slower on every route"
+    return f"{raw}. {serial}; we gain most at {most}: {routes[most]['ours_of_serial']:.2f} times the loop's speed."
 
 
 def topologies(found: dict[str, Any]) -> str:
@@ -146,8 +190,8 @@ def topologies(found: dict[str, Any]) -> str:
             f"{one['functions']} ({tree} × {one['shards']})",
             f"{one['seconds']['median']:.2f} s",
             f"{one['of_the_fastest']:.2f}",
-            f"{one['cpu_seconds']['median']:.2f} s",
-            f"{one['peak_memory'] / 2**20:,.0f} of {one['projected_memory'] / 2**20:,.0f} MiB",
+            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
+            f"{shown(one['peak_memory'], 2**20, ',.0f', 'MiB')} of {one['projected_memory'] / 2**20:,.0f} MiB",
             str(one["gets"]),
             str(one["puts"]),
             f"{one['bytes_read'] / 1e6:,.0f} MB",
@@ -161,7 +205,40 @@ def topologies(found: dict[str, Any]) -> str:
         "| | functions | time, median | of the fastest | CPU | peak of projected memory | GETs | PUTs | read |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
         + "".join(row(name, one) for name, one in found["topologies"].items())
-        + "\nPUTs count three for the result's assembly. Functions take turns on two cores: what many at once gain is not in these times.\n"
+        + f"\nFastest: {fastest(found['topologies'])}. GETs, PUTs and bytes are the whole call's, counted by the store.\n"
+        + f"At most {setup['at_once']} functions run at once: what many more gain is not in these times.\n"
+    )
+
+
+def fastest(found: dict[str, Any]) -> str:
+    """Name the fastest topology, and what sharding takes beside it."""
+    first = min(found, key=lambda name: float(found[name]["of_the_fastest"]))
+    return first if first == "sharded" else f"{first}; sharded takes {found['sharded']['of_the_fastest']:.2f} times as long"
+
+
+def request_counts(found: dict[str, Any]) -> str:
+    """Table requests as a server, a report and a plan count them."""
+
+    def row(name: str, one: dict[str, Any]) -> str:
+        cells = (f"{one[which]['gets']} + {one[which]['puts']}" for which in ("server", "observed", "projected"))
+        return f"| {name} | {' | '.join(cells)} |\n"
+
+    def told(name: str, one: dict[str, Any]) -> str:
+        most = {kind: one["planned_of_reported"][kind]["most"] for kind in ("gets", "puts")}
+        return (
+            f"{name}: {one['rounds']} random rounds, {one['reported_as_seen']} reported just as the server saw them, "
+            f"{one['planned_at_least_reported']} within their plan, which said at most {most['gets']:.2f} times the GETs and "
+            f"{most['puts']:.2f} times the PUTs where sizes do not vary."
+        )
+
+    servers = found["servers"]
+    return (
+        "**Requests**: GET and HEAD + PUT, COPY, POST and LIST, as Ceph's own log, the report and the plan have them, of whole commands.\n"
+        f"{_origin(found)}\n\n| round | at the server | reported | planned |\n|---|---|---|---|\n"
+        + "".join(row(name, one) for name, one in servers["ceph"]["fixed"].items())
+        + "\n"
+        + "\n".join(told(name.capitalize(), one) for name, one in servers.items())
+        + "\n"
     )
 
 
@@ -184,7 +261,7 @@ def crossover(found: dict[str, Any], calibrated: dict[str, Any]) -> str:
     """Say in five lines what holds of the paper's claims, with the figure."""
     claims = found["claims"]
     lines = "".join(
-        f"{i}. *{c['claim']}*: {c['verdict']}. Model, its layout: {c[LAYOUT]}; this engine: {c['model, this engine']}.\n"
+        f"{i}. *{c['claim']}*: {c['verdict']}. Paper: {c['paper']}. Model, its layout: {c[LAYOUT]}. Model, this engine: {c[ENGINE]}.\n"
         for i, c in enumerate(claims, 1)
     )
     return (

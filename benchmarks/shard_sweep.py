@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits, sharded
-from measure import Range, machine, save
-from topologies import TOPOLOGIES, contribute, executor_of, observed, place, run, shown
+from measure import Range, machine, save, shown
+from topologies import TOPOLOGIES, contribute, executor_of, observed, place, run
 
 RESULTS = Path(__file__).parent / "results" / "shard_sweep.json"
 

@@ -36,7 +36,7 @@ from gradsharding import (
 )
 from gradsharding.plan import Plan
 from gradsharding.usage import total
-from measure import Range, machine, save
+from measure import Range, machine, save, shown
 from pools import KINDS, pool, workers
 
 RESULTS = Path(__file__).parent / "results" / "topologies.json"
@@ -115,11 +115,6 @@ def observed(runs: list[Figures]) -> Figures:
     """Give the CPU time of repetitions as a range, and the largest peak; None for what no process of the pool can tell of a task alone."""
     cpu, peaks = ([one[name] for one in runs] for name in ("cpu_seconds", "peak_memory"))
     return {"cpu_seconds": None if None in cpu else Range.of(cpu).__dict__, "peak_memory": None if None in peaks else max(peaks)}
-
-
-def shown(value: float | None, unit: float, form: str, name: str) -> str:
-    """Write a figure for people, or a dash."""
-    return "–" if value is None else f"{value / unit:{form}} {name}"
 
 
 @contextlib.contextmanager
