@@ -4,10 +4,10 @@ A directory or a memory takes one for each. S3 lists by pages, and takes more wh
 as they are (``compose``).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from gradsharding.compose import MINIMUM, compose, is_kept, pieces
+from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.usage import Usage
 from gradsharding.value import Value
 
@@ -36,8 +36,8 @@ class Charges(Value):
         """Creating an object."""
         if not self.largest or nbytes <= self.largest:
             return Usage(puts=1, bytes_written=nbytes)
-        sizes = dict(enumerate(pieces(nbytes), 1))
-        return Usage(puts=1 + len(sizes), bytes_written=nbytes) + self.whole(sizes)
+        count = -(-nbytes // piece(nbytes))
+        return Usage(puts=1 + count, bytes_written=nbytes) + self.whole(count)
 
     def put_parts(self, parts: Iterable[tuple[int, int]]) -> Usage:
         """Writing parts, given as (offset, bytes); before one is kept, S3 is asked whether its upload is there."""
@@ -56,21 +56,23 @@ class Charges(Value):
 
     def complete(self, sizes: Mapping[int, int], *, overwrite: bool) -> Usage:
         """Publishing the object that parts of these bytes, by number, make end to end."""
-        return self._complete(sizes, self._kept(sizes), overwrite=overwrite) if self.composes else Usage(puts=1)
+        if not self.composes:
+            return Usage(puts=1)
+        kept = self._kept(sizes)
+        return self._complete(len(sizes) - len(kept), compose(sizes, kept), len(kept), overwrite=overwrite)
 
-    def whole(self, sizes: Mapping[int, int]) -> Usage:
-        """Publishing, as a new object, parts that the store takes as they are."""
-        return self._complete(sizes, kept=(), overwrite=False) if self.composes else Usage(puts=1)
+    def whole(self, count: int) -> Usage:
+        """Publishing, as a new object, so many parts that the store takes as they are."""
+        return self._complete(count, (), 0, overwrite=False) if self.composes else Usage(puts=1)
 
     def _kept(self, sizes: Mapping[int, int]) -> tuple[int, ...]:
         numbers = sorted(sizes)
         offsets = accumulate((sizes[number] for number in numbers), initial=0)
         return tuple(number for number, offset in zip(numbers, offsets, strict=False) if is_kept(offset, sizes[number]))
 
-    def _complete(self, sizes: Mapping[int, int], kept: Collection[int], *, overwrite: bool) -> Usage:
+    def _complete(self, written: int, composed: Sequence[Composed], kept: int, *, overwrite: bool) -> Usage:
         # parts listed, the key looked at, parts composed, all listed again, completed; a server may not tell the version: then it is asked
-        composed, written = compose(sizes, kept), len(sizes) - len(kept)
-        taken = self.list(written) + self.list(len(kept)) + self.list(written + len(composed)) + Usage(puts=1, gets=1 if overwrite else 2)
+        taken = self.list(written) + self.list(kept) + self.list(written + len(composed)) + Usage(puts=1, gets=1 if overwrite else 2)
         for part in composed:
             copied = len(part.spans) == 1 and part.nbytes >= MINIMUM
             through_here = 0 if copied else part.nbytes

@@ -97,7 +97,6 @@ def _size(spans: Sequence[Span]) -> int:
     return sum(span.stop - span.start for span in spans)
 
 
-def pieces(nbytes: int) -> list[int]:
-    """Cut an object that is too large for one request: bytes of each piece, 64 MiB, or more where there would be too many."""
-    size = max(64 << 20, -(-nbytes // 9_000))
-    return [min(size, nbytes - start) for start in range(0, nbytes, size)]
+def piece(nbytes: int) -> int:
+    """Bytes of a piece of an object that is too large for one request: 64 MiB, or more where there would be too many."""
+    return max(64 << 20, -(-nbytes // 9_000))

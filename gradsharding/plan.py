@@ -161,7 +161,9 @@ class Plan(Value):
     def tasks_usage(self) -> dict[str, Usage]:
         """What all tasks ask, at most, by kind of store."""
         where = self.setting or Setting()
-        kinds = Counter(term.source.partition("://")[0] if "://" in term.source else where.home.kind for term in self.terms)
+        kinds = where.sources or Counter(
+            term.source.partition("://")[0] if "://" in term.source else where.home.kind for term in self.terms
+        )
         updates = Usage(
             gets=sum(self.reading.requests(s.stop - s.start) for s in self.slices), bytes_read=sum(s.stop - s.start for s in self.slices)
         )

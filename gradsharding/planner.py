@@ -186,6 +186,7 @@ class _Search:
         return {
             "home": CHARGES,
             "output": CHARGES,
+            "sources": {CHARGES.kind: len(self.manifest.terms)},
             "intake": commanded({CHARGES.kind: headers}, CHARGES, record, emptied=True),
             "record_bytes": record,
             "overwrite": True,

@@ -29,6 +29,8 @@ class Setting(Value):
     """Of the store of the round's records and partial sums."""
     output: Charges = ONE_EACH
     """Of the store of the result."""
+    sources: dict[str, int] = Field(default_factory=dict)
+    """How many updates lie in each kind of store, where that is known; else it is seen from their references."""
     intake: dict[str, Usage] = Field(default_factory=dict)
     """What it takes until the round is sealed, by kind of store."""
     record_bytes: int = 0

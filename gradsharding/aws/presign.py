@@ -75,8 +75,8 @@ def settle(store: S3Store, granted: Grant) -> Peeked:
 
 def settling(store: S3Store, offer: Offer, header_bytes: int) -> Usage:
     """What permitting and settling an offer of an update, and reading its header, asks of the store at most."""
-    sizes = {number: piece.size for number, piece in enumerate(offer.pieces, 1)}
-    upload = Usage(puts=1) + store.charges.whole(sizes) if len(sizes) > 1 else Usage()
+    count = len(offer.pieces)
+    upload = Usage(puts=1) + store.charges.whole(count) if count > 1 else Usage()
     return upload + inspection(header_bytes, offer.nbytes - header_bytes)
 
 

@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 from gradsharding.aws.body import Body
 from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.aws.ranged import ATTEMPTS, Answer, Ask, first_of, pause, stream
-from gradsharding.compose import MINIMUM, Composed, compose, is_kept, pieces
+from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
 from gradsharding.platform import CHARGES, GRAIN, LARGEST_PUT, PARALLEL, READING
@@ -239,13 +239,13 @@ class S3Store:
 
     def _put_in_parts(self, key: str, body: Body) -> Stat:
         """Create an object that is too large for one PUT."""
-        sizes, start = dict(enumerate(pieces(len(body)), 1)), 0
+        size = piece(len(body))
+        starts = dict(enumerate(range(0, len(body), size), 1))
         upload = self.begin(key)
         try:
-            for number, size in sizes.items():
+            for number, start in starts.items():
                 self._upload_part(key, upload, number, body.part(start, start + size))
-                start += size
-            return self.complete(key, upload, sizes)
+            return self.complete(key, upload, {number: min(size, len(body) - start) for number, start in starts.items()})
         except BaseException:
             self.abort(key, upload)
             raise
