@@ -315,6 +315,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    facts = machine(["gradsharding", "boto3", "moto", "flwr"])
     console, results, problems = Console(width=130), dict[str, Any](), list[str]()
     for name in options.servers:
         with server_of(name) as server:
@@ -332,7 +333,6 @@ def main() -> None:
     for problem in problems:
         console.print(f"NOT as it must be: {problem}", markup=False)
     question = (__doc__ or "").splitlines()[0]
-    facts = machine(["gradsharding", "boto3", "moto", "flwr"])
     save(options.output, {"question": question, "machine": facts, "seed": options.seed, "problems": problems, "servers": results})
     raise SystemExit(bool(problems))
 

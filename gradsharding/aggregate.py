@@ -26,6 +26,9 @@ from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 from gradsharding.usage import Spent, Usage, counting, together, total
 
+FREE = {"deletes"}
+"""What nobody is billed for, and no plan projects."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -90,7 +93,7 @@ class Result:
         return bill(self.reports, self.caller, self.plan, prices, architecture=told.architecture or "arm64")
 
     def _stages(self) -> list[dict[str, Any]]:
-        seen = {report.task: report.model_dump() | _figures(report.usage) for report in self.reports}
+        seen = {report.task: report.model_dump() | total(report.usage).model_dump() for report in self.reports}
         return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
 
     def report(self) -> dict[str, Any]:
@@ -109,13 +112,13 @@ class Result:
             "bytes": plan.result_bytes,
             "stages": self._stages(),
             "projected": {
-                **_figures(plan.usage),
+                **total(plan.usage).model_dump(exclude=FREE),
                 "peak_memory": plan.memory,
-                "stores": _by_kind(plan.usage),
-                "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump()} for step in plan.steps],
+                "stores": _by_kind(plan.usage, exclude=FREE),
+                "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump(exclude=FREE)} for step in plan.steps],
             },
             "observed": {
-                **_figures(whole.usage),
+                **total(whole.usage).model_dump(),
                 "peak_memory": self.peak_memory,
                 "unmeasured": self.unmeasured,
                 "seconds": sum(report.seconds for report in self.reports),
@@ -318,9 +321,5 @@ def _ignore(report: TaskReport) -> None:
     """Tell nobody."""
 
 
-def _figures(usage: Spent) -> dict[str, int]:
-    return total(usage).model_dump()
-
-
-def _by_kind(usage: Spent) -> dict[str, dict[str, int]]:
-    return {kind: one.model_dump() for kind, one in sorted(usage.items())}
+def _by_kind(usage: Spent, exclude: set[str] | None = None) -> dict[str, dict[str, int]]:
+    return {kind: one.model_dump(exclude=exclude) for kind, one in sorted(usage.items())}

@@ -106,7 +106,7 @@ def plan_command(
     gets, puts            requests to S3 in a whole round, at most: GET and HEAD; PUT, COPY, POST and LIST
     read, written         bytes of all that, at most
     p50, p95              time of half of all rounds, and of 95 of 100
-    aggregation           US dollars a round for the functions and their requests
+    aggregation           US dollars a round for the functions and all these requests
     round trip            that, the clients' uploads and downloads, and an hour of storage
 
     Times come from a model that was held against measurements of others (benchmarks/calibration.py); this project has never

@@ -44,7 +44,7 @@ from gradsharding.testing.proxy import Path, Proxy
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from gradsharding.topology import Topology, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import encode
-from gradsharding.usage import total
+from gradsharding.usage import Usage, counting, total
 from gradsharding.verify import verify
 
 MIB = 1 << 20
@@ -321,11 +321,14 @@ def test_fetch_of_what_is_missing(moto_store: S3Store) -> None:
 
 
 def test_put_in_parts(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An object larger than S3 takes at once is put in parts, and created once all the same."""
+    """An object larger than S3 takes at once is put in parts, and created once all the same, in as many requests as its charges say."""
     monkeypatch.setattr("gradsharding.aws.s3.LARGEST_PUT", MIB)
     data = os.urandom(70 * MIB)
-    stat = moto_store.put("a", [data[:10], data[10:]])
+    with counting() as ledger:
+        stat = moto_store.put("a", [data[:10], data[10:]])
 
+    planned = moto_store.charges.model_copy(update={"largest": MIB}).put(70 * MIB)
+    assert planned == ledger.spent["s3"] + Usage(gets=1)  # which asks for the version, where the server does not tell it
     assert (70 * MIB, stat) == (stat.size, moto_store.head("a"))
     assert data == read(moto_store, "a")
     with pytest.raises(ObjectExists):
