@@ -294,7 +294,7 @@ class Round:
         """
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
-        if found and (published or self.published()).stale:  # the result's object is gone, and so is its upload
+        if (published or (self.published() if found else Published(None))).stale:  # the result's object is gone, and so is its upload
             self.store.delete([self.key("result.json"), self.key("plan.json")])
             found = None
         if found and (found.digest, found.nonfinite) == (plan.digest, nonfinite):

@@ -31,7 +31,7 @@ from gradsharding_flower.contributions import collect, mean
 from gradsharding_flower.grid import FollowUp, Traffic, WatchedGrid
 from gradsharding_flower.mod import ORDERS, asked_by, orders
 from gradsharding_flower.permits import Lender, Offered, find_offer
-from gradsharding_flower.reference import KEY, Reference, client_id, find, put, write
+from gradsharding_flower.reference import KEY, Reference, client_id, find, put
 from gradsharding_flower.result import LazyResult, RoundReport
 from gradsharding_flower.wrapped import needs_arrays
 
@@ -145,8 +145,12 @@ class GradSharding(Strategy):
         ``evaluate_fn`` gets real arrays, read for each call; the result's ``arrays`` are read when first used.
         """
         self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
-        self._model = find(initial_arrays) or write(self._round(0).key("result.safetensors"), initial_arrays, self.store)
-        self._layout = inspect(self._model.source, self.store).layout
+        if given := find(initial_arrays):
+            self._model, self._layout = given, inspect(given.source, self.store).layout
+        else:
+            key = self._round(0).key("result.safetensors")
+            update = put(key, initial_arrays, self.store)
+            self._model, self._layout = Reference.to(key, update, tuple(initial_arrays)), update.layout
         self._check(self._layout)
         watched = WatchedGrid(grid, self._received)
         self._traffic = watched.traffic
