@@ -131,9 +131,8 @@ def command(draw: random.Random, store: S3Store, server: S3Server) -> Counted:
             cli.main(arguments, standalone_mode=False)
         report = json.loads(Path(place, "report.json").read_text())
     observed, planned = (Usage(**report[which]["stores"]["s3"]) for which in ("observed", "projected"))
-    return Counted(
-        "command", f"{name}{', exact' * exact}", dict(seen), observed, planned, exact and "fl" in name + "tree" * ("tree" in name)
-    )
+    what = f"{name}{', exact' * exact}{', its output here' * here}"
+    return Counted("command", what, dict(seen), observed, planned, exact and name in TREES)
 
 
 class Dying(InlineExecutor):
