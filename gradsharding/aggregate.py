@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,6 +43,8 @@ class Result:
     """Of the tasks that this call ran; a resumed round has fewer than its plan."""
     caller: Spent
     """What this call itself has asked, beside its tasks, by kind of store."""
+    seconds: float
+    """Of the whole call, by the clock on the wall."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Read the result; BF16, which numpy lacks, comes as the equal float32."""
@@ -75,11 +78,11 @@ class Result:
             return None
         return next((report.unmeasured for report in self.reports), "nothing was left to do")
 
-    def within(self, around: Spent, planned: Spent) -> "Result":
-        """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command."""
+    def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
+        """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
         assert self.plan.setting
         plan = self.plan.placed(intake=together(self.plan.setting.intake, planned))
-        return replace(self, plan=plan, caller=together(self.caller, around))
+        return replace(self, plan=plan, caller=together(self.caller, around), seconds=self.seconds if seconds is None else seconds)
 
     def cost(self) -> Cost | None:
         """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
@@ -100,6 +103,7 @@ class Result:
         """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
 
         Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
+        ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it.
         """
         plan, asked = self.plan, dict[str, Usage]()
         if not self.record.digest:
@@ -122,6 +126,7 @@ class Result:
                 "peak_memory": self.peak_memory,
                 "unmeasured": self.unmeasured,
                 "seconds": sum(report.seconds for report in self.reports),
+                "wall_seconds": self.seconds,
                 "stores": _by_kind(whole.usage),
                 "caller": _by_kind(whole.caller),
                 "lost_attempts": sum(report.lost for report in self.reports),
@@ -162,14 +167,14 @@ def aggregate(
     OutOfMemory or TaskFailed from a task, with nothing published. Such an error's ``usage`` is what the call has asked of stores in vain.
     """
     reports: list[TaskReport] = []
-    runner = executor or InlineExecutor()
+    runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
             record, plan = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as error:
             error.usage = together(error.usage, ledger.spent, *(report.usage for report in reports))
             raise
-    return Result(round, record, plan, tuple(reports), ledger.spent)
+    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started)
 
 
 def _aggregated(

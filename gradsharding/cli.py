@@ -193,10 +193,11 @@ def aggregate_command(
             except NonFinite as error:
                 located_error = located(error, given)
                 raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
-    result = result.within(around.spent, asked_around(given, round_, emptied=not (store or out.path)))
+    around_it = asked_around(given, round_, emptied=not (store or out.path))
+    result = result.within(around.spent, around_it, time.perf_counter() - started)
     if report_path:
         replace(report_path, json.dumps(result.report(), indent=2) + "\n")
-    click.echo(_summary(result, output, time.perf_counter() - started))
+    click.echo(_summary(result, output))
     if exact:
         click.echo(f"exact: SHA-256 {result.digest()}" + (f"; to check it: gradsharding verify {store} {round_.id}" if store else ""))
 
@@ -254,7 +255,7 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
         yield begin
 
 
-def _summary(result: Result, output: str, seconds: float) -> str:
+def _summary(result: Result, output: str) -> str:
     plan, now = result.plan, len(result.reports)
     unit = "slice" if len(plan.fan_ins) == 1 else "function"
     slices = f"{plan.functions} {unit}{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
@@ -262,7 +263,7 @@ def _summary(result: Result, output: str, seconds: float) -> str:
     requests = f"\nrequests to S3: {used.gets:,} GET and HEAD, {used.puts:,} PUT, COPY, POST and LIST, counted" if used else ""
     return (
         f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"
-        f"memory per function: {mib(plan.memory)} projected, {observed_memory(result)}; {seconds:.2f} s{requests}"
+        f"memory per function: {mib(plan.memory)} projected, {observed_memory(result)}; {result.seconds:.2f} s{requests}"
     )
 
 

@@ -76,6 +76,8 @@ class Place(NamedTuple):
         try:
             return inspect(self.reference, NOWHERE)
         except MissingObject:
+            if self.path:  # it is there, and cannot be read
+                raise
             return None
         except InvalidUpdate as error:
             return InvalidUpdate(error.message.replace(self.reference, self.text, 1))

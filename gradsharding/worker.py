@@ -85,8 +85,9 @@ def peak_memory() -> int:
 
 def forget_peak() -> None:
     """Let ``peak_memory`` count from now on, where the kernel allows it (Linux, own process), without what earlier tasks have let go of."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory for later
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 

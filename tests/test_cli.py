@@ -206,7 +206,7 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
     assert {"topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
-    assert (figures, figures | {"deletes", "seconds", "unmeasured", "lost_attempts"}) == (set(projected), set(observed))
+    assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "lost_attempts"}) == (set(projected), set(observed))
     assert ("sharded", 3, 5) == (report["topology"], report["clients"], len(report["stages"][0]["tasks"]))
     # gets: 3 headers, 15 slices, is there a result or a plan, the digest; puts: 4 records, begin, header, 5 slices, end
     assert (
@@ -219,6 +219,8 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     assert 15 == sum(task["gets"] for task in report["stages"][0]["tasks"])
     assert 3 * report["bytes"] == sum(task["bytes_read"] for task in report["stages"][0]["tasks"])
     assert 0 < observed["peak_memory"] <= projected["peak_memory"]
+    assert 0 < observed["seconds"]
+    assert 0 < observed["wall_seconds"]
     assert hashlib.sha256(data[-report["bytes"] :]).hexdigest() == report["digest"] == reports[1]["digest"]
 
 

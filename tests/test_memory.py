@@ -175,8 +175,8 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
 
 
 def random_round(draw: random.Random, store: DirectoryStore, name: str) -> Started:
-    """Draw a round of any topology, of updates from a few kB to 24 MB."""
-    elements, shards = draw.choice([1_000, 300_000, 2_000_000, 6_000_000]), draw.randint(2, 5)
+    """Draw a round of any topology, of updates from a few kB to 12 MB."""
+    elements, shards = draw.choice([1_000, 300_000, 1_000_000, 3_000_000]), draw.randint(2, 5)
     makes: list[Any] = [flat, partial(sharded, shards=shards), lambda_fl, lifl, partial(sharded_tree, shards=shards)]
     numbers = np.random.default_rng(draw.randrange(1 << 30))
     updates = {
