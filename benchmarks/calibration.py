@@ -21,7 +21,7 @@ from gradsharding.plan import Plan
 from gradsharding.prices import load_prices
 from gradsharding.timing import Speeds, forecast_seconds
 from gradsharding.usage import total
-from measure import machine, save
+from measure import machine, save, verdict
 from modelled import MB, in_paper, manifest
 
 HERE = Path(__file__).parent
@@ -147,7 +147,10 @@ def _show(found: dict[str, Any]) -> None:
         )
     console = Console(width=130)
     console.print(table)
-    console.print(f"largest residual {found['largest_residual']:.1%}, target {TARGET:.0%}; rates of the campaigns: {found['rates_mb_s']}")
+    worst = found["largest_residual"]
+    console.print(
+        f"largest residual {worst:.1%}, target {TARGET:.0%}: {verdict(worst <= TARGET)}; rates of the campaigns: {found['rates_mb_s']}"
+    )
     table = Table("model", "topology", "aggregation, $/1k", "published", "round trip, $/1k", "published", "mean function of the slowest")
     for row in found["costs"]:
         table.add_row(

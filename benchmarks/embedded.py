@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding.update import encode
-from measure import Range, in_fresh_process, machine, save, settle
+from measure import Range, in_fresh_process, machine, save, settle, verdict
 from rivals import EXACT, FLOWERS, NUMPYS, OURS, RIVALS, WEIGHTS, WORKERS, Figures, header, updates
 
 Shapes = dict[str, tuple[int, ...]]
@@ -160,8 +160,8 @@ def show(figures: Figures) -> None:
     console.print(f"The bits of ours and numpy's are equal; Flower's differ by at most {figures['verified']['flower_differs_by']:.1e}.")
     for what in ("time", "memory"):
         target = figures["targets"][what]
-        verdict = "met" if target["met"] else "NOT met"
-        console.print(f"{what}: {target['found']:.3f} of Flower's, where at most {target['at_most']:g} is the target: {verdict}")
+        told = verdict(target["met"])
+        console.print(f"{what}: {target['found']:.3f} of Flower's, where at most {target['at_most']:g} is the target: {told}")
     alone = figures["targets"]["time_beside_aggregate_train_alone"]
     console.print(f"Beside aggregate_train alone, all replies already in Flower's memory, our time is {alone:.2f} of it.")
 

@@ -22,7 +22,7 @@ from embedded import Shapes, small, vgg16
 from gradsharding.store import DirectoryStore
 from gradsharding.update import encode
 from gradsharding_flower.loopback import Loopback
-from measure import machine, save
+from measure import machine, save, verdict
 
 APP = Path(__file__).parent / "flower_round_app"
 RESULTS = Path(__file__).parent / "results"
@@ -166,7 +166,7 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
     large, small_peak = direct[SERVER_PEAK] / 1e6, little[SERVER_PEAK] / 1e6
     print(f"the ServerApp's peak in direct mode: {large:.1f} MB; with a small model: {small_peak:.1f} MB")
     met = direct["round_seconds"] <= TARGET * plain["round_seconds"]
-    print(f"target: at most {TARGET} of plain FedAvg's round time: {'met' if met else 'NOT met'}")
+    print(f"target: at most {TARGET} of plain FedAvg's round time: {verdict(met)}")
 
 
 def _kind(command: list[str]) -> str | None:

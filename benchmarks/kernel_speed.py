@@ -151,7 +151,8 @@ def report(figures: dict[str, Any]) -> None:
     for name, each in figures["ends"].items():
         print(f"{name}: {each['median'] / (1 if 'element' in name else 1e9):.2f}{'' if 'element' in name else ' GB/s'}")
     for name, target in figures["targets"].items():
-        print(f"{name}: {target['found']:.2f}, at least {target['at_least']} asked for")
+        met = measure.verdict(target["found"] >= target["at_least"])
+        print(f"{name}: {target['found']:.2f}, at least {target['at_least']} asked for: {met}")
 
 
 if __name__ == "__main__":

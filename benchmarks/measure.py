@@ -147,9 +147,17 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, "+" if files differ from it."""
-    here = Path(__file__).parent
+    """The checkout's commit, "+" if files differ from it, other than results."""
+    root = Path(__file__).parent.parent
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found = subprocess.run(["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=here, capture_output=True, check=True)
-        return found.stdout.decode().strip()
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=root, capture_output=True, check=True, text=True).stdout.strip()
+            for command in (["describe", "--always", "--exclude=*"], ["status", "--porcelain", "--", ":(exclude)benchmarks/results"])
+        )
+        return commit + "+" * bool(changed)
     return "unknown"
+
+
+def verdict(met: bool) -> str:  # noqa: FBT001 - it is what is told
+    """Say whether a target is met."""
+    return "met" if met else "NOT met"

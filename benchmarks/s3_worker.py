@@ -31,7 +31,7 @@ from gradsharding.task import Job
 from gradsharding.testing.proxy import slow_path
 from gradsharding.testing.s3 import ceph_missing, ceph_server
 from gradsharding.topology import flat
-from measure import Range, in_fresh_process, machine, save
+from measure import Range, in_fresh_process, machine, save, verdict
 from s3_rivals import RIVALS
 
 Figures = dict[str, Any]
@@ -140,7 +140,7 @@ def show(figures: Figures) -> None:
         table.add_row(name, *rates, *(f"{route[ratio.replace(' ', '_')]:.2f}" for ratio in ratios))
     console.print(table)
     for what, target in figures["targets"].items():
-        console.print(f"{what}: {target['found']:.3f}, {target['wanted']}: {'met' if target['met'] else 'NOT met'}")
+        console.print(f"{what}: {target['found']:.3f}, {target['wanted']}: {verdict(target['met'])}")
 
 
 def targets(routes: dict[str, Figures], plan: Plan) -> Figures:
