@@ -11,7 +11,9 @@ import pytest
 import crossover
 import readme
 from crossover import Crossing
+from gradsharding.aws.commands import ALARMS
 from gradsharding.planner import Needs, recommend
+from gradsharding.prices import PACKAGED, load_prices
 from modelled import MB, manifest
 
 RESULTS = Path(readme.__file__).parent / "results"
@@ -156,6 +158,14 @@ def test_routes_on_which_we_lose() -> None:
     assert readme.reached({"far": routes["far"]}).startswith(
         "We reach 0.85 of the requests' rate on every route. The loop is slower on every"
     )
+
+
+def test_what_an_unused_stack_costs() -> None:
+    """The README's price of a stack that nobody uses is that of the packaged price list."""
+    prices = load_prices(path=PACKAGED)
+    alarms, stored = ALARMS * prices.usd("alarm_month"), prices.usd("s3_gigabyte_month")
+
+    assert f"it costs ${alarms} a month, for two alarms, and ${stored} a month for each GB" in readme.README.read_text()
 
 
 def test_a_topology_that_is_faster() -> None:
