@@ -167,22 +167,22 @@ def starts(found: Mapping[str, Crossing], claimed: float) -> str:
 def ratio(found: Mapping[str, float], claimed: Mapping[str, float]) -> str:
     """Say whether sharding is as many times cheaper as claimed: ``found`` is the other's price by its own, of each case."""
     reached = [name for name, times in found.items() if times >= claimed[name] * (1 - NEAR)]
-    less = [f"{times:.2f} in {name}" for name, times in found.items() if name not in reached and times > 1]
+    less = [f"{times:.2f} times in {name}" for name, times in found.items() if name not in reached and times > 1]
     loses = [f"{name}, where it costs {1 / times:.2f} times as much" for name, times in found.items() if times <= 1]
     verdict = "holds" if len(reached) == len(found) else "does not hold" if not reached else "holds in part"
     parts = [f"as claimed in {', '.join(reached)}"] if reached else []
-    parts += [f"cheaper, but less so: {', '.join(less)} times"] if less else []
+    parts += [f"cheaper, but less so: {', '.join(less)}"] if less else []
     parts += [f"not cheaper in {', '.join(loses)}"] if loses else []
     return f"{verdict}: {'; '.join(parts)}"
 
 
 def ceiling(sharded: Mapping[str, float], trees: Mapping[str, float]) -> str:
     """Say whether sharding fits where trees do not: the largest models of each, in MiB, of each case."""
-    wins = [f"{trees[name]:,.0f} MiB {name}" for name in sharded if sharded[name] > trees[name]]
-    loses = [f"{name} ({sharded[name]:,.0f} of the trees' {trees[name]:,.0f} MiB)" for name in sharded if sharded[name] <= trees[name]]
+    wins = [f"{trees[name]:,.0f} MiB in {name}" for name in sharded if sharded[name] > trees[name]]
+    loses = [f"{name} ({sharded[name]:,.0f} MiB, and trees {trees[name]:,.0f})" for name in sharded if sharded[name] <= trees[name]]
     if not wins:
-        return f"does not hold: sharding ends no later than trees {', '.join(loses)}"
-    return f"{'holds in part' if loses else 'holds'}: beyond {', '.join(wins)}" + (f"; not {', '.join(loses)}" if loses else "")
+        return f"does not hold: sharding ends no later than trees in {', '.join(loses)}"
+    return f"{'holds in part' if loses else 'holds'}: beyond {', '.join(wins)}" + (f"; not in {', '.join(loses)}" if loses else "")
 
 
 LAYOUTS = {"the paper's layout": "paper", "this engine": "ours"}
@@ -333,7 +333,7 @@ def draw(config: dict[str, Any], found: dict[str, dict[str, list[float | None]]]
             if len(there) < len(values):
                 axis.plot(*there[-1], style[:2] + "x")
         axis.axvline(500, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xlabel="model, MiB (×: the last that a function can hold)", title=f"{accounting}, N = 20 (modelled)")
+        axis.set(xlabel="model, MiB (×: no function can hold the next)", title=f"{accounting}, N = 20 (modelled)")
     axes[0].set_ylabel("US dollars for 1,000 rounds")
     axes[0].legend(fontsize=8)
     figure.savefig(path, metadata={"Date": None})
