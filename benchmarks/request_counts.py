@@ -36,6 +36,7 @@ from gradsharding.testing.s3 import S3Server, ceph_server, moto_server
 from gradsharding.update import encode
 from gradsharding.usage import Usage
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
+from gradsharding_flower.result import RoundReport
 from gradsharding_flower.testing import LocalGrid
 from measure import machine, save
 
@@ -186,13 +187,11 @@ def client(node: int) -> ClientApp:
     return app
 
 
-def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Counted]:
-    """A Flower run of two rounds, whose requests are counted round by round."""
-    kind: type[GradSharding] = draw.choice([GradSharding, LambdaFL, LIFL])
-    found: list[Counted] = []
+def watched(kind: type[GradSharding], server: S3Server, note: Callable[[dict[str, int], RoundReport], None]) -> Callable[..., GradSharding]:
+    """Give the same strategy, each of whose rounds is counted by the server, from its first word to its last."""
 
     class Watched(kind):  # type: ignore[misc,valid-type]
-        """The same, watched from its first word in a round to its last."""
+        """The same, watched."""
 
         def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Any:
             self.stack = contextlib.ExitStack()
@@ -202,22 +201,27 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             result = super().aggregate_train(server_round, replies)
             self.stack.close()
-            report = self.history[-1]
-            nodes = report.nodes_gets or 0, report.nodes_puts or 0
-            reported = Usage(gets=report.gets + nodes[0], puts=report.puts + nodes[1])
-            projected = report.projected_gets + report.projected_nodes_gets, report.projected_puts + report.projected_nodes_puts
-            planned = Usage(gets=projected[0], puts=projected[1])
-            found.append(
-                Counted(
-                    "flower",
-                    f"{kind.__name__}, {mode}{', exact' * exact}",
-                    dict(self.seen),
-                    reported,
-                    planned,
-                    exact and kind is not GradSharding,
-                )
-            )
+            note(dict(self.seen), self.history[-1])
             return result
+
+    return Watched
+
+
+def told(report: RoundReport) -> tuple[Usage, Usage]:
+    """Give a round's requests, the server's and the nodes', as they were counted and as they were planned."""
+    counted = Usage(gets=report.gets + (report.nodes_gets or 0), puts=report.puts + (report.nodes_puts or 0))
+    gets, puts = report.projected_gets + report.projected_nodes_gets, report.projected_puts + report.projected_nodes_puts
+    return counted, Usage(gets=gets, puts=puts)
+
+
+def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Counted]:
+    """A Flower run of two rounds, whose requests are counted round by round."""
+    kind: type[GradSharding] = draw.choice([GradSharding, LambdaFL, LIFL])
+    found: list[Counted] = []
+
+    def note(seen: dict[str, int], report: RoundReport) -> None:
+        what, varies = f"{kind.__name__}, {mode}{', exact' * exact}", exact and kind is not GradSharding
+        found.append(Counted("flower", what, seen, *told(report), varies))
 
     mode, exact = draw.choice(["direct", "direct", "relay", "mixed"]), draw.random() < 0.3
     (model, *_) = updates(draw, exact=True)
@@ -227,10 +231,9 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
     inner: Any = FedAvg if exact else draw.choice([FedAvg, FedAvg, FedAdam])
     options: dict[str, Any] = {"shards": draw.randint(1, 4)} if kind is GradSharding else {}
     options |= {"presigned": draw.random() < 0.7, "keep": draw.random() < 0.3, "exact": exact, "limits": Limits(memory=1 << 31)}
-    strategy = Watched(inner(fraction_evaluate=0.0), store=store, executor="inline", mode=mode, **options)
-    strategy.start(
-        LocalGrid({node: client(node) for node in nodes}), ArrayRecord({name: Array(array) for name, array in model.items()}), num_rounds=2
-    )
+    strategy = watched(kind, server, note)(inner(fraction_evaluate=0.0), store=store, executor="inline", mode=mode, **options)
+    initial = ArrayRecord({name: Array(array) for name, array in model.items()})
+    strategy.start(LocalGrid({node: client(node) for node in nodes}), initial, num_rounds=2)
     assert 2 == len(found), f"{mode}: a round was given up"
     return found
 
@@ -324,12 +327,12 @@ def main() -> None:
             found = [*rounds(options.seed, options.rounds or ROUNDS[name], store, server)]
             results[name] = {**summary(found), "fixed": fixed(store, server)}
             problems += [one.problem for one in found if one.problem]
-        told = results[name]
-        same, within = told["reported_as_seen"], told["planned_at_least_reported"]
-        console.print(f"{name}: {told['rounds']} rounds, {same} reported as the server saw them, {within} within their plan")
+        one = results[name]
+        same, within = one["reported_as_seen"], one["planned_at_least_reported"]
+        console.print(f"{name}: {one['rounds']} rounds, {same} reported as the server saw them, {within} within their plan")
         table = Table("round", "at the server: GET", "PUT", "reported: GET", "PUT", "planned: GET", "PUT")
-        for title, one in told["fixed"].items():
-            table.add_row(title, *(str(one[which][k]) for which in ("server", "observed", "projected") for k in ("gets", "puts")))
+        for title, counted in one["fixed"].items():
+            table.add_row(title, *(str(counted[which][k]) for which in ("server", "observed", "projected") for k in ("gets", "puts")))
         console.print(table)
     for problem in problems:
         console.print(f"NOT as it must be: {problem}", markup=False)

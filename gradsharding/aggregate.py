@@ -37,12 +37,12 @@ class Result:
 
     round: Round
     record: ResultRecord
-    plan: Plan
-    """With its setting: its requests and bytes are those of the whole call."""
+    planned: Plan
+    """Of the call, with its setting."""
     reports: tuple[TaskReport, ...]
     """Of the tasks that this call ran; a resumed round has fewer than its plan."""
-    caller: Spent
-    """What this call itself has asked, beside its tasks, by kind of store."""
+    asked: Spent
+    """What the call itself has asked, beside its tasks, by kind of store."""
     seconds: float
     """Of the whole call, by the clock on the wall."""
 
@@ -60,6 +60,16 @@ class Result:
         with counting() as ledger:
             digest = data_digest(self.record.source, self.round.store, version=self.record.version, layout=self.record.layout)
         return digest, ledger.spent
+
+    @property
+    def plan(self) -> Plan:
+        """What was planned: of the whole call, and of reading the result for its digest, once that was asked for."""
+        return self.planned.placed(digest=True) if "_read_back" in self.__dict__ else self.planned
+
+    @property
+    def caller(self) -> Spent:
+        """What was asked beside the tasks, by kind of store: by the call, and for the digest, once that was asked for."""
+        return together(self.asked, self._read_back[1]) if "_read_back" in self.__dict__ else self.asked
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -80,9 +90,9 @@ class Result:
 
     def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
         """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
-        assert self.plan.setting
-        plan = self.plan.placed(intake=together(self.plan.setting.intake, planned))
-        return replace(self, plan=plan, caller=together(self.caller, around), seconds=self.seconds if seconds is None else seconds)
+        assert self.planned.setting
+        plan = self.planned.placed(intake=together(self.planned.setting.intake, planned))
+        return replace(self, planned=plan, asked=together(self.asked, around), seconds=self.seconds if seconds is None else seconds)
 
     def cost(self) -> Cost | None:
         """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
@@ -105,10 +115,8 @@ class Result:
         Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
         ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it.
         """
-        plan, asked = self.plan, dict[str, Usage]()
-        if not self.record.digest:
-            plan, asked = plan.placed(digest=True), together(asked, self._read_back[1])
-        whole = replace(self, plan=plan, caller=together(self.caller, asked))
+        digest = self.digest()
+        plan = self.plan
         return {
             "topology": plan.topology,
             "arithmetic": plan.arithmetic,
@@ -122,17 +130,17 @@ class Result:
                 "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump(exclude=FREE)} for step in plan.steps],
             },
             "observed": {
-                **total(whole.usage).model_dump(),
+                **total(self.usage).model_dump(),
                 "peak_memory": self.peak_memory,
                 "unmeasured": self.unmeasured,
                 "seconds": sum(report.seconds for report in self.reports),
                 "wall_seconds": self.seconds,
-                "stores": _by_kind(whole.usage),
-                "caller": _by_kind(whole.caller),
+                "stores": _by_kind(self.usage),
+                "caller": _by_kind(self.caller),
                 "lost_attempts": sum(report.lost for report in self.reports),
             },
-            "cost": _cost(whole),
-            "digest": self.digest(),
+            "cost": _cost(self),
+            "digest": digest,
         }
 
 

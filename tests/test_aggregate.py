@@ -20,6 +20,7 @@ from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_re
 from gradsharding.task import TaskReport
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, read, reference_mean, sample_updates
 from gradsharding.topology import Topology, flat, sharded
+from gradsharding.usage import total
 
 SAMPLE = sample_updates(4, size=50)
 SMALL = {client: ({"w": np.arange(6, dtype="f4") + i, "n": np.array(i)}, i + 1) for i, client in enumerate("abc")}
@@ -117,6 +118,17 @@ def test_report() -> None:
     assert (None, "it ran in the calling process") == (observed["peak_memory"], observed["unmeasured"])
     assert 4 == len(report["stages"][0]["tasks"])
     assert 64 == len(report["digest"])
+
+
+def test_digest_is_counted_once_it_is_read() -> None:
+    """A result's figures are those of the call, and of its digest from then on that it was asked for; it is read once."""
+    result = aggregate(submitted(MemoryStore(), SMALL), topology=into(4))
+    before = (result.plan.gets, total(result.usage).gets)
+    for _ in range(2):
+        assert 64 == len(result.digest())
+
+    assert (20, 20) == before
+    assert (21, 21) == (result.plan.gets, total(result.usage).gets)
 
 
 def test_progress() -> None:

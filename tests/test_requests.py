@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 
 import request_counts
 from gradsharding import InlineExecutor, ProcessExecutor, Round, aggregate, lambda_fl, lifl, sharded
@@ -26,6 +29,9 @@ from gradsharding.testing.proxy import Path as Route
 from gradsharding.testing.proxy import Proxy
 from gradsharding.testing.s3 import Ceph, Request, S3Server
 from gradsharding.usage import Usage, carried, count, counting, total
+from gradsharding_flower import GradSharding, upload_mod
+from gradsharding_flower.result import RoundReport
+from gradsharding_flower.testing import LocalGrid
 
 MOTO, CEPH = 40, 15
 """Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""
@@ -163,6 +169,28 @@ def test_a_failed_call_says_what_it_has_asked(ceph: Ceph, ceph_store: S3Store) -
         with ceph.server.counting() as seen, pytest.raises(NonFinite) as caught:
             aggregate(round_, executor=executor)
         assert (seen["gets"], seen["puts"]) == (caught.value.usage["s3"].gets, caught.value.usage["s3"].puts)
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes:1"])
+def test_attempts_of_flower_that_fail(moto: S3Server, moto_store: S3Store, executor: str) -> None:
+    """Where a node's NaN makes a round be aggregated twice, the requests of both times are reported, as the server saw them."""
+    app, found = ClientApp(mods=[upload_mod]), list[tuple[dict[str, int], RoundReport]]()
+
+    @app.train()
+    def _train(message: Message, context: Context) -> Message:  # noqa: ARG001
+        arrays = ArrayRecord({"w": Array(np.full(5_000, np.nan, np.float32))})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1.0})}), reply_to=message)
+
+    grid = LocalGrid({node: request_counts.client(node) for node in (1, 2, 3)} | {4: app})
+    watched = request_counts.watched(GradSharding, moto, lambda seen, report: found.append((seen, report)))
+    strategy = watched(FedAvg(fraction_evaluate=0.0), store=moto_store, executor=executor, shards=3)
+    strategy.start(grid, ArrayRecord({"w": Array(np.ones(5_000, np.float32))}), num_rounds=1)
+    ((seen, report),) = found
+    counted, planned = request_counts.told(report)
+
+    assert [4] == [*report.left_out]
+    assert (seen["gets"], seen["puts"]) == (counted.gets, counted.puts)
+    assert counted.gets > planned.gets  # a plan is of a round in which nothing fails
 
 
 def test_threads_carry_the_ledger() -> None:
