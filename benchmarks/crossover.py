@@ -161,19 +161,23 @@ def starts(found: Mapping[str, Crossing], claimed: float) -> str:
         return f"does not hold: the crossing lies later in each case: {', '.join(late)}"
     where = "in each case" if not late else f"in {len(holds)} of {len(found)} cases, and later in {', '.join(late)}"
     begins = f"; it begins near there in {', '.join(near)}" if near else ", but it begins well below"
-    return f"{'holds' if not late else 'holds in part'}: at {claimed:.0f} MiB and beyond sharding is cheaper {where}{begins}"
+    return f"{'holds' if not late else 'holds in part'}: from about {claimed:.0f} MiB on sharding is cheaper {where}{begins}"
 
 
 def ratio(found: Mapping[str, float], claimed: Mapping[str, float]) -> str:
     """Say whether sharding is as many times cheaper as claimed: ``found`` is the other's price by its own, of each case."""
     reached = [name for name, times in found.items() if times >= claimed[name] * (1 - NEAR)]
     less = [f"{times:.2f} times in {name}" for name, times in found.items() if name not in reached and times > 1]
-    loses = [f"{name}, where it costs {1 / times:.2f} times as much" for name, times in found.items() if times <= 1]
+    loses = [f"{name}, where it {_loss(times)}" for name, times in found.items() if times <= 1]
     verdict = "holds" if len(reached) == len(found) else "does not hold" if not reached else "holds in part"
     parts = [f"as claimed in {', '.join(reached)}"] if reached else []
     parts += [f"cheaper, but less so: {', '.join(less)}"] if less else []
     parts += [f"not cheaper in {', '.join(loses)}"] if loses else []
     return f"{verdict}: {'; '.join(parts)}"
+
+
+def _loss(times: float) -> str:
+    return f"costs {1 / times:.2f} times as much" if times else "cannot be deployed"
 
 
 def ceiling(sharded: Mapping[str, float], trees: Mapping[str, float]) -> str:
@@ -207,11 +211,11 @@ def cheaper_from(rows: list[Row], config: dict[str, Any]) -> dict[str, str]:
     slices = f"; at {smallest} MiB its best has {len(best.plan.slices)} slice" + "s" * (len(best.plan.slices) > 1)
     return {
         "claim": "sharding is cheaper from about 500 MB on",
-        "paper": f"{CLAIMED_CROSSING} MB in its projection (N=50, no transfer from S3 in the Lambda time); its measured prices "
+        "paper": f"{CLAIMED_CROSSING} MiB in its projection (N=50, no transfer from S3 in the Lambda time); its measured prices "
         f"(N=20, round trip) cross at {published_crossing('lambda-fl'):.0f} MiB against λ-FL and {published_crossing('lifl'):.0f} "
         "MiB against LIFL",
         **_columns(lambda layout: _each(layout, lambda case: f"{found[case]} MiB") + slices * (layout == "this engine")),
-        "verdict": starts(found, CLAIMED_CROSSING),
+        "verdict": f"{starts(found, CLAIMED_CROSSING)} (than λ-FL, N=20)",
     }
 
 
@@ -329,8 +333,8 @@ def draw(config: dict[str, Any], found: dict[str, dict[str, list[float | None]]]
     for axis, (accounting, lines) in zip(axes, found.items(), strict=True):
         for style, (name, values) in zip(styles, lines.items(), strict=True):
             there = [(mb, usd) for mb, usd in zip(config["figure_mb"], values, strict=True) if usd is not None]
-            axis.loglog(*zip(*there, strict=True), style, label=name)
-            if len(there) < len(values):
+            axis.loglog([mb for mb, _ in there], [usd for _, usd in there], style, label=name)
+            if there and len(there) < len(values):
                 axis.plot(*there[-1], style[:2] + "x")
         axis.axvline(500, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xlabel="model, MiB (×: no function can hold the next)", title=f"{accounting}, N = 20 (modelled)")

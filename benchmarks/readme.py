@@ -51,14 +51,13 @@ def embedded(found: dict[str, Any]) -> str:
     loop = rivals["numpy"]["seconds"]["median"] / rivals["ours"]["seconds"]["median"]
     lean = rivals["numpy"]["memory"]["own"]["median"] / rivals["ours"]["memory"]["own"]["median"]
     taken = {name: phase["median"] for name, phase in rivals["ours"]["phases"].items()}
-    count = found["setup"]["workers"]
-    saved = (count - 1) * sum(taken[name] for name in ("read", "fold", "write"))  # beside one process that does it all
-    start = 4e-6 * found["setup"]["elements"] * taken["worker start"] / saved
+    setup = found["setup"]
+    saved = (setup["workers"] - 1) * sum(taken[name] for name in ("read", "fold", "write"))  # beside one process that does it all
     ours = "; ".join(f"{name} {seconds:.2f} s" for seconds, name in phases)
     return (
         f"**Aggregation alone**: {found['setup']['title']}, on local disk, cache warm. {_origin(found)}\n\n"
         "| | time, median (range) | of Flower's | peak memory, all processes | of Flower's |\n|---|---|---|---|---|\n"
-        + row("ours", "gradsharding, 2 processes")
+        + row("ours", f"gradsharding, {setup['workers']} processes")
         + row("exact", "the same, exact")
         + row("flower", "Flower: read files, then `FedAvg.aggregate_train`")
         + row("numpy", "one numpy loop, the same arithmetic")
@@ -67,7 +66,16 @@ def embedded(found: dict[str, Any]) -> str:
         f"The exact mean differs from ours in {unlike:,} of {found['setup']['elements']:,} elements; its time has its digest in it.\n"
         f"Beside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it.\n"
         f"A single numpy loop that does the arithmetic and nothing else takes {loop:.2f} of our time and {lean:.2f} of our memory.\n"
-        f"To start {count} workers takes as long as they save on a model of {start:,.0f} MB: below, `inline` is faster.\n"
+        + (pays(setup, taken["worker start"] / saved) if saved else "")
+    )
+
+
+def pays(setup: dict[str, Any], of_the_model: float) -> str:
+    """Say from which size of a model on workers are worth their start: such a part of this one."""
+    size = 4e-6 * setup["elements"] * of_the_model
+    return (
+        f"Reckoned from these phases, to start {setup['workers']} workers takes as long as they save on {setup['clients']} updates of "
+        f"{size:,.0f} MB; for less, one process should do.\n"
     )
 
 

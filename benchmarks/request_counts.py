@@ -18,6 +18,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from rich.table import Table
 from gradsharding import InlineExecutor, Limits, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.aws.s3 import S3Store
 from gradsharding.cli import cli
+from gradsharding.round import PlanRecord
 from gradsharding.testing.s3 import S3Server, ceph_server, moto_server
 from gradsharding.update import encode
 from gradsharding.usage import Usage
@@ -150,8 +152,24 @@ class Dying(InlineExecutor):
         raise KeyboardInterrupt
 
 
+def leave(draw: random.Random, round_: Round, topology: Any, how: dict[str, Any]) -> None:
+    """Leave a round as calls before may have left it."""
+    what = draw.choice(["died", "died, other plan", "lost its upload", "done", "done, and its result is gone"])
+    if what.startswith("done"):
+        done = aggregate(round_, topology=topology, **how)
+        if "gone" in what:
+            round_.store.delete([done.record.source])
+        return
+    first = flat if "other" in what else topology
+    with contextlib.suppress(KeyboardInterrupt):
+        aggregate(round_, topology=first, executor=Dying(draw.randint(0, 3)), **how)
+    if "lost" in what:
+        plan = PlanRecord.model_validate_json(b"".join(map(bytes, round_.store.get(round_.key("plan.json"), 0, 1 << 20))))
+        round_.store.abort(round_.output, plan.upload)
+
+
 def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = False) -> Counted:
-    """A call of ``aggregate``: of a round with receipts, or sealed, or begun by a call that died, maybe with another plan."""
+    """A call of ``aggregate``: of a round with receipts, or sealed, or as a call before has left it."""
     name, exact = draw.choice([*TOPOLOGIES]), draw.random() < 0.4
     round_ = Round.create(store, f"r-{uuid.uuid4().hex[:12]}")
     for i, arrays in enumerate(updates(draw, exact=exact)):
@@ -161,16 +179,14 @@ def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = 
     state = draw.choice(["receipts", "sealed", "known"])
     if state != "receipts":
         round_.seal()
-    if dies:
-        with contextlib.suppress(KeyboardInterrupt):
-            before = name if draw.random() < 0.6 else "flat"
-            aggregate(round_, topology=partial(TOPOLOGIES[before], **parameters(draw, before)), executor=Dying(draw.randint(0, 3)), **how)
     chosen = parameters(draw, name)
+    if dies:
+        leave(draw, round_, partial(TOPOLOGIES[name], **chosen), how)
     with server.counting() as seen:
         handle = round_ if state == "known" else Round(store, round_.id)
         report = aggregate(handle, topology=partial(TOPOLOGIES[name], **chosen), **how).report()
     observed, planned = (Usage(**report[which]["stores"]["s3"]) for which in ("observed", "projected"))
-    varies = dies or (exact and name in TREES)
+    varies = dies or (exact and name in TREES)  # of what was left, a plan knows less
     return Counted("resumed" if dies else "call", f"{name}{', exact' * exact}, {state}", dict(seen), observed, planned, varies)
 
 
@@ -241,8 +257,9 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
 def rounds(seed: int, count: int, store: S3Store, server: S3Server) -> Iterator[Counted]:
     """Count random rounds."""
     draw, made = random.Random(seed), 0
-    while made < count:
-        kind = draw.choice(["command", "command", "call", "resumed", "flower"])
+    for kind in cycle(["command", "flower", "call", "command", "resumed"]):
+        if made >= count:
+            return
         if kind == "flower":
             some = federation(draw, store, server)
         else:

@@ -64,7 +64,11 @@ class Result:
     @property
     def plan(self) -> Plan:
         """What was planned: of the whole call, and of reading the result for its digest, once that was asked for."""
-        return self.planned.placed(digest=True) if "_read_back" in self.__dict__ else self.planned
+        return self._planned_with_digest if "_read_back" in self.__dict__ else self.planned
+
+    @cached_property
+    def _planned_with_digest(self) -> Plan:
+        return self.planned.placed(digest=True)
 
     @property
     def caller(self) -> Spent:
@@ -92,7 +96,9 @@ class Result:
         """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
         assert self.planned.setting
         plan = self.planned.placed(intake=together(self.planned.setting.intake, planned))
-        return replace(self, planned=plan, asked=together(self.asked, around), seconds=self.seconds if seconds is None else seconds)
+        whole = replace(self, planned=plan, asked=together(self.asked, around), seconds=self.seconds if seconds is None else seconds)
+        whole.__dict__.update({name: found for name, found in self.__dict__.items() if name == "_read_back"})
+        return whole
 
     def cost(self) -> Cost | None:
         """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
@@ -146,9 +152,7 @@ class Result:
 
 def observed_memory(result: Result) -> str:
     """Say what the tasks of a result took at most, or why that is not known."""
-    if result.peak_memory is not None:
-        return f"{mib(result.peak_memory)} observed"
-    return "nothing was left to do" if not result.reports else f"not observed ({result.unmeasured})"
+    return f"not observed ({result.unmeasured})" if result.peak_memory is None else f"{mib(result.peak_memory)} observed"
 
 
 def aggregate(
@@ -172,7 +176,8 @@ def aggregate(
 
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
     of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
-    OutOfMemory or TaskFailed from a task, with nothing published. Such an error's ``usage`` is what the call has asked of stores in vain.
+    OutOfMemory or TaskFailed from a task, with nothing published. Such an error's ``usage`` is what the call has asked of stores in vain,
+    as far as it is known: workers that were killed tell nothing.
     """
     reports: list[TaskReport] = []
     runner, started = executor or InlineExecutor(), time.perf_counter()
@@ -205,12 +210,14 @@ def _aggregated(
         home=round_.store.charges,
         output=target.charges,
         intake=intake,
-        record_bytes=manifest.json_bytes + RECORD,
+        record_bytes=manifest.json_bytes + RECORD + len(round_.output),
         overwrite=overwrite,
+        reading=target.reading,
         digest=arithmetic == "exact",
     )
     plan.check(limits)
     published = round_.published()
+    plan = plan.placed(published=published.stale or published.record is not None)
     if published.record:
         return _summed_alike(published.record, plan, round_), plan
     begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
@@ -335,4 +342,4 @@ def _ignore(report: TaskReport) -> None:
 
 
 def _by_kind(usage: Spent, exclude: set[str] | None = None) -> dict[str, dict[str, int]]:
-    return {kind: one.model_dump(exclude=exclude) for kind, one in sorted(usage.items())}
+    return {kind: total({kind: one}).model_dump(exclude=exclude) for kind, one in sorted(usage.items())}

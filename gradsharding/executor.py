@@ -17,10 +17,11 @@ from typing import Any, Protocol, Self
 
 from gradsharding import worker
 from gradsharding.cgroup import MemoryCgroup
-from gradsharding.errors import OutOfMemory, TaskFailed, UserError, from_wire
+from gradsharding.errors import GradShardingError, OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.plan import Limits, mib
 from gradsharding.store import ObjectStore
 from gradsharding.task import Job, Task, TaskReport
+from gradsharding.usage import Spent, together
 
 ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
 """Executors that the core does not import, by the first word of their specification."""
@@ -171,7 +172,7 @@ class _Worker:
         if "error" not in wire:
             return TaskReport.model_validate_json(answer)
         error = from_wire(wire)
-        raise self._too_small(task, error.message) if isinstance(error, OutOfMemory) else error
+        raise self._too_small(task, error.message, error.usage) if isinstance(error, OutOfMemory) else error
 
     def dismiss(self) -> None:
         """Let the process end: there is nothing more to ask."""
@@ -219,17 +220,19 @@ class _Worker:
         self._stop()
         if self._cgroup and self._cgroup.kills() > self._kills:
             self._kills = self._cgroup.kills()
-            return self._too_small(task, "the kernel killed its worker")
+            return self._too_small(task, "the kernel killed its worker", {})
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
         return _WorkerDied(f"its worker ended with status {status}" + "".join(f": {line}" for line in last))
 
-    def _too_small(self, task: Task, how: str) -> OutOfMemory:
-        return OutOfMemory(
+    def _too_small(self, task: Task, how: str, usage: Spent) -> OutOfMemory:
+        error = OutOfMemory(
             f"task {task.id} outgrew the {mib(self._allowed)} allowed, though {mib(task.memory)} were projected: {how}; "
             "use more shards, or allow more memory",
             task=task.id,
         )
+        error.usage = usage
+        return error
 
 
 def open_executor(spec: str) -> Executor:
@@ -273,13 +276,27 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
                 reports[report.task] = report
                 progress(report)
                 start(waiting.after(report.task))
-    except BaseException:
+    except BaseException as error:
         give_up()
         for future in under_way:
             future.cancel()
-        wait(future for future in under_way if not future.cancelled())
+        ended = [future for future in under_way if not future.cancelled()]
+        wait(ended)
+        if isinstance(error, GradShardingError):
+            _add_up(error, ended, progress)
         raise
     return [reports[task.id] for task in tasks]
+
+
+def _add_up(error: GradShardingError, ended: Iterable["Future[list[TaskReport]]"], progress: Progress) -> None:
+    """Tell of the tasks that were under way at the first failure and ended well; add to it what the others asked of stores in vain."""
+    for future in ended:
+        other = future.exception()
+        if other is None:
+            for report in future.result():
+                progress(report)
+        elif isinstance(other, GradShardingError):
+            error.usage = together(error.usage, other.usage)
 
 
 class _Waiting:
@@ -309,4 +326,4 @@ class _Waiting:
 
 
 def _run_one(task: Task, job: Job, store: ObjectStore) -> list[TaskReport]:
-    return [worker.run(task, job, store, unmeasured="it ran in a process of its pool, which holds more than the task")]
+    return [worker.run(task, job, store, unmeasured="its process holds more than the task: it is a pool's, or the caller's")]

@@ -181,7 +181,7 @@ class Plan(Value):
     def steps(self) -> tuple[Step, ...]:
         """What the caller asks beside the tasks, step by step; nothing, without a setting."""
         through_store = 0 if self.shared_memory else self.functions - len(self.slices)
-        return tuple(steps(self.setting, self.parts, through_store, self.reading)) if self.setting else ()
+        return tuple(steps(self.setting, self.parts, through_store)) if self.setting else ()
 
     @cached_property
     def usage(self) -> dict[str, Usage]:

@@ -190,6 +190,7 @@ class _Search:
             "intake": commanded({CHARGES.kind: headers}, CHARGES, record, emptied=True),
             "record_bytes": record,
             "overwrite": True,
+            "reading": READING,
             "digest": self.arithmetic == "exact",
         }
 

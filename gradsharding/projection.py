@@ -7,7 +7,7 @@ from pydantic import Field
 
 from gradsharding.charges import ONE_EACH, Charges
 from gradsharding.platform import PARALLEL
-from gradsharding.reading import Reading
+from gradsharding.reading import STREAM, Reading
 from gradsharding.usage import Spent, Usage, together
 from gradsharding.value import Value
 
@@ -43,6 +43,10 @@ class Setting(Value):
     """Whether an earlier call began the round, and its upload is gone."""
     dropped: int = 0
     """Tasks of another plan that an earlier call began, and that is given up."""
+    published: bool = False
+    """Whether a result was published before; its object is looked for."""
+    reading: Reading = STREAM
+    """How the store of the result is read, for its digest."""
     digest: bool = False
     """Whether the result is read once for its digest."""
 
@@ -66,18 +70,20 @@ def commanded(headers: Spent, home: Charges, record: int, *, found: int = 0, emp
     return together(headers, {home.kind: records + home.list(RECORDS) if emptied else records})
 
 
-def steps(setting: Setting, parts: Mapping[int, int], partials: int, reading: Reading) -> Iterator[Step]:
+def steps(setting: Setting, parts: Mapping[int, int], partials: int) -> Iterator[Step]:
     """Give the steps of a caller whose result has ``parts`` (bytes by number), and whose tasks leave ``partials`` objects at home."""
     home, output, record = setting.home, setting.output, setting.record_bytes
     for kind, usage in setting.intake.items():
         yield Step("the updates, and the round's seal", kind, usage, READERS)
-    found = 2 * record if setting.resumed or setting.lost or setting.dropped else 0
+    found = 2 * record if setting.resumed or setting.lost or setting.dropped or setting.published else 0
     yield Step("is there a result, or a plan?", home.kind, Usage(gets=2, bytes_read=found))
+    if setting.published:
+        yield Step("is it there?", output.kind, Usage(gets=1))
     if setting.dropped:
         yield Step("another plan is given up", home.kind, Usage(gets=1, bytes_read=record) + home.list(setting.dropped))
-        yield Step("and its upload", output.kind, output.list(setting.dropped))
+        yield Step("and its upload", output.kind, output.list(setting.dropped + 1))
     if setting.lost:
-        yield Step("an upload is gone", output.kind, Usage(gets=2, puts=1))
+        yield Step("an upload is gone", output.kind, Usage(gets=1, puts=1))
         yield Step("and its plan is given up", home.kind, Usage(gets=1, bytes_read=record) + home.list(partials))
     if setting.resumed:
         yield Step("which parts have arrived?", output.kind, output.parts(parts))
@@ -92,5 +98,5 @@ def steps(setting: Setting, parts: Mapping[int, int], partials: int, reading: Re
     yield Step("the result's publication", output.kind, output.complete(parts, overwrite=setting.overwrite), PARALLEL)
     if setting.digest:
         nbytes = sum(parts.values()) - parts[HEADER_PART]
-        yield Step("the digest", output.kind, Usage(gets=reading.requests(nbytes), bytes_read=nbytes), reading.parallel)
+        yield Step("the digest", output.kind, Usage(gets=setting.reading.requests(nbytes), bytes_read=nbytes), setting.reading.parallel)
     yield Step("the result's record", home.kind, home.put(record))

@@ -242,7 +242,7 @@ class Round:
     def sealed_by(self) -> tuple[Manifest, dict[str, Usage]]:
         """Seal; give the manifest, and what getting it and the round's own record takes, reckoned: not what was counted."""
         home = self.store.charges
-        itself = Usage() if "round.json" in self._known else Usage(gets=1, bytes_read=RECORD)
+        itself = Usage() if "round.json" in self._known else Usage(gets=1, bytes_read=RECORD + len(self.output))
         if "manifest.json" in self._known:
             return self.seal(), {home.kind: itself}
         if found := self.sealed():
@@ -294,7 +294,7 @@ class Round:
         """
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
-        if (published or (self.published() if found else Published(None))).stale:  # the result's object is gone, and so is its upload
+        if (published or self.published()).stale:  # the result's object is gone, and so is its upload
             self.store.delete([self.key("result.json"), self.key("plan.json")])
             found = None
         if found and (found.digest, found.nonfinite) == (plan.digest, nonfinite):

@@ -83,12 +83,15 @@ def peak_memory() -> int:
     return _status("VmHWM")
 
 
-def forget_peak() -> None:
-    """Let ``peak_memory`` count from now on, where the kernel allows it (Linux, own process), without what earlier tasks have let go of."""
+def forget_peak() -> bool:
+    """Let ``peak_memory`` count from now on, without what earlier tasks have let go of; tell whether the kernel allows it (Linux does)."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory for later
-    with contextlib.suppress(OSError):
+    try:
         Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return peak_memory() > 0
 
 
 def _status(field: str) -> int:
@@ -230,14 +233,14 @@ def main() -> None:
     job = Job.model_validate_json(sys.stdin.readline())
     store = open_store(job.store)
     for line in sys.stdin:
-        forget_peak()
         print(answer(Task.model_validate_json(line), job, store), flush=True)
 
 
 def answer(task: Task, job: Job, store: ObjectStore) -> str:
     """Run a task in a process that is its own; give its report, or what it raised, as JSON."""
+    unmeasured = None if forget_peak() else "this system does not tell the peak of a task alone"
     try:
-        return run(task, job, store).model_dump_json()
+        return run(task, job, store, unmeasured=unmeasured).model_dump_json()
     except MemoryError:
         error: BaseException = OutOfMemory(f"an allocation failed at a peak of {mib(peak_memory())}")
     except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call

@@ -41,7 +41,8 @@ def test_pool(tmp_path: Path, spec: str) -> None:
         assert 0 < own["peak_memory"] <= own["projected_memory"]
         assert (None, True) == (pooled["peak_memory"], "holds more than the task" in pooled["unmeasured"])
         assert (own["gets"], own["puts"]) == (pooled["gets"], pooled["puts"])
-        assert (spec == "threads:2") >= (pooled["cpu_seconds"] is None)
+        if spec != "threads:2":  # there, tasks may share a process, and then nobody knows
+            assert pooled["cpu_seconds"]["median"] > 0
 
 
 @pytest.mark.parametrize("spec", ["", "mpl", "processes", "processes:0", "threads:x", "dask:", "dask-slurm:"])

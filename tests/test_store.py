@@ -5,14 +5,16 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from gradsharding.errors import ChangedObject, InvalidId, MissingObject, ObjectExists, UserError
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_reference, locate, open_store
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, SharedMemory, file_reference, locate, open_store
 from gradsharding.testing import CountingStore, FlakyStore, SlowStore, StoreContract, read
 
 
@@ -49,6 +51,26 @@ class TestWrappers(TestMemoryStore):
     def raw_put(self, store: Any, key: str, data: bytes) -> None:
         """Write past the wrapper."""
         super().raw_put(store.store, key, data)
+
+
+class TestSharedMemory(StoreContract):
+    """The contract on files that are memory."""
+
+    @pytest.fixture
+    def store(self) -> Iterator[ObjectStore]:
+        """Give a store below /dev/shm."""
+        with TemporaryDirectory(dir="/dev/shm") as place:
+            yield SharedMemory(place)
+
+    def raw_get(self, store: Any, key: str) -> bytes:
+        """Read the file."""
+        data: bytes = (store.root / key).read_bytes()
+        return data
+
+    def raw_put(self, store: Any, key: str, data: bytes) -> None:
+        """Write the file."""
+        DirectoryStore(store.root).delete([key])
+        DirectoryStore(store.root).put(key, [data])
 
 
 class TestDirectoryStore(StoreContract):

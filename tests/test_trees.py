@@ -435,7 +435,7 @@ def test_lambda_shares_no_memory() -> None:
     """Functions in the cloud have no memory in common: LIFL's own data plane is refused there."""
     invoke = pytest.importorskip("gradsharding.aws.invoke", reason="boto3 is not installed")
     plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=PAPER_READING)
-    job = Job(store="s3://bucket", output="r", upload="u", partials="file:///dev/shm/gradsharding-0")
+    job = Job(store="s3://bucket", output="r", upload="u", partials="shm:///dev/shm/gradsharding-0")
     with pytest.raises(UserError, match="cannot be reached by Lambda functions"):
         invoke.LambdaExecutor("f").run(plan.tasks, job, MemoryStore(), Limits(), lambda _: None)
 

@@ -31,7 +31,6 @@ def handler(event: Any, context: Invoked) -> dict[str, Any]:
     for task in tasks:
         if reports and context.get_remaining_time_in_millis() < 1000 * MARGIN * longest:
             break
-        worker.forget_peak()
         answer = json.loads(worker.answer(task, job, store))
         if "error" in answer:
             return {"reports": reports, **answer}

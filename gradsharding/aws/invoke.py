@@ -155,7 +155,18 @@ class _Run:
 
     def batch(self, tasks: Sequence[Task]) -> list[TaskReport]:
         """Run tasks, in as few invocations as it takes, until each has its report; raise what ended it."""
-        left, done, vain = {task.id: task for task in tasks}, list[TaskReport](), defaultdict[str, _Vain](_Vain)
+        done: list[TaskReport] = []
+        vain = defaultdict[str, _Vain](_Vain)
+        try:
+            self._batch(tasks, done, vain)
+        except GradShardingError as error:
+            left = (one.usage for task, one in vain.items() if task not in {report.task for report in done})
+            error.usage = together(error.usage, *left, *(report.usage for report in done))
+            raise
+        return done
+
+    def _batch(self, tasks: Sequence[Task], done: list[TaskReport], vain: dict[str, _Vain]) -> None:
+        left = {task.id: task for task in tasks}
         size, asked, failures, waited = len(tasks), 0, 0, 0.0
         while left and not self.given_up.is_set():
             some = [*left.values()][:size]
@@ -190,7 +201,6 @@ class _Run:
                 del left[report.task]
             done += [vain[report.task].added(report) for report in reports]
             asked, failures = 0, 0
-        return done
 
     def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[TaskReport]:
         """Ask once: give the reports of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.

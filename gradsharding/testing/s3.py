@@ -205,12 +205,13 @@ def _seen_by_ceph(log: Path, port: int) -> list[Request]:
     connection.request("GET", f"/mark-{mark}")
     connection.getresponse().read()
     connection.close()
-    for _ in range(1_000):
-        if mark in log.read_text():
-            break
-        time.sleep(0.01)
-    time.sleep(0.02)  # lines of requests that were answered at the same time
-    found = (Request(*line.groups()) for line in re.finditer(r'beast: .*?"([A-Z]+) (\S+) HTTP/', log.read_text()))
+    text, before, end = log.read_text(), "", time.monotonic() + 30
+    while mark not in text or text != before:  # what was answered at the same time may be logged a moment later
+        if time.monotonic() > end:
+            raise RuntimeError(f"the gateway has not logged a request for 30 s: {log}")
+        time.sleep(0.02)
+        text, before = log.read_text(), text
+    found = (Request(*line.groups()) for line in re.finditer(r'beast: .*?"([A-Z]+) (\S+) HTTP/', text))
     return [request for request in found if not request.target.startswith("/mark-")]
 
 

@@ -1,7 +1,7 @@
 """What a round of training asks of stores: counted, as its nodes say, and planned, each in a column of its own."""
 
 from gradsharding import ObjectStore
-from gradsharding.usage import Ledger, Spent, Usage, since, together
+from gradsharding.usage import Ledger, Spent, Usage, since, together, total
 
 
 class Books:
@@ -21,6 +21,17 @@ class Books:
         """What nodes say that they have asked; None if none says so."""
         self.nodes_planned = Usage()
         """What nodes with the mod were to ask, at most, if nothing fails."""
+        self._trained: Spent | None = None
+        self._nodes_evaluating = Usage()
+
+    def close(self) -> None:
+        """End the training of the round: what comes now is its evaluation."""
+        self._trained = self._ledger.spent
+
+    @property
+    def evaluation(self) -> Usage | None:
+        """What was asked after the training, by the server and by nodes that say so; None for a round that was given up."""
+        return None if self._trained is None else total(since(self._trained, self._ledger.spent)) + self._nodes_evaluating
 
     @property
     def counted(self) -> Spent:
@@ -33,5 +44,7 @@ class Books:
 
     def told(self, usage: Usage | None) -> None:
         """Enter what a node says."""
-        if usage:
+        if usage and self._trained is None:
             self.nodes = (self.nodes or Usage()) + usage
+        elif usage:
+            self._nodes_evaluating += usage

@@ -27,7 +27,7 @@ def upload_mod(message: Message, context: Context, call_next: ClientAppCallable)
         return call_next(message, context)
     with counting() as ledger:
         reply = _obeyed(message.content.config_records[ORDERS], message, context, call_next)
-    if message.metadata.message_type.startswith(MessageType.TRAIN) and reply.has_content():
+    if reply.has_content():
         reply.content[ORDERS] = ConfigRecord(total(ledger.spent).model_dump())
     return reply
 

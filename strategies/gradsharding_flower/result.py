@@ -36,7 +36,7 @@ class RoundReport:
     written: int
     """Through the store: what the functions wrote."""
     gets: int
-    """GET and HEAD requests of the server and the functions, counted, attempts that failed included."""
+    """GET and HEAD requests of the server and the functions for the training, counted, attempts that failed included."""
     puts: int
     """Their PUT, COPY, POST and LIST requests."""
     projected_gets: int
@@ -47,6 +47,9 @@ class RoundReport:
     nodes_puts: int | None
     projected_nodes_gets: int
     projected_nodes_puts: int
+    evaluation_gets: int | None
+    """Those of the evaluation that followed, of the server and of the nodes as they say; None until it is over."""
+    evaluation_puts: int | None
     functions: int
     peak_memory: int | None
     """Of a function; None if its memory could not be told from that of its process (inline, threads, pools)."""
@@ -70,7 +73,7 @@ class RoundReport:
             server_received=traffic.received,
             uploaded=sum(one.update.stat.size for one in kept),
             read=sum(report.bytes_read for report in observed),
-            written=averaged.plan.header_bytes + sum(report.bytes_written for report in observed),
+            written=sum(report.bytes_written for report in observed),
             gets=asked.gets,
             puts=asked.puts,
             projected_gets=planned.gets,
@@ -79,6 +82,8 @@ class RoundReport:
             nodes_puts=books.nodes.puts if books.nodes else None,
             projected_nodes_gets=books.nodes_planned.gets,
             projected_nodes_puts=books.nodes_planned.puts,
+            evaluation_gets=None,
+            evaluation_puts=None,
             functions=len(observed),
             peak_memory=averaged.peak_memory,
             projected_memory=averaged.plan.memory,

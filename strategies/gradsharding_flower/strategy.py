@@ -165,10 +165,12 @@ class GradSharding(Strategy):
                 evaluate_config,
                 self._materialised(evaluate_fn) if evaluate_fn else None,
             )
+            self._note_evaluation()
         return LazyResult(result, self._model, self.store)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Let the wrapped strategy choose nodes and settings; references go where the model would."""
+        self._note_evaluation()
         self._server_round, self._refused, self._arrived = server_round, {}, {}
         self._before = replace(self._traffic)
         self._books.open()
@@ -228,11 +230,17 @@ class GradSharding(Strategy):
         self._previous, self._model = self._model, model
         self._forget()
         self.history.append(RoundReport.of(server_round, kept, left_out, averaged, self._traffic - self._before, self._books))
+        self._books.close()
         return model.record(), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The wrapped strategy's."""
         return self.inner.aggregate_evaluate(server_round, replies)
+
+    def _note_evaluation(self) -> None:
+        """Enter the evaluation of the last round, which is over, into its report."""
+        if asked := self._books.evaluation:
+            self.history[-1] = replace(self.history[-1], evaluation_gets=asked.gets, evaluation_puts=asked.puts)
 
     def _round(self, server_round: int) -> Round:
         return Round(self.store, f"{self._run}-{server_round:06d}")
@@ -289,10 +297,12 @@ class GradSharding(Strategy):
 
     def _received(self, reply: Message) -> FollowUp | None:
         """Take a reply in: permit what it offers; write arrays that came with it to the store, so that the server lets go of them."""
-        if not reply.has_content() or not reply.metadata.message_type.startswith(MessageType.TRAIN):
+        if not reply.has_content():
             return None
         node, content = reply.metadata.src_node_id, reply.content
         self._books.told(asked_by(content))
+        if not reply.metadata.message_type.startswith(MessageType.TRAIN):
+            return None
         records = list(content.array_records.items())
         for key, record in records:
             if KEY in record:
