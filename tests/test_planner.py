@@ -71,7 +71,7 @@ def test_best_is_next_to_the_cheapest() -> None:
 @pytest.mark.parametrize("deadline", [30.0, 60.0, 120.0])
 def test_deadline(deadline: float) -> None:
     """Whoever is in a hurry gets more functions; what takes longer says so."""
-    advice = advise(14 * GB, 50, deadline=deadline)
+    advice = advise(6 * GB, 50, deadline=deadline)
     assert advice.best
 
     assert advice.best.forecast.seconds.p95 <= deadline
@@ -80,7 +80,7 @@ def test_deadline(deadline: float) -> None:
 
 def test_impossible() -> None:
     """Where nothing fits, nothing is named, and each topology says what stands against it."""
-    advice = advise(14 * GB, 50, deadline=0.5)
+    advice = advise(6 * GB, 50, deadline=0.5)
 
     assert advice.best is None
     assert "no topology keeps to what is asked" in advice.why
@@ -113,11 +113,11 @@ def test_budget() -> None:
 
 def test_concurrency_binds() -> None:
     """Few functions at once make waves, and the advice says that they bind it."""
-    advice = advise(14 * GB, 100, concurrency=10)
+    advice = advise(5 * GB, 100, concurrency=10)
     assert advice.best
 
     assert advice.best.waves > len(advice.best.plan.fan_ins) or advice.best.plan.functions <= 10
-    assert advise(14 * GB, 1000, concurrency=10).options[1].waves > 1
+    assert advise(GB, 300, concurrency=3).options[1].waves > 1
 
 
 def test_time_limit() -> None:

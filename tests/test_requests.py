@@ -34,7 +34,7 @@ from gradsharding_flower import GradSharding, upload_mod
 from gradsharding_flower.result import RoundReport
 from gradsharding_flower.testing import LocalGrid
 
-MOTO, CEPH = 40, 15
+MOTO, CEPH = 30, 12
 """Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""
 
 
