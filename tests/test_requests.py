@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 import request_counts
 from flower_federation import grid_of, initial, record, sharding
-from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, lambda_fl, lifl, sharded
+from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.aws.direct import UrlSource
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.presign import readable
@@ -78,7 +78,11 @@ def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     assert {"command", "flower", "call", "resumed"} == {one.kind for one in counted}
 
 
-@pytest.mark.parametrize("topology", [partial(sharded, shards=3), lambda_fl, partial(lifl, fan_in=2)], ids=["sharded", "lambda-fl", "lifl"])
+@pytest.mark.parametrize(
+    "topology",
+    [flat, partial(sharded, shards=3), lambda_fl, partial(lifl, fan_in=2), partial(sharded_tree, shards=2)],
+    ids=["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"],
+)
 @pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
 def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, topology: Any) -> None:
     """On Lambda, the functions' requests are in their reports, and with the caller's they are what the server saw; the bill is of these."""
