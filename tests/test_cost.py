@@ -51,7 +51,9 @@ def test_exact() -> None:
 
 def test_digest_is_paid_for() -> None:
     """A result that is read once for its digest takes 8 more requests of 8 MiB, on the caller's account."""
-    bills = [amounts(forecast(plan().placed(digest=digest), PRICES, 512 * MB).cost.aggregation) for digest in (False, True)]
+    bills = [
+        amounts(forecast(plan().placed(digest=digest, reading=READING), PRICES, 512 * MB).cost.aggregation) for digest in (False, True)
+    ]
 
     assert 8 * Decimal("0.0000004") == bills[1]["the caller's GETs"] - bills[0]["the caller's GETs"]
 

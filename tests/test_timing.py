@@ -41,7 +41,8 @@ def test_exact_sums_take_longer(make: Callable[..., Plan]) -> None:
     """Exact sums are added and written more slowly, more passes between functions, and the result is read once."""
     sealed = manifest(100 * MB, 20)
     plain, exact = (
-        make(sealed, Limits(), reading=READING, arithmetic=a).placed(output=CHARGES, digest=a == "exact") for a in ("float64", "exact")
+        make(sealed, Limits(), reading=READING, arithmetic=a).placed(output=CHARGES, digest=a == "exact", reading=READING)
+        for a in ("float64", "exact")
     )
     alike = Speeds(exact_rate=Speeds().fold_rate, exact_end_rate=1e30)
     one, other, same = (forecast_seconds(plan, GIB, None, speeds) for plan, speeds in ((plain, alike), (exact, Speeds()), (exact, alike)))
