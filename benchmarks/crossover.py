@@ -161,7 +161,7 @@ def starts(found: Mapping[str, Crossing], claimed: float) -> str:
         return f"does not hold: the crossing lies later in each case: {', '.join(late)}"
     where = "in each case" if not late else f"in {len(holds)} of {len(found)} cases, and later in {', '.join(late)}"
     begins = f"; it begins near there in {', '.join(near)}" if near else ", but it begins well below"
-    return f"{'holds' if not late else 'holds in part'}: from about {claimed:.0f} MiB on sharding is cheaper {where}{begins}"
+    return f"{'holds' if not late else 'holds in part'}: from about {claimed:.0f} MiB on sharding is cheaper than λ-FL {where}{begins}"
 
 
 def ratio(found: Mapping[str, float], claimed: Mapping[str, float]) -> str:
@@ -215,7 +215,7 @@ def cheaper_from(rows: list[Row], config: dict[str, Any]) -> dict[str, str]:
         f"(N=20, round trip) cross at {published_crossing('lambda-fl'):.0f} MiB against λ-FL and {published_crossing('lifl'):.0f} "
         "MiB against LIFL",
         **_columns(lambda layout: _each(layout, lambda case: f"{found[case]} MiB") + slices * (layout == "this engine")),
-        "verdict": f"{starts(found, CLAIMED_CROSSING)} (than λ-FL, N=20)",
+        "verdict": f"{starts(found, CLAIMED_CROSSING)} (20 clients)",
     }
 
 
