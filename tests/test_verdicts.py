@@ -37,7 +37,10 @@ def results(name: str) -> Any:
         ),
         (
             {"a": Crossing(0, 10), "b": Crossing(900, 910)},
-            "holds in part: from about 500 MiB on sharding is cheaper than λ-FL in 1 of 2 cases, and later in b (910 MiB), but it begins well below",
+            (
+                "holds in part: from about 500 MiB on sharding is cheaper than λ-FL in 1 of 2 cases, "
+                "and later in b (910 MiB), but it begins well below"
+            ),
         ),
         ({"a": Crossing(10_240, math.inf)}, "does not hold: the crossing lies later in each case: a (beyond 10240 MiB)"),
     ],
