@@ -57,7 +57,7 @@ def stands(make: Callable[..., Plan], nbytes: int, clients: int, memory: int, st
         file.truncate(len(layout.header()) + layout.nbytes)
     plan, round_ = planned(make, nbytes, clients, file_reference(path)), Round.create(store, "r")
     upload = round_.begin(plan)[0]
-    job = Job(store=store.url, output=round_.output, upload=upload, partials=round_.partials(upload))
+    job = Job(store=store.url, output=round_.output, upload=upload, terms=plan.terms, partials=round_.partials(upload))
     try:
         ProcessExecutor(1, attempts=1).run(plan.tasks, job, store, Limits(memory=memory), lambda _: None)
     except OutOfMemory:

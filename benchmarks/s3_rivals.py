@@ -27,31 +27,31 @@ def ours(task: Task, job: Job, store: S3Store) -> Figures:
     return {"seconds": report.seconds, "write_seconds": report.write_seconds, "bytes": report.bytes_read}
 
 
-def raw(task: Task, job: Job, store: S3Store) -> Figures:  # noqa: ARG001
+def raw(task: Task, job: Job, store: S3Store) -> Figures:
     """Ask for the same ranges with the same client, as many at once, and throw away what they bring."""
 
     def get(key: str, start: int, stop: int) -> int:
         return len(store.client.get_object(Bucket=store.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"].read())
 
-    return _in_parallel(task, store, get)
+    return _in_parallel(task, job, store, get)
 
 
 def serial(task: Task, job: Job, store: S3Store) -> Figures:
     """Read one whole object after another, and add it up, as a first draft does: ``get_object().read()`` and ``np.add``."""
     begun, count = time.perf_counter(), 0
     sums = np.zeros(task.nbytes // 4, np.float32)
-    for term in task.terms:
+    for term in job.terms:
         data = store.client.get_object(Bucket=store.bucket, Key=store.place(term.source))["Body"].read()
         count += len(data)
         update = np.frombuffer(data, np.float32, offset=term.base)
-        np.add(sums, update * np.float32(term.weight / task.weight), out=sums)
+        np.add(sums, update * np.float32(term.weight / task.total), out=sums)
     written = time.perf_counter()
     store.client.put_object(Bucket=store.bucket, Key=store.place(f"{job.output}.serial"), Body=sums.tobytes())
     ended = time.perf_counter()
     return {"seconds": ended - begun, "write_seconds": ended - written, "bytes": count}
 
 
-def obstore(task: Task, job: Job, store: S3Store) -> Figures:  # noqa: ARG001
+def obstore(task: Task, job: Job, store: S3Store) -> Figures:
     """Make the same requests with obstore, a client written in Rust, and throw away what they bring."""
     from obstore.store import S3Store as Obstore
 
@@ -62,19 +62,19 @@ def obstore(task: Task, job: Job, store: S3Store) -> Figures:  # noqa: ARG001
     def get(key: str, start: int, stop: int) -> int:
         return len(other.get_range(key, start=start, end=stop))
 
-    return _in_parallel(task, store, get)
+    return _in_parallel(task, job, store, get)
 
 
 RIVALS: dict[str, Callable[[Task, Job, S3Store], Figures]] = {"ours": ours, "raw": raw, "serial": serial, "obstore": obstore}
 
 
-def _in_parallel(task: Task, store: S3Store, get: Callable[[str, int, int], int]) -> Figures:
+def _in_parallel(task: Task, job: Job, store: S3Store, get: Callable[[str, int, int], int]) -> Figures:
     """Get all pieces of all updates, as many at once as the task's reading says."""
     begun, size = time.perf_counter(), task.reading.piece(task.nbytes)
     with ThreadPoolExecutor(task.reading.parallel) as pool:
         futures = [
             pool.submit(get, store.place(term.source), term.base + start, term.base + min(start + size, task.nbytes))
-            for term in task.terms
+            for term in job.terms
             for start in range(0, task.nbytes, size)
         ]
         count = sum(future.result() for future in futures)
@@ -87,7 +87,7 @@ def main() -> None:
     given = json.loads(Path(path).read_text())
     task, job = Task.model_validate_json(json.dumps(given["task"])), Job.model_validate_json(json.dumps(given["job"]))
     store = S3Store(job.store)
-    store.head(task.terms[0].source)
+    store.head(job.terms[0].source)
     worker.forget_peak()
     before = worker.peak_memory()
     figures = RIVALS[name](task, job, store)

@@ -102,7 +102,8 @@ def via(route: Route) -> Iterator[None]:
 def run(name: str, round_: Round, plan: Plan, directory: Path) -> Figures:
     """Run one rival once, in a fresh process, in an upload of its own."""
     upload = round_.store.begin(round_.output)
-    job, (task,), path = Job(store=round_.store.url, output=round_.output, upload=upload), plan.tasks, directory / "task.json"
+    job = Job(store=round_.store.url, output=round_.output, upload=upload, terms=plan.terms)
+    (task,), path = plan.tasks, directory / "task.json"
     path.write_text(json.dumps({"job": job.model_dump(mode="json"), "task": task.model_dump(mode="json")}))
     try:
         return in_fresh_process([str(Path(__file__).parent / "s3_rivals.py"), name, str(path)])

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy.typing as npt
 
 from gradsharding.cost import Bill, Cost, bill, forecast
-from gradsharding.errors import GradShardingError, IncompleteUpload, MissingObject, ObjectExists, PlanTooLarge, UserError
+from gradsharding.errors import GradShardingError, IncompleteUpload, MissingObject, NonFinite, ObjectExists, PlanTooLarge, UserError
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits, Plan, mib
@@ -26,6 +26,7 @@ from gradsharding.task import Job, NonFinitePolicy, TaskReport
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 from gradsharding.usage import Spent, Usage, counting, together, total
+from gradsharding.worker import blame
 
 FREE = {"deletes"}
 """What nobody is billed for, and no plan projects."""
@@ -248,10 +249,22 @@ def _aggregated(
         if record := round_.result() or (None if overwrite else _another_made(begun.upload, round_, manifest, plan)):
             return record, plan
         raise
+    except NonFinite as error:
+        raise _named(error, plan, round_.store) from error
     if len(plan.stages) > 1:
         left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
         round_.forget_partials(begun.upload, left)
     return round_.publish(manifest, stat.version, plan.arithmetic), plan
+
+
+def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
+    """Name the clients whose finite values overflow only where a tree's partial sums meet, whose tasks know of no client."""
+    if error.details["found"]:
+        return error
+    tasks = {*error.details["tasks"]}
+    found = NonFinite.together([blame(task, plan.terms, home) for task in plan.tasks if task.id in tasks])
+    found.usage = error.usage
+    return found
 
 
 def _summed_alike(record: ResultRecord, plan: Plan, round: Round) -> ResultRecord:  # noqa: A002
@@ -275,7 +288,15 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
                 allowed=free,
             )
         path.mkdir(mode=0o700, exist_ok=True)
-    return Job(store=round.store.url, output=round.output, upload=upload, partials=partials, shared_bytes=shared, nonfinite=nonfinite)
+    return Job(
+        store=round.store.url,
+        output=round.output,
+        upload=upload,
+        terms=plan.terms,
+        partials=partials,
+        shared_bytes=shared,
+        nonfinite=nonfinite,
+    )
 
 
 def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:

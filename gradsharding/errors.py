@@ -7,7 +7,7 @@
     │   ├── InvalidWeight                 zero, negative, not finite, or too large
     │   ├── InvalidId                     an id that may not become part of a key
     │   ├── DuplicateClient               one client, two different updates
-    │   ├── NonFinite                     NaN or infinity in an update
+    │   ├── NonFinite                     NaN, infinity, or values whose sum is, in updates
     │   ├── TooFewClients                 nothing, or not enough, to aggregate
     │   ├── PlanTooLarge                  the plan breaks a limit; nothing has been read
     │   └── StoreRefused                  no credentials, no such bucket, another region, access denied
@@ -25,10 +25,11 @@ An error in a worker crosses the wire as data (``to_wire``) and is raised again 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from gradsharding.usage import Usage
+from gradsharding.usage import together as add_up
 
 
 class GradShardingError(Exception):
@@ -71,7 +72,45 @@ class DuplicateClient(UserError):
 
 
 class NonFinite(UserError):
-    """Updates hold NaN or infinity; ``details["found"]`` lists ``[client, byte]`` of the first one of each client."""
+    """Updates hold NaN or infinity, or finite values that overflow when they are summed.
+
+    ``details["found"]`` lists ``[client, byte]`` of the first such value of each client, ``details["overflowing"]`` the clients whose
+    values are all finite, ``details["tasks"]`` the tasks that met them.
+    """
+
+    @classmethod
+    def of(cls, tasks: Sequence[str], found: Iterable[Sequence[Any]], overflowing: Iterable[str] = ()) -> Self:
+        """Say what some tasks have met."""
+        firsts: dict[str, int] = {}
+        for client, byte in sorted(found, key=lambda one: int(one[1])):
+            firsts.setdefault(client, byte)
+        finite = sorted({*overflowing} & {*firsts})
+        bad = [client for client in sorted(firsts) if client not in finite]
+        where = f"task {tasks[0]}" + (f" and {len(tasks) - 1} more" if len(tasks) > 1 else "")
+        said = [f"clients {_few(bad)} hold NaN or infinity"] if bad else []
+        if finite or not bad:
+            said.append(
+                "finite values overflow when summed" + (f", those of clients {_few(finite)}" if finite else "") + "; scale them down"
+            )
+        return cls(
+            f"{where}: {', and '.join(said)}",
+            found=[[client, firsts[client]] for client in sorted(firsts)],
+            overflowing=finite,
+            tasks=[*tasks],
+        )
+
+    @classmethod
+    def together(cls, errors: Sequence["NonFinite"]) -> "NonFinite":
+        """Make one of what several tasks have met."""
+        if len(errors) == 1:
+            return errors[0]
+        details = [error.details for error in errors]
+        found = [(client, byte, client in each["overflowing"]) for each in details for client, byte in each["found"]]
+        bad = {client for client, _, overflows in found if not overflows}
+        tasks = sorted((task for each in details for task in each["tasks"]), key=lambda name: (len(name), name))
+        one = cls.of(tasks, [place[:2] for place in found], [client for client, *_ in found if client not in bad])
+        one.usage = add_up(*(error.usage for error in errors))
+        return one
 
 
 class TooFewClients(UserError):
@@ -129,6 +168,11 @@ def naming(client: str) -> Iterator[None]:
         yield
     except GradShardingError as error:
         raise type(error)(f"client {client}: {error.message}", **(error.details | {"client": client})) from error
+
+
+def _few(clients: Sequence[str]) -> str:
+    """Name clients, the first ten of them."""
+    return ", ".join(clients[:10]) + (f" and {len(clients) - 10} more" if len(clients) > 10 else "")
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -11,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor as Pool
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import lru_cache, partial
+from pathlib import Path
 from pkgutil import resolve_name
 from queue import SimpleQueue
 from typing import Any, Protocol, Self
 
 from gradsharding import worker
 from gradsharding.cgroup import MemoryCgroup
-from gradsharding.errors import GradShardingError, OutOfMemory, TaskFailed, UserError, from_wire
+from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.plan import Limits, mib
 from gradsharding.store import ObjectStore
 from gradsharding.task import Job, Task, TaskReport
@@ -29,8 +32,17 @@ ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
 Progress = Callable[[TaskReport], None]
 """Called after each task, from one thread at a time."""
 
-Submit = Callable[[Sequence[Task]], Iterable["Future[list[TaskReport]]"]]
+Outcome = TaskReport | NonFinite
+"""What comes of a task that ends well, or that meets NaN: the others go on, so that all who sent some are found at once."""
+
+Submit = Callable[[Sequence[Task]], Iterable["Future[list[Outcome]]"]]
 """Begins tasks that wait for nothing, in one batch or several."""
+
+SENT = 64 << 20
+"""Bytes that a pool is sent of a job, at most, as long as 64 batches of tasks are enough."""
+
+STOPPED = 10
+"""Seconds after which a worker that somebody has stopped (SIGSTOP) is killed, and replaced."""
 
 
 class Executor(Protocol):
@@ -43,8 +55,9 @@ class Executor(Protocol):
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         """Run all tasks, each once the partial sums that it reads are written, and give their reports in the order of ``tasks``.
 
-        ``tasks`` come stage by stage; partial sums of tasks that are not among them are there already. Raise what a task raised,
-        or TaskFailed; tasks not yet begun are then given up. ``store`` is the job's.
+        ``tasks`` come stage by stage; partial sums of tasks that are not among them are there already. ``store`` is the job's. Raise what
+        a task raised, or TaskFailed; tasks not yet begun are then given up. Only after NonFinite all others run that can: it is raised at
+        the end, and names whatever client any of them has found.
         """
         ...
 
@@ -60,10 +73,18 @@ class InlineExecutor(_Local):
     """One task after another, in this process."""
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        reports = []
+        reports, bad = list[TaskReport](), list[NonFinite]()
         for task in tasks:
-            reports.append(worker.run(task, job, store, unmeasured="it ran in the calling process"))
-            progress(reports[-1])
+            if bad and task.reads:  # what it reads may not have been written
+                continue
+            one = outcome(partial(worker.run, task, job, store, unmeasured="it ran in the calling process"))
+            if isinstance(one, NonFinite):
+                bad.append(one)
+                continue
+            reports.append(one)
+            progress(one)
+        if bad:
+            raise NonFinite.together(bad)
         return reports
 
 
@@ -78,7 +99,13 @@ class FuturesExecutor(_Local):
         self.pool = pool
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        return run_eagerly(tasks, lambda ready: [self.pool.submit(_run_one, task, job, store) for task in ready], progress)
+        shared = job.model_dump_json()
+
+        def submit(ready: Sequence[Task]) -> list["Future[list[Outcome]]"]:
+            batches = min(len(ready), max(64, SENT // len(shared)))  # each takes the job along
+            return [self.pool.submit(_run_some, ready[i::batches], shared, store) for i in range(batches)]
+
+        return run_eagerly(tasks, submit, progress)
 
 
 class ProcessExecutor(_Local):
@@ -100,14 +127,17 @@ class ProcessExecutor(_Local):
             raise UserError(f"{job.store} cannot be shared with worker processes; use a file:// store, or the inline executor")
         count = min(self.count, len(tasks))
         with contextlib.ExitStack() as stack:
-            workers = [stack.enter_context(_Worker(job, limits, use_cgroup=self.use_cgroup)) for _ in range(count)]
+            shared = job.model_dump_json().encode() + b"\n"
+            # what a process writes into shared memory is charged to its cgroup, though it is not the process's
+            held = limits.memory + job.shared_bytes if self.use_cgroup else None
+            workers = [stack.enter_context(_Worker(shared, limits.memory, held)) for _ in range(count)]
             pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
             idle = workers.copy()
 
-            def once(task: Task) -> list[TaskReport]:
+            def once(task: Task) -> list[Outcome]:
                 process = idle.pop()  # there are as many workers as threads
                 try:
-                    return [self._try(process, task)]
+                    return [outcome(partial(self._try, process, task))]
                 finally:
                     idle.append(process)
 
@@ -130,6 +160,17 @@ class ProcessExecutor(_Local):
         raise AssertionError("unreachable")
 
 
+_BOOT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the kernel ends this process when its parent ends
+if os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("its caller has ended")
+from gradsharding.worker import main
+main()
+"""
+"""What a worker process runs. Nobody would want the answer of one whose caller is gone, also if that went before the first line."""
+
+
 class _WorkerDied(Exception):
     """A worker process ended without an answer."""
 
@@ -137,15 +178,17 @@ class _WorkerDied(Exception):
 class _Worker:
     """One process that serves tasks over its standard input and output; started when first asked."""
 
-    def __init__(self, job: Job, limits: Limits, *, use_cgroup: bool) -> None:
+    def __init__(self, job: bytes, allowed: int, held: int | None) -> None:
+        """Serve ``job``, a line of JSON, in ``allowed`` bytes of memory; by a cgroup of ``held`` bytes, if one is wanted."""
         self._job = job
-        self._allowed = limits.memory
-        # what a process writes into shared memory is charged to its cgroup, though it is not the process's
-        self._cgroup = MemoryCgroup.create(limits.memory + job.shared_bytes) if use_cgroup else None
+        self._unsent = bytearray()
+        self._why = ""
+        self._allowed = allowed
+        self._cgroup = MemoryCgroup.create(held) if held else None
         self._kills = 0
         self.given_up = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
     def __enter__(self) -> Self:
@@ -160,13 +203,9 @@ class _Worker:
     def ask(self, task: Task) -> TaskReport:
         """Run a task over there; raise what it raised, OutOfMemory, or _WorkerDied."""
         process = self._process or self._start()
-        assert process.stdin
-        assert process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(task.model_dump_json() + "\n")
-            process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer.endswith("\n"):
+        self._unsent += task.model_dump_json().encode() + b"\n"
+        answer = self._exchange(process)
+        if not answer.endswith(b"\n"):
             raise self._death(task)
         wire: dict[str, Any] = json.loads(answer)
         if "error" not in wire:
@@ -174,10 +213,40 @@ class _Worker:
         error = from_wire(wire)
         raise self._too_small(task, error.message, error.usage) if isinstance(error, OutOfMemory) else error
 
+    def _exchange(self, process: "subprocess.Popen[bytes]") -> bytes:
+        """Send what is to be sent, and give the line that comes back; what ends early is a process that died, or was stopped too long."""
+        assert process.stdin
+        assert process.stdout
+        answer, stopped, poll = bytearray(), 0, select.poll()
+        poll.register(process.stdin, select.POLLOUT)
+        poll.register(process.stdout, select.POLLIN)
+        while not answer.endswith(b"\n"):
+            ready = dict(poll.poll(1000))
+            if process.stdout.fileno() in ready:
+                if not (data := process.stdout.read(1 << 16)):
+                    break
+                answer += data
+            elif process.stdin.fileno() in ready:
+                try:
+                    del self._unsent[: process.stdin.write(self._unsent[: 1 << 16]) or 0]
+                except BrokenPipeError:  # its last words may still come
+                    self._unsent.clear()
+                if not self._unsent:
+                    poll.unregister(process.stdin)
+            elif _is_stopped(process.pid):
+                stopped += 1
+                if stopped == STOPPED:
+                    self._why = f"its worker was stopped for {STOPPED} s, and was killed"
+                    process.kill()
+            else:
+                stopped = 0
+        return bytes(answer)
+
     def dismiss(self) -> None:
         """Let the process end: there is nothing more to ask."""
         if self._process and self._process.stdin:
-            self._process.stdin.close()
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
 
     def give_up(self) -> None:
         """Kill the process: its answer is not wanted any more."""
@@ -185,14 +254,14 @@ class _Worker:
         if process := self._process:
             process.kill()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> subprocess.Popen[bytes]:
         limit = [] if self._cgroup else ["--memory", str(self._allowed)]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from gradsharding.worker import main; main()", *limit],
+            [sys.executable, "-P", "-c", _BOOT, str(os.getpid()), *limit],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
+            bufsize=0,
             process_group=0,  # Ctrl-C is for this process alone, which then gives its workers up
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # idle BLAS threads cost memory
         )
@@ -202,7 +271,8 @@ class _Worker:
             self._cgroup = None
             return self._start()
         assert self._process.stdin
-        self._process.stdin.write(self._job.model_dump_json() + "\n")
+        os.set_blocking(self._process.stdin.fileno(), False)  # a worker that is stopped reads nothing
+        self._unsent, self._why = bytearray(self._job), ""
         return self._process
 
     def _stop(self) -> None:
@@ -221,6 +291,8 @@ class _Worker:
         if self._cgroup and self._cgroup.kills() > self._kills:
             self._kills = self._cgroup.kills()
             return self._too_small(task, "the kernel killed its worker", {})
+        if self._why:
+            return _WorkerDied(self._why)
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
         return _WorkerDied(f"its worker ended with status {status}" + "".join(f": {line}" for line in last))
@@ -233,6 +305,13 @@ class _Worker:
         )
         error.usage = usage
         return error
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process; one that a debugger has stopped is left alone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def open_executor(spec: str) -> Executor:
@@ -256,11 +335,12 @@ def open_executor(spec: str) -> Executor:
 def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_up: Callable[[], None] = lambda: None) -> list[TaskReport]:
     """Submit each task as soon as those whose partial sums it reads are done; give the reports in the order of ``tasks``.
 
-    At the first failure ``give_up`` is called, what has not begun is cancelled, and what is under way is waited for: none may
-    still write when this call has ended.
+    What reads partial sums of a task that met NaN does not run; NonFinite is raised once all others have ended. At any other failure
+    ``give_up`` is called, what has not begun is cancelled, and what is under way is waited for: none may still write when this call
+    has ended.
     """
-    waiting, done = _Waiting(tasks), SimpleQueue[Future[list[TaskReport]]]()
-    under_way, reports = set[Future[list[TaskReport]]](), dict[str, TaskReport]()
+    waiting, done = _Waiting(tasks), SimpleQueue[Future[list[Outcome]]]()
+    under_way, reports, bad = set[Future[list[Outcome]]](), dict[str, TaskReport](), list[NonFinite]()
 
     def start(ready: Sequence[Task]) -> None:
         for future in submit(ready) if ready else ():
@@ -272,10 +352,13 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
         while under_way:
             future = done.get()
             under_way.remove(future)
-            for report in future.result():
-                reports[report.task] = report
-                progress(report)
-                start(waiting.after(report.task))
+            for one in future.result():
+                if isinstance(one, NonFinite):
+                    bad.append(one)
+                    continue
+                reports[one.task] = one
+                progress(one)
+                start(waiting.after(one.task))
     except BaseException as error:
         give_up()
         for future in under_way:
@@ -283,18 +366,24 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
         ended = [future for future in under_way if not future.cancelled()]
         wait(ended)
         if isinstance(error, GradShardingError):
+            error.usage = together(error.usage, *(one.usage for one in bad))
             _add_up(error, ended, progress)
         raise
+    if bad:
+        raise NonFinite.together(bad)
     return [reports[task.id] for task in tasks]
 
 
-def _add_up(error: GradShardingError, ended: Iterable["Future[list[TaskReport]]"], progress: Progress) -> None:
+def _add_up(error: GradShardingError, ended: Iterable["Future[list[Outcome]]"], progress: Progress) -> None:
     """Tell of the tasks that were under way at the first failure and ended well; add to it what the others asked of stores in vain."""
     for future in ended:
         other = future.exception()
         if other is None:
-            for report in future.result():
-                progress(report)
+            for one in future.result():
+                if isinstance(one, NonFinite):
+                    error.usage = together(error.usage, one.usage)
+                else:
+                    progress(one)
         elif isinstance(other, GradShardingError):
             error.usage = together(error.usage, other.usage)
 
@@ -305,7 +394,7 @@ class _Waiting:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
         given = {task.id for task in tasks}
-        self._needs = {task.id: {partial.task for partial in task.partials} & given for task in tasks}
+        self._needs = {task.id: {*task.partials} & given for task in tasks}
         self._readers = defaultdict[str, list[Task]](list)
         for task in tasks:
             for need in self._needs[task.id]:
@@ -325,5 +414,28 @@ class _Waiting:
         return found
 
 
-def _run_one(task: Task, job: Job, store: ObjectStore) -> list[TaskReport]:
-    return [worker.run(task, job, store, unmeasured="its process holds more than the task: it is a pool's, or the caller's")]
+def outcome(run: Callable[[], TaskReport]) -> Outcome:
+    """Run a task; NaN in it is an outcome, and no failure."""
+    try:
+        return run()
+    except NonFinite as error:
+        return error
+
+
+def _run_some(tasks: Sequence[Task], shared: str, store: ObjectStore) -> list[Outcome]:
+    """Run tasks one after another, in a pool's process."""
+    job, done = _job(shared), list[Outcome]()
+    why = "its process holds more than the task: it is a pool's, or the caller's"
+    for task in tasks:
+        try:
+            done.append(outcome(partial(worker.run, task, job, store, unmeasured=why)))
+        except GradShardingError as error:
+            error.usage = together(error.usage, *(one.usage for one in done))
+            raise
+    return done
+
+
+@lru_cache(maxsize=2)
+def _job(text: str) -> Job:
+    """Read a job, once in each process: it is the same for many tasks, and may name thousands of updates."""
+    return Job.model_validate_json(text)

@@ -6,6 +6,7 @@ vector or the stream of its bytes is cut. Exact, it does not depend on that eith
 merged elsewhere.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -126,13 +127,14 @@ class Fold:
         return self._arena[:end].data
 
 
-def first_nonfinite(runs: Sequence[Run], chunks: Iterable[Buffer]) -> int | None:
-    """Find the first NaN or infinity in a slice's bytes: its offset in bytes, or None."""
+def first_beyond(runs: Sequence[Run], chunks: Iterable[Buffer], most: float = math.inf) -> int | None:
+    """Find the first float in a slice's bytes that is NaN or infinite, or whose size is beyond ``most``: its offset in bytes, or None."""
     begins = np.cumsum([0, *(run.nbytes for run in runs)])
     for index, first, elements in _blocks(runs, chunks):
         dtype = runs[index].dtype
         if is_float(dtype):
-            bad = np.flatnonzero(~np.isfinite(widen(elements, dtype)))
+            values = widen(elements, dtype)
+            bad = np.flatnonzero(~(np.isfinite(values) & (np.abs(values) <= most)))
             if bad.size:
                 return int(begins[index]) + (first + int(bad[0])) * ITEM_SIZE[dtype]
     return None

@@ -19,7 +19,7 @@ from gradsharding.layout import Run, join_runs
 from gradsharding.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.reading import Reading
 from gradsharding.sharding import Slice, cut
-from gradsharding.task import PARTIAL, Partial, Task, Term
+from gradsharding.task import PARTIAL, Task, Term
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
 
@@ -102,10 +102,9 @@ class Plan(Value):
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All tasks, level by level: a task reads partial sums of the level before its own, and of no other."""
-        terms = [[self._terms(level, g) for g in range(width)] for level, width in enumerate(self.widths)]
         return tuple(
-            Stage(tuple(self._task(level, j, g, some) for j in range(len(self.slices)) for g, some in enumerate(terms[level])))
-            for level in range(len(self.fan_ins))
+            Stage(tuple(self._task(level, j, g) for j in range(len(self.slices)) for g in range(width)))
+            for level, width in enumerate(self.widths)
         )
 
     @cached_property
@@ -120,7 +119,7 @@ class Plan(Value):
         firsts = {(s.stop - s.start, s.runs): j for j, s in reversed([*enumerate(self.slices)])}
         return tuple(
             tuple(
-                Kind(count * groups, self._task(level, firsts[shape], g, self._terms(level, g)))
+                Kind(count * groups, self._task(level, firsts[shape], g))
                 for groups, g in self._sizes(level)
                 for shape, count in shapes.items()
             )
@@ -224,7 +223,7 @@ class Plan(Value):
         needed: set[str] = set()
         for stage in reversed(self.stages):
             some = [task for task in stage.tasks if (task.id in needed if task.part == PARTIAL else parts.get(task.part) != task.nbytes)]
-            needed = {partial.task for task in some for partial in task.partials} - partials
+            needed = {partial for task in some for partial in task.partials} - partials
             found = some + found
         return found
 
@@ -290,18 +289,20 @@ class Plan(Value):
     def _runs(self) -> tuple[Run, ...]:
         return join_runs(run for s in self.slices for run in s.runs)
 
-    def _task(self, level: int, j: int, g: int, terms: tuple[Term, ...]) -> Task:
-        """Make the task of slice ``j`` and group ``g`` of a level, unchecked, so that tasks share their terms in memory."""
+    def _task(self, level: int, j: int, g: int) -> Task:
+        """Make the task of slice ``j`` and group ``g`` of a level, unchecked: plans make very many."""
         slice_, last = self.slices[j], level == len(self.fan_ins) - 1
-        if self.cut_updates:
-            terms = tuple(t.model_copy(update={"source": f"{t.source}_shard_{j}", "base": -slice_.start}) for t in terms)
+        before, fan_in = self.widths[level - 1] if level else len(self.terms), self.fan_ins[level]
         return Task.model_construct(
-            id=self._id(level, j, g),
+            id=f"{self._ids(level, j)}/{g}" if len(self.fan_ins) > 1 else f"{self.topology}/{j}",
             start=slice_.start,
             stop=slice_.stop,
             runs=slice_.runs,
-            terms=terms,
-            partials=tuple(self._partial(level - 1, j, i) for i in self._places(level, g)) if level else (),
+            first=g * fan_in,
+            last=min((g + 1) * fan_in, before),
+            reads=self._ids(level - 1, j) if level else "",
+            listed=len(self.terms),
+            cut=j if self.cut_updates else None,
             total=self.total,
             part=_part(j) if last else PARTIAL,
             offset=self.header_bytes + slice_.start if last else 0,
@@ -310,23 +311,9 @@ class Plan(Value):
             shared=self.shared_memory,
         )
 
-    def _partial(self, level: int, j: int, g: int) -> Partial:
-        return Partial.model_construct(task=self._id(level, j, g), weight=self._weights[level][g])
-
-    def _id(self, level: int, j: int, g: int) -> str:
-        """Name a task: the topology, then whichever of level, group and slice there are several of."""
-        where = [*([level, g] if len(self.fan_ins) > 1 else []), *([j] if len(self.slices) > 1 or len(self.fan_ins) == 1 else [])]
-        return "/".join([self.topology, *map(str, where)])
-
-    def _places(self, level: int, g: int) -> range:
-        """Places, among the terms or in the level before, of what group ``g`` of a level takes."""
-        before = self.widths[level - 1] if level else len(self.terms)
-        return range(g * self.fan_ins[level], min((g + 1) * self.fan_ins[level], before))
-
-    def _terms(self, level: int, g: int) -> tuple[Term, ...]:
-        """Terms of group ``g``: those of level 0 have some, those above have none."""
-        places = self._places(level, g)
-        return () if level else self.terms[places.start : places.stop]
+    def _ids(self, level: int, j: int) -> str:
+        """Give what the ids of a level's tasks for slice ``j`` begin with: their groups' numbers follow."""
+        return f"{self.topology}/{level}/{j}" if len(self.slices) > 1 else f"{self.topology}/{level}"
 
     def _sizes(self, level: int) -> Iterator[tuple[int, int]]:
         """The sizes of a level's groups: how many have it, and which is one of them. All are full but, maybe, the last one."""
@@ -334,16 +321,6 @@ class Plan(Value):
         if last:
             yield last, 0
         yield 1, last
-
-    @cached_property
-    def _weights(self) -> tuple[tuple[int, ...], ...]:
-        """Weight in each group of each level."""
-        weights: list[tuple[int, ...]] = []
-        below = tuple(term.weight for term in self.terms)
-        for fan_in in self.fan_ins:
-            below = tuple(sum(below[i : i + fan_in]) for i in range(0, len(below), fan_in))
-            weights.append(below)
-        return tuple(weights)
 
 
 def _part(j: int) -> int:

@@ -235,7 +235,7 @@ class _Search:
         """Say what stands against a plan, the first thing first."""
         needs, seconds, cost = self.needs, expected.seconds, expected.cost.round_trip.usd
         longest = unlucky(seconds.longest, self.speeds)
-        payload = int(max(len(kind.task.terms) for kind in plan.kinds[0]) * self.term_bytes)
+        payload = int(max(kind.task.inputs for kind in plan.kinds[0]) * self.term_bytes)
         if memory > needs.memory:
             yield f"memory: a function needs {mib(memory)}, and may have {mib(needs.memory)}"
         if len(plan.slices) >= MAX_PARTS:

@@ -3,6 +3,7 @@
 A function is told a Job and a Task, and nothing else; what comes back is a TaskReport. All three pass between machines as JSON.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from gradsharding.kernel import Arithmetic, is_exact, size, sum_bytes
@@ -16,10 +17,10 @@ RESERVED = 64 << 20
 """Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
 
 TERM_SIZE = 2 << 10
-"""Bytes that bound one input in a worker: its JSON, and the value made of it."""
+"""Bytes that bound one term of a job in a worker: its JSON, and the value made of it."""
 
 FREE_TERMS = 8_192
-"""Inputs that the reserved memory has room for, 16 MiB of them; more are counted."""
+"""Terms that the reserved memory has room for, 16 MiB of them; more are counted."""
 
 PARTIAL = 0
 """The part of a task that writes none, but partial sums."""
@@ -39,25 +40,25 @@ class Term(Value):
     weight: int
 
 
-class Partial(Value):
-    """Sums, not yet divided, that another task has written, and the weight that is in them."""
-
-    task: str
-    weight: int
-
-
 class Task(Value):
-    """Sum bytes ``start`` to ``stop`` of the vector over all inputs: terms, or the partial sums of other tasks.
+    """Sum bytes ``start`` to ``stop`` of the vector over inputs ``first`` to ``last``: terms of the job, or partial sums of other tasks.
 
-    A task with a ``part`` divides, and writes it as one part of the result; one without writes its sums.
+    It names its inputs by a range, and does not carry them, so that its size depends on neither the number of clients nor that of
+    slices. A task with a ``part`` divides, and writes it as one part of the result; one without writes its sums.
     """
 
     id: str
     start: int
     stop: int
     runs: tuple[Run, ...]
-    terms: tuple[Term, ...] = ()
-    partials: tuple[Partial, ...] = ()
+    first: int
+    last: int
+    reads: str = ""
+    """Tasks ``READS/first`` to ``READS/last`` wrote the partial sums that it reads; empty where it reads the job's terms."""
+    listed: int
+    """Terms of the whole round: a worker may hold them all."""
+    cut: int | None = None
+    """Place of its slice, where each update lies in one object a slice, as in the paper."""
     total: int
     """Weight of the whole round: what the mean is divided by in the end."""
     part: int = PARTIAL
@@ -70,12 +71,12 @@ class Task(Value):
     @property
     def inputs(self) -> int:
         """Number of terms or partial sums."""
-        return len(self.terms) + len(self.partials)
+        return self.last - self.first
 
     @property
-    def weight(self) -> int:
-        """Sum of the inputs' weights."""
-        return sum(term.weight for term in self.terms) + sum(partial.weight for partial in self.partials)
+    def partials(self) -> tuple[str, ...]:
+        """Ids of the tasks whose partial sums it reads."""
+        return tuple(f"{self.reads}/{i}" for i in range(self.first, self.last)) if self.reads else ()
 
     @property
     def nbytes(self) -> int:
@@ -99,23 +100,23 @@ class Task(Value):
     @property
     def input_nbytes(self) -> int:
         """Bytes of each input."""
-        return self.sum_nbytes if self.partials else self.nbytes
+        return self.sum_nbytes if self.reads else self.nbytes
 
     @property
     def memory(self) -> int:
-        """Projected peak memory in bytes: an upper bound. Beyond thousands of inputs, their list counts."""
-        listed = TERM_SIZE * max(0, self.inputs - FREE_TERMS)
+        """Projected peak memory in bytes: an upper bound. Beyond thousands of clients, their list counts."""
+        listed = TERM_SIZE * max(0, self.listed - FREE_TERMS)
         return RESERVED + listed + self.reading.memory(self.input_nbytes) + sum_bytes(self.runs, self.total, self.arithmetic)
 
     @property
     def asks(self) -> int:
         """Requests for the size of each input, before it is read."""
-        return int(bool(self.partials) and self.varying)
+        return int(bool(self.reads) and self.varying)
 
     @property
     def gets(self) -> int:
         """GET and HEAD requests to the store; at most, where partial sums vary."""
-        return 0 if self.partials and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
+        return 0 if self.reads and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
 
     @property
     def written_to_memory(self) -> bool:
@@ -134,16 +135,30 @@ class Task(Value):
 
 
 class Job(Value):
-    """What the tasks of one run share: the round's store, the object they write, and how they treat NaN."""
+    """What the tasks of one run share: the round's store, the updates they read, the object they write, and how they treat NaN."""
 
     store: str
     output: str
     upload: str
+    terms: tuple[Term, ...] = ()
+    """The round's terms, or those of them that some tasks read."""
+    first: int = 0
+    """Place, among the round's terms, of the first one here."""
     partials: str = ""
     """Reference below which partial sums lie: a key of the store, or a URL."""
     shared_bytes: int = 0
     """Bytes of all partial sums, if they lie in the memory of the machine."""
     nonfinite: NonFinitePolicy = "raise"
+
+    def read_by(self, task: Task) -> tuple[Term, ...]:
+        """Give the terms that a task reads."""
+        return () if task.reads else self.terms[task.first - self.first : task.last - self.first]
+
+    def narrowed(self, tasks: Sequence[Task]) -> "Job":
+        """Give the same job with no more terms than it takes to run ``tasks``."""
+        spans = [(task.first, task.last) for task in tasks if not task.reads]
+        first, last = min((first for first, _ in spans), default=self.first), max((last for _, last in spans), default=self.first)
+        return self.model_copy(update={"terms": self.terms[first - self.first : last - self.first], "first": first})
 
     def partial(self, task: str) -> str:
         """Reference of the partial sums that a task writes."""

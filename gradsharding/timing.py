@@ -131,7 +131,7 @@ def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds
 def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
     """Reading and folding all inputs, on so many vCPUs."""
     nbytes, reading = task.bytes_read, task.reading
-    if task.partials and task.shared:
+    if task.reads and task.shared:
         return nbytes * (1 / speeds.shared_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
     if reading.whole:  # nothing goes on while anything else does
         return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))

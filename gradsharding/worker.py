@@ -7,9 +7,9 @@ TaskReport or an error comes back as one line. A Lambda invocation carries the s
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, naming, to_wire
-from gradsharding.kernel import Fold, first_nonfinite
+from gradsharding.kernel import Fold, first_beyond
 from gradsharding.plan import mib
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, locate, open_store
-from gradsharding.task import PARTIAL, Job, Task, TaskReport
+from gradsharding.task import PARTIAL, Job, Task, TaskReport, Term
 from gradsharding.usage import Ledger, carried, counting, together
 
 
@@ -51,14 +51,15 @@ def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callab
     fold = Fold(task.runs, task.total, task.arithmetic)
     inputs = _inputs(task, job, store)
     with contextlib.closing(_slices(inputs, task, store)) as slices:
-        for term, chunks in zip(task.terms, slices, strict=False):
+        if task.reads:
+            for chunks in slices:
+                fold.merge(watch.reading(chunks))
+        for term, chunks in zip(job.read_by(task), slices, strict=False):
             with naming(term.client):
                 fold.add(watch.reading(chunks), term.weight)
-        for _, chunks in zip(task.partials, slices, strict=False):
-            fold.merge(watch.reading(chunks))
     result = fold.sums() if task.part == PARTIAL else [fold.mean()]
     if not fold.finite and job.nonfinite == "raise":
-        raise _nonfinite(task, store)
+        raise blame(task, job.read_by(task), store)
     written = time.perf_counter()
     _write(result, task, job, store)
     ended = time.perf_counter()
@@ -158,14 +159,21 @@ class _Input(NamedTuple):
 
 def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
     """Give where the slice of each term is, or each partial sum; those whose size varies are asked for it."""
-    if task.terms:
-        return [_Input(term.source, term.version, term.base + task.start, task.nbytes) for term in task.terms]
-    references = [job.partial(one.task) for one in task.partials]
+    if not task.reads:
+        return [_of_term(term, task) for term in job.read_by(task)]
+    references = [job.partial(one) for one in task.partials]
     sizes: Iterable[int] = [task.sum_nbytes] * len(references)
     if task.asks:
         with ThreadPoolExecutor(task.reading.parallel) as pool:
             sizes = pool.map(carried(partial(_size, store=store)), references)
     return [_Input(reference, None, 0, nbytes) for reference, nbytes in zip(references, sizes, strict=True)]
+
+
+def _of_term(term: Term, task: Task) -> _Input:
+    """Where a task's slice of an update is."""
+    if task.cut is not None:
+        return _Input(f"{term.source}_shard_{task.cut}", term.version, 0, task.nbytes)
+    return _Input(term.source, term.version, term.base + task.start, task.nbytes)
 
 
 def _size(reference: str, store: ObjectStore) -> int:
@@ -212,24 +220,30 @@ def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -
         target.put(key, result)
 
 
-def _nonfinite(task: Task, store: ObjectStore) -> NonFinite:
-    """Read the slice once more to say whose value it is; only a failing task pays for this."""
-    found: list[list[str | int]] = []  # as JSON has it, so that it is the same on either side of the wire
-    for term in task.terms:
-        one = _Input(term.source, term.version, term.base + task.start, task.nbytes)
-        byte = first_nonfinite(task.runs, _chunks(one, store, 0, one.nbytes))
-        if byte is not None:
-            found.append([term.client, task.start + byte])
-    if not found:
-        return NonFinite(f"task {task.id}: finite values overflow when summed; scale them down", found=found)
-    return NonFinite(f"task {task.id}: clients {', '.join(str(client) for client, _ in found)} hold NaN or infinity", found=found)
+def blame(task: Task, terms: Sequence[Term], store: ObjectStore) -> NonFinite:
+    """Read a task's slice of ``terms`` once more to say whose values made its sums NaN or infinite; only a failing task pays for this.
+
+    Where all values are finite, those are to blame whose weighted value is larger than an equal share of what float64 holds: without
+    such a one, no sum overflows.
+    """
+    found, overflowing = list[list[str | int]](), list[str]()  # as JSON has them, so that they are the same on either side of the wire
+    for accused in (None, terms):
+        for term in terms:
+            one = _of_term(term, task)
+            most = math.inf if accused is None else sys.float_info.max / (len(terms) * term.weight)
+            byte = first_beyond(task.runs, _chunks(one, store, 0, one.nbytes), most)
+            if byte is not None:
+                found.append([term.client, task.start + byte])
+                overflowing += [] if accused is None else [term.client]
+        if found:
+            break
+    return NonFinite.of([task.id], found, overflowing)
 
 
 def main() -> None:
     """Serve tasks until standard input ends. ``--memory BYTES`` caps what the process may allocate, by its own means."""
     if sys.argv[1:2] == ["--memory"]:
         _limit_data(int(sys.argv[2]))
-    _die_with_parent()
     job = Job.model_validate_json(sys.stdin.readline())
     store = open_store(job.store)
     for line in sys.stdin:
@@ -246,12 +260,6 @@ def answer(task: Task, job: Job, store: ObjectStore) -> str:
     except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call
         error = raised
     return json.dumps(to_wire(error))
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when its parent ends (Linux, PR_SET_PDEATHSIG): nobody would want its answer."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _limit_data(allowed: int) -> None:

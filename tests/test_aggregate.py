@@ -179,7 +179,7 @@ def test_nonfinite(tmp_path: Path, executor: Executor) -> None:
     with pytest.raises(NonFinite, match="clients b, c hold NaN or infinity") as caught:
         aggregate(round_, executor=executor)
 
-    assert {"found": [["b", 52], ["c", 56]]} == caught.value.details
+    assert [["b", 52], ["c", 56]] == caught.value.details["found"]
     assert [("w", (1, 0)), ("w", (1, 1))] == [
         (t.name, i) for t, i in (round_.seal().layout.locate(b) for _, b in caught.value.details["found"])
     ]
@@ -191,11 +191,23 @@ def test_nonfinite(tmp_path: Path, executor: Executor) -> None:
 
 
 def test_overflow() -> None:
-    """Finite values whose sum is not are told from NaN in an update."""
-    updates = {c: ({"w": np.array([1e308])}, 1 << 50) for c in "ab"}
+    """Finite values whose sum is not are told from NaN in an update; the clients that are to blame are named, and no others."""
+    updates = {c: ({"w": np.array([value])}, 1 << 50) for c, value in (("a", 1e308), ("b", 1e308), ("c", 1e290))}
 
-    with pytest.raises(NonFinite, match="finite values overflow when summed; scale them down"):
+    with pytest.raises(NonFinite, match="finite values overflow when summed, those of clients a, b; scale them down"):
         aggregate(submitted(MemoryStore(), updates))
+
+
+def test_all_nonfinite_at_once() -> None:
+    """Ten clients with NaN in ten slices are all named by the first attempt; the second one succeeds."""
+    rows = {f"c{i:02d}": np.array([np.nan if i == j < 10 else 1.0 for j in range(16)], "f4") for i in range(16)}
+    with pytest.raises(NonFinite) as caught:
+        aggregate(submitted(MemoryStore(), {client: ({"w": row}, 1) for client, row in rows.items()}), topology=into(16))
+    bad = {client for client, _ in caught.value.details["found"]}
+
+    assert {f"c{i:02d}" for i in range(10)} == bad
+    good = {client: ({"w": row}, 1) for client, row in rows.items() if client not in bad}
+    assert_same({"w": np.ones(16, "f4")}, aggregate(submitted(MemoryStore(), good), topology=into(16)).arrays())
 
 
 @pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])

@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -14,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding import worker
+from gradsharding import Round, executor, lambda_fl, worker
 from gradsharding.cgroup import MemoryCgroup
-from gradsharding.errors import OutOfMemory, TaskFailed, UserError
+from gradsharding.errors import MissingObject, OutOfMemory, TaskFailed, UserError
 from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
 from gradsharding.plan import Limits
 from gradsharding.store import DirectoryStore, MemoryStore
@@ -203,11 +205,15 @@ def test_broken_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failure_stops_the_rest() -> None:
     """After a failure no task is left running or begun: nothing is written once the call has ended."""
-    updates: Any = {"a": ({"w": np.array([np.nan] + [1.0] * 63)}, 1)}
+    updates: Any = {"a": ({"w": np.ones(64)}, 1)}
     with ThreadPoolExecutor(1) as pool:
         ready = Started.of(SlowStore(MemoryStore(), latency=0.002), updates, shards=64)
-        with pytest.raises(ValueError, match="hold NaN"):
-            ready.run(FuturesExecutor(pool))
+
+        def lose(_: TaskReport) -> None:
+            ready.round.store.delete([ready.round.update_key("a")])
+
+        with pytest.raises(MissingObject, match="client a: there is no object"):
+            ready.run(FuturesExecutor(pool), lose)
         parts = ready.round.store.parts(ready.job.output, ready.job.upload)
         pool.submit(threading.Event().wait, 0.05).result()
         assert parts == ready.round.store.parts(ready.job.output, ready.job.upload)
@@ -220,9 +226,9 @@ def test_progress_may_fail(tmp_path: Path) -> None:
     def fail(report: TaskReport) -> None:
         raise LookupError(report.task)
 
-    for executor in (InlineExecutor(), ProcessExecutor(1)):
+    for one in (InlineExecutor(), ProcessExecutor(1)):
         with pytest.raises(LookupError, match="sharded/0"):
-            started(tmp_path / type(executor).__name__, shards=3, elements=9).run(executor, fail)
+            started(tmp_path / type(one).__name__, shards=3, elements=9).run(one, fail)
 
 
 def test_one_task_inline() -> None:
@@ -234,3 +240,82 @@ def test_one_task_inline() -> None:
     assert (3, 1, str(os.getpid())) == (report.gets, report.puts, report.worker)
     assert 0 < report.read_seconds + report.write_seconds < report.seconds
     assert_same(reference_mean(updates), ready.complete())
+
+
+CALLER = """
+import os, signal, sys
+from gradsharding import DirectoryStore, Limits, Round, executor, sharded
+from gradsharding.task import Job
+round_ = Round(DirectoryStore(sys.argv[1]), "r")
+plan = sharded(round_.seal(), Limits())
+upload = round_.begin(plan).upload
+job = Job(store=round_.store.url, output=round_.output, upload=upload, terms=plan.terms)
+exchange = executor._Worker._exchange
+def send(self, process):
+    os.set_blocking(process.stdin.fileno(), True)
+    os.write(process.stdin.fileno(), bytes(self._unsent))
+    print(upload, process.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+executor._Worker._exchange = send
+executor.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
+"""
+
+
+def test_worker_of_a_caller_killed_at_once(tmp_path: Path) -> None:
+    """A caller that is killed before its worker has begun to live takes it along: its task, asked for already, is not run."""
+    round_ = Round.create(DirectoryStore(tmp_path), "r")
+    round_.submit("a", {"w": np.ones(9, "f4")}, 1)
+    ended = subprocess.run([sys.executable, "-c", CALLER, str(tmp_path)], capture_output=True, text=True, check=False)
+    upload, pid = ended.stdout.split()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+    assert -signal.SIGKILL == ended.returncode
+    assert not Path(f"/proc/{pid}").exists()
+    assert {} == round_.store.parts(round_.output, upload)
+
+
+def test_idle_worker_is_killed(tmp_path: Path) -> None:
+    """A worker that dies when it has nothing to do does not end a run whose tasks are done, also if it was never asked."""
+    ready = Started.of(DirectoryStore(tmp_path), sample_updates(2), make=lambda_fl)  # a leaf, then the root: one at a time
+    begun: list[int] = []
+    start = executor._Worker._start
+
+    def note(self: Any) -> Any:
+        process = start(self)
+        begun.append(process.pid)
+        return process
+
+    def kill(report: TaskReport) -> None:
+        if report.task == ready.plan.tasks[-1].id:
+            for pid in begun:
+                os.kill(pid, signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor._Worker, "_start", note)
+        reports = ready.run(ProcessExecutor(2), kill)
+
+    assert (2, 2) == (len(begun), len(reports))
+    assert_same(reference_mean(sample_updates(2)), ready.complete())
+
+
+def test_stopped_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that somebody stops is not waited for without end: it is killed after some seconds, and its task is run again."""
+    monkeypatch.setattr("gradsharding.executor.STOPPED", 2)
+    ready, stopped = started(tmp_path, shards=6, elements=600), list[str]()
+
+    def stop(report: TaskReport) -> None:
+        if not stopped:
+            stopped.append(report.worker)
+            os.kill(int(report.worker), signal.SIGSTOP)
+
+    reports = ready.run(ProcessExecutor(1), stop)
+
+    assert [task.id for task in ready.plan.tasks] == [report.task for report in reports]
+    assert [1] == [report.lost for report in reports if report.lost]
+    assert 2 == len({report.worker for report in reports})
+    stopped.clear()
+    again = started(tmp_path / "again", shards=6, elements=600)
+    with pytest.raises(TaskFailed, match="its worker was stopped for 2 s, and was killed"):
+        again.run(ProcessExecutor(1, attempts=1), stop)

@@ -232,14 +232,14 @@ def test_a_foreign_path_is_never_opened(tmp_path: Path) -> None:
 class Meddling(InlineExecutor):
     """Changes the store after the updates were checked, once, and before they are read."""
 
-    def __init__(self, meddle: Callable[[Sequence[Task]], None]) -> None:
-        self.meddle: Callable[[Sequence[Task]], None] | None = meddle
+    def __init__(self, meddle: Callable[[Job], None]) -> None:
+        self.meddle: Callable[[Job], None] | None = meddle
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         """Meddle, then run."""
         meddle, self.meddle = self.meddle, None
         if meddle:
-            meddle(tasks)
+            meddle(job)
         return super().run(tasks, job, store, limits, progress)
 
 
@@ -248,8 +248,8 @@ def test_an_update_lost_during_aggregation(again: bool, words: str, flower_log: 
     """An update that goes or changes between check and read is left out, and the others are averaged again."""
     store = MemoryStore()
 
-    def meddle(tasks: Sequence[Task]) -> None:
-        [source] = [term.source for term in tasks[0].terms if term.client == client_id(BAD)]
+    def meddle(job: Job) -> None:
+        [source] = [term.source for term in job.terms if term.client == client_id(BAD)]
         store.delete([source])
         if again:
             write(source, record(initial()), store)
@@ -341,12 +341,12 @@ def test_min_replies(least: int, rounds: list[int], flower_log: pytest.LogCaptur
 def test_a_failure_of_the_functions_gives_the_round_up(flower_log: pytest.LogCaptureFixture) -> None:
     """When a function breaks, no client is blamed: the round is given up with the reason, and the next one works."""
 
-    def fail(tasks: Sequence[Task]) -> None:
-        raise TaskFailed(f"task {tasks[0].id} failed 3 times")
+    def fail(job: Job) -> None:
+        raise TaskFailed(f"{len(job.terms)} updates were not read, in 3 attempts")
 
     strategy = sharding(MemoryStore(), executor=Meddling(fail))
     result = strategy.start(grid_of(), record(initial()), num_rounds=2)
-    assert ["aggregate_train: round 1 is given up, the model stays: task sharded/0 failed 3 times"] == lines(flower_log, "ERROR")
+    assert ["aggregate_train: round 1 is given up, the model stays: 4 updates were not read, in 3 attempts"] == lines(flower_log, "ERROR")
     assert [] == lines(flower_log)
     assert_same(averaged(NODES, 2, initial()), state_of(result.arrays))
 

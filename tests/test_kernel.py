@@ -8,7 +8,7 @@ import pytest
 
 from gradsharding.dtypes import NUMPY, Buffer, is_float, widen
 from gradsharding.errors import InvalidUpdate
-from gradsharding.kernel import SCRATCH, Fold, first_nonfinite, is_wide, sum_bytes
+from gradsharding.kernel import SCRATCH, Fold, first_beyond, is_wide, sum_bytes
 from gradsharding.layout import Run
 from gradsharding.testing import assert_same, reference_mean
 
@@ -185,16 +185,16 @@ def test_opposite_infinities() -> None:
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_first_nonfinite(dtype: str, bad: float) -> None:
+def test_first_beyond(dtype: str, bad: float) -> None:
     """The first NaN or infinity is found by its byte, past runs that cannot hold any, whatever the chunks."""
     values = np.array([1, 2, bad, 3, bad], "f4")
     data = b"\xff\xff\xff" + ((values.view("u4") >> 16).astype("<u2") if dtype == "BF16" else values.astype(NUMPY[dtype])).tobytes()
     runs = [Run("U8", 3), Run(dtype, 5)]
     size = (len(data) - 3) // 5
 
-    assert 3 + 2 * size == first_nonfinite(runs, [data])
-    assert 3 + 2 * size == first_nonfinite(runs, [data[i : i + 1] for i in range(len(data))])
-    assert None is first_nonfinite([Run("U8", len(data))], [data])
+    assert 3 + 2 * size == first_beyond(runs, [data])
+    assert 3 + 2 * size == first_beyond(runs, [data[i : i + 1] for i in range(len(data))])
+    assert None is first_beyond([Run("U8", len(data))], [data])
 
 
 @pytest.mark.parametrize(

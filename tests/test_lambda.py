@@ -209,32 +209,35 @@ def test_what_functions_cannot_reach(ceph_store: S3Store, tmp_path: Path, monkey
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
 
 
-def _task(clients: int, part: int = 2) -> Task:
-    terms = tuple(
-        Term(client=f"client-{i}", source=f"rounds/r/updates/client-{i}", version='"x"', base=8, weight=1) for i in range(clients)
-    )
-    return Task(id=f"t/{part}", start=0, stop=0, runs=(), terms=terms, total=clients, part=part, offset=8, reading=STREAM)
+def _call(clients: int) -> tuple[Job, Task]:
+    terms = (Term(client=f"client-{i}", source=f"rounds/r/updates/client-{i}", version='"x"', base=8, weight=1) for i in range(clients))
+    task = Task(id="t/2", start=0, stop=0, runs=(), first=0, last=clients, listed=clients, total=clients, part=2, offset=8, reading=STREAM)
+    return Job(store="s3://bucket", output="o", upload="u", terms=tuple(terms)), task
 
 
 def test_call() -> None:
     """An invocation's event reads back as what was written; updates that tasks share are written once."""
-    job, task = Job(store="s3://bucket", output="o", upload="u"), _task(1000)
+    job, task = _call(1000)
     twin = task.model_copy(update={"id": "t/3", "part": 3})
     event = pack(job, [task, twin])
 
-    assert (job, [task, twin]) == unpack(json.loads(event))
+    assert (job, (task, twin)) == unpack(json.loads(event))
     assert len(event) < 1.1 * len(pack(job, [task]))
+    half = task.model_copy(update={"first": 500})
+    assert (job.narrowed([half]), (half,)) == unpack(json.loads(pack(job, [half])))
+    assert len(pack(job, [half])) < 0.6 * len(event)
 
 
 def test_call_too_large() -> None:
     """More updates than an event can name are refused with the numbers."""
-    with pytest.raises(PlanTooLarge, match=rf"1 tasks of 80000 updates takes \d+ bytes; Lambda accepts {PAYLOAD}"):
-        pack(Job(store="s3://bucket", output="o", upload="u"), [_task(80_000)])
+    job, task = _call(80_000)
+    with pytest.raises(PlanTooLarge, match=rf"1 tasks of 80000 inputs takes \d+ bytes; Lambda accepts {PAYLOAD}"):
+        pack(job, [task])
 
 
 def test_call_of_another_release() -> None:
     """A function of another release says so, and what to do."""
-    event = {"release": "0.0.1", "job": {}, "terms": [], "tasks": []}
+    event = {"release": "0.0.1", "job": {}, "tasks": []}
     with pytest.raises(UserError, match=re.escape("was called by 0.0.1; run `gradsharding deploy` to update it")):
         unpack(event)
 

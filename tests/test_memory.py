@@ -165,9 +165,21 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
     runs = tuple(Run(dtypes[i % 2], 1) for i in range(tensors))
     source, version = file_reference(path), DirectoryStore(tmp_path).head("update").version
     terms = tuple(Term(client=f"client-{i:06d}", source=source, version=version, base=0, weight=1) for i in range(clients))
-    task = Task(id="t", start=0, stop=sum(sizes), runs=runs, terms=terms, total=clients, part=1, reading=STREAM, arithmetic=arithmetic)
+    task = Task(
+        id="t",
+        start=0,
+        stop=sum(sizes),
+        runs=runs,
+        first=0,
+        last=clients,
+        listed=clients,
+        total=clients,
+        part=1,
+        reading=STREAM,
+        arithmetic=arithmetic,
+    )
     store = DirectoryStore(tmp_path / "store")
-    job = Job(store=store.url, output="result", upload=store.begin("result"))
+    job = Job(store=store.url, output="result", upload=store.begin("result"), terms=terms)
     [report] = ProcessExecutor(1).run([task], job, store, Limits(memory=task.memory), lambda _: None)
 
     assert clients == report.gets

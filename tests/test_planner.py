@@ -138,7 +138,7 @@ def test_payload() -> None:
     assert advice.best
 
     assert (found["flat"].problem or "").startswith(("payload: an invocation would name its updates in", "time limit"))
-    assert max(len(kind.task.terms) for kind in advice.best.plan.kinds[0]) * 150 < PAYLOAD
+    assert max(kind.task.inputs for kind in advice.best.plan.kinds[0]) * 150 < PAYLOAD
 
 
 def test_shards_may_be_fixed() -> None:

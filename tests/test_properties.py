@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gradsharding.aggregate import Result, aggregate
 from gradsharding.dtypes import NUMPY
-from gradsharding.kernel import Fold, first_nonfinite
+from gradsharding.kernel import Fold, first_beyond
 from gradsharding.layout import ITEM_SIZE, Layout, join_runs
 from gradsharding.plan import Limits
 from gradsharding.round import Manifest, Round
@@ -153,7 +153,7 @@ def test_bytes_may_be_cut_anywhere(drawn: Drawn, data: st.DataObject) -> None:
     for weight, whole, chunks in pieces:
         folds[0].add([whole], weight)
         folds[1].add(chunks, weight)
-        assert None is first_nonfinite(layout.runs, chunks)
+        assert None is first_beyond(layout.runs, chunks)
     assert bytes(folds[0].mean()) == bytes(folds[1].mean())
 
 

@@ -1,5 +1,6 @@
 """A topology turns a manifest into a plan, and nothing else."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from gradsharding.layout import Layout
 from gradsharding.plan import Limits, Plan
 from gradsharding.reading import STREAM
 from gradsharding.round import Manifest
-from gradsharding.task import Term
+from gradsharding.task import Job, Term
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
 
 MIB = 1 << 20
@@ -24,8 +25,8 @@ def test_flat() -> None:
     """Flat is one task over the whole vector and all clients."""
     (task,) = flat(SEALED, Limits()).tasks
 
-    assert ("flat/0", 0, 100 * MIB, 2, 5) == (task.id, task.start, task.stop, task.part, task.weight)
-    assert SEALED.terms == task.terms
+    assert ("flat/0", 0, 100 * MIB, 2, 5) == (task.id, task.start, task.stop, task.part, task.total)
+    assert (0, 2, "") == (task.first, task.last, task.reads)
 
 
 @pytest.mark.parametrize(("grain", "expected"), [(8 * MIB, 13), (100 * MIB, 1), (1 << 40, 1), (MIB, 100)])
@@ -102,11 +103,9 @@ def test_sharded_tree() -> None:
 
     assert ((3, 1), 3, 12) == (plan.widths, len(plan.slices), plan.functions)
     leaf, root = plan.stages[0].tasks[4], plan.stages[1].tasks[1]
-    assert ("sharded-tree/0/1/1", "sharded-tree/1/0/1") == (leaf.id, root.id)
-    assert ["c0004", "c0005", "c0006", "c0007"] == [term.client for term in leaf.terms]
-    assert [("sharded-tree/0/0/1", 10), ("sharded-tree/0/1/1", 26), ("sharded-tree/0/2/1", 19)] == [
-        (p.task, p.weight) for p in root.partials
-    ]
+    assert ("sharded-tree/0/1/1", "sharded-tree/1/1/0") == (leaf.id, root.id)
+    assert ["c0004", "c0005", "c0006", "c0007"] == [term.client for term in job_of(plan).read_by(leaf)]
+    assert ("sharded-tree/0/1/0", "sharded-tree/0/1/1", "sharded-tree/0/1/2") == root.partials
     assert ((leaf.start, leaf.stop), 0, 3) == ((root.start, root.stop), leaf.part, root.part)
 
 
@@ -125,11 +124,36 @@ def test_figures_are_those_of_the_tasks(make: Topology, clients: int) -> None:
     assert (sum(t.bytes_read for t in tasks), sum(t.bytes_written for t in tasks)) == (plan.bytes_read, plan.bytes_written)
     assert max(t.memory for t in tasks) == plan.memory
     assert len({t.id for t in tasks}) == plan.functions
-    assert {plan.total} == {sum(t.weight for t in stage.tasks if t.start == 0) for stage in plan.stages}
+    for stage, inputs in zip(plan.stages, (clients, *plan.widths), strict=False):
+        assert [*range(inputs)] == [i for t in stage.tasks if t.start == 0 for i in range(t.first, t.last)]
     assert plan == Plan.model_validate_json(plan.model_dump_json())
 
 
-def test_terms_are_shared() -> None:
-    """Tasks of one group hold the same terms, not copies: a plan of many slices and clients stays small."""
-    assert 1 == len({id(task.terms) for task in sharded(sealed(5), Limits(), shards=9).tasks})
-    assert 2 == len({id(task.terms) for task in sharded_tree(sealed(5), Limits(), shards=9, fan_in=3).stages[0].tasks})
+def job_of(plan: Plan) -> Job:
+    """Make a job of a plan."""
+    return Job(store="s", output="o", upload="u", terms=plan.terms)
+
+
+@pytest.mark.parametrize("make", [sharded, partial(sharded_tree, fan_in=100)], ids=["sharded", "sharded-tree"])
+def test_what_an_executor_is_given(make: Callable[..., Plan]) -> None:
+    """The job names each update once, and tasks name ranges: 10,000 clients times 1,000 slices are a few megabytes, not 1.5 GB."""
+    clients, slices = 10_000, 1_000
+    plan = make(sealed(clients), Limits(memory=1 << 30), shards=slices)
+    job = len(job_of(plan).model_dump_json())
+    tasks = [len(task.model_dump_json()) for task in plan.stages[-1].tasks]
+
+    assert slices == len(tasks)
+    assert max(tasks) < 500
+    assert 10 * max(tasks) * slices > job + sum(tasks)  # neither outweighs the other as both grow
+
+
+def test_narrowed() -> None:
+    """A job for some tasks names no more updates than they read, and each reads the same ones from it."""
+    plan = sharded_tree(sealed(10), Limits(), shards=2, fan_in=4)
+    job, (second, third), (root, _) = job_of(plan), plan.stages[0].tasks[1:3], plan.stages[1].tasks
+    some = job.narrowed([second, third, root])
+
+    assert (4, 6) == (some.first, len(some.terms))
+    assert [job.read_by(task) for task in (second, third, root)] == [some.read_by(task) for task in (second, third, root)]
+    assert job.narrowed([third]) == some.narrowed([third])
+    assert () == job.narrowed([root]).terms

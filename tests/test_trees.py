@@ -289,7 +289,7 @@ def test_plan_is_observation(nursery: Nursery) -> None:
         counting.gets = counting.puts = counting.bytes_read = counting.bytes_written = 0
         inline = aggregate(round_, topology=topology, arithmetic=arithmetic)
         plan, shared = inline.plan, inline.plan.partial_bytes if inline.plan.shared_memory else 0
-        read_shared = sum(task.bytes_read for task in plan.tasks if task.partials and task.shared)
+        read_shared = sum(task.bytes_read for task in plan.tasks if task.reads and task.shared)
         kinds.update((plan.topology, plan.arithmetic))
 
         if arithmetic == "exact":
@@ -393,12 +393,13 @@ def test_nan_in_a_leaf() -> None:
 
 
 def test_sums_that_overflow_on_the_way() -> None:
-    """Finite sums that overflow only where they are merged are told from NaN in an update."""
-    updates = {f"c{i}": ({"w": np.array([1.5e308])}, 1) for i in range(2)}
+    """Finite sums that overflow only where they are merged are told from NaN in an update, and the clients are named all the same."""
+    updates = {f"c{i}": ({"w": np.array([1.0, 1.5e308 if i != 1 else 3.0])}, 1) for i in range(3)}
     round_ = submitted(updates, MemoryStore())
 
-    with pytest.raises(NonFinite, match="finite values overflow when summed"):
+    with pytest.raises(NonFinite, match=r"lambda-fl/1/0: finite values overflow when summed, those of clients c0, c2") as caught:
         aggregate(round_, topology=partial(lambda_fl, fan_in=1))
+    assert [["c0", 8], ["c2", 8]] == caught.value.details["found"]
 
 
 def test_partial_sums_that_vanish(tmp_path: Path) -> None:

@@ -8,32 +8,34 @@ from gradsharding import __version__
 from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.platform import PAYLOAD
 from gradsharding.task import Job, Task
+from gradsharding.value import Value
+
+
+class Event(Value):
+    """What an invocation is given."""
+
+    release: str
+    job: Job
+    tasks: tuple[Task, ...]
 
 
 def pack(job: Job, tasks: Sequence[Task]) -> bytes:
-    """Write a job and tasks as the event of an invocation; raise PlanTooLarge beyond 6 MiB."""
-    shared = {id(task.terms): task.terms for task in tasks}
-    places = {identity: place for place, identity in enumerate(shared)}
-    event = {
-        "release": __version__,
-        "job": job.model_dump(mode="json"),
-        "terms": [[term.model_dump(mode="json") for term in terms] for terms in shared.values()],
-        "tasks": [task.model_dump(mode="json", exclude={"terms"}) | {"terms": places[id(task.terms)]} for task in tasks],
-    }
-    data = json.dumps(event, separators=(",", ":")).encode()
+    """Write a job, with the terms that ``tasks`` read, and the tasks as the event of an invocation; raise PlanTooLarge beyond 6 MiB."""
+    event = Event(release=__version__, job=job.narrowed(tasks), tasks=tuple(tasks))
+    data = event.model_dump_json().encode()
     if len(data) > PAYLOAD:
         raise PlanTooLarge(
-            f"an invocation with {len(tasks)} tasks of {max(len(task.terms) for task in tasks)} updates takes {len(data)} bytes; "
+            f"an invocation with {len(tasks)} tasks of {max(task.inputs for task in tasks)} inputs takes {len(data)} bytes; "
             f"Lambda accepts {PAYLOAD}: aggregate fewer updates in one round, or use processes"
         )
     return data
 
 
-def unpack(event: Any) -> tuple[Job, list[Task]]:
+def unpack(event: Any) -> tuple[Job, tuple[Task, ...]]:
     """Read the event of an invocation; raise UserError if another release wrote it."""
     if event["release"] != __version__:
         raise UserError(
             f"the function runs gradsharding {__version__}, and was called by {event['release']}; run `gradsharding deploy` to update it"
         )
-    tasks = [json.dumps(task | {"terms": event["terms"][task["terms"]]}) for task in event["tasks"]]
-    return Job.model_validate_json(json.dumps(event["job"])), [Task.model_validate_json(task) for task in tasks]
+    read = Event.model_validate_json(json.dumps(event))  # Lambda's runtime has parsed it, and strict values refuse lists from Python
+    return read.job, read.tasks

@@ -18,8 +18,8 @@ from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.call import pack
 from gradsharding.aws.client import code_of, explained, lambda_client
-from gradsharding.errors import GradShardingError, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
-from gradsharding.executor import Progress, run_eagerly
+from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
+from gradsharding.executor import Outcome, Progress, run_eagerly
 from gradsharding.plan import Limits, mib
 from gradsharding.platform import RUNTIME, Architecture
 from gradsharding.store import ObjectStore
@@ -84,7 +84,7 @@ class LambdaExecutor:
         return Limits(memory=min(room, limits.memory) if limits else room, concurrency=min(counts) if counts else None)
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        sources = {term.source for task in tasks for term in task.terms}
+        sources = {term.source for term in job.terms} if tasks else ()
         for url in (job.store, *(reference for reference in (job.output, job.partials, *sources) if "://" in reference)):
             if not url.startswith("s3://"):
                 raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
@@ -95,7 +95,7 @@ class LambdaExecutor:
         run = _Run(self, job, limits)
         with ThreadPoolExecutor(count, thread_name_prefix="gradsharding-lambda") as pool:
 
-            def submit(ready: Sequence[Task]) -> list[Future[list[TaskReport]]]:
+            def submit(ready: Sequence[Task]) -> list[Future[list[Outcome]]]:
                 return [pool.submit(run.batch, ready[i::count]) for i in range(min(count, len(ready)))]
 
             return run_eagerly(tasks, submit, progress, run.given_up.set)
@@ -138,9 +138,13 @@ class _Vain(NamedTuple):
         """Add an attempt."""
         return _Vain(together(self.usage, failed.error.usage), self.lost + failed.lost)
 
-    def added(self, report: TaskReport) -> TaskReport:
-        """Add this to the report of the attempt that was answered."""
-        return report.model_copy(update={"usage": together(self.usage, report.usage), "lost": report.lost + self.lost})
+    def added(self, one: Outcome) -> Outcome:
+        """Add this to what came of the attempt that was answered."""
+        usage = together(self.usage, one.usage)
+        if isinstance(one, NonFinite):
+            one.usage = usage
+            return one
+        return one.model_copy(update={"usage": usage, "lost": one.lost + self.lost})
 
 
 class _Run:
@@ -153,19 +157,19 @@ class _Run:
         self._limits = limits
         self._client = lambda_client(read_timeout=(executor.settings.timeout or 900) + 30)
 
-    def batch(self, tasks: Sequence[Task]) -> list[TaskReport]:
-        """Run tasks, in as few invocations as it takes, until each has its report; raise what ended it."""
-        done: list[TaskReport] = []
+    def batch(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Run tasks, in as few invocations as it takes, until each has its outcome; raise what ended it."""
+        done: list[Outcome] = []
         vain = defaultdict[str, _Vain](_Vain)
         try:
             self._batch(tasks, done, vain)
         except GradShardingError as error:
-            left = (one.usage for task, one in vain.items() if task not in {report.task for report in done})
-            error.usage = together(error.usage, *left, *(report.usage for report in done))
+            left = (one.usage for task, one in vain.items() if task not in {_task_of(one) for one in done})
+            error.usage = together(error.usage, *left, *(one.usage for one in done))
             raise
         return done
 
-    def _batch(self, tasks: Sequence[Task], done: list[TaskReport], vain: dict[str, _Vain]) -> None:
+    def _batch(self, tasks: Sequence[Task], done: list[Outcome], vain: dict[str, _Vain]) -> None:
         left = {task.id: task for task in tasks}
         size, asked, failures, waited = len(tasks), 0, 0, 0.0
         while left and not self.given_up.is_set():
@@ -179,7 +183,7 @@ class _Run:
                 continue
             asked += 1
             try:
-                reports = self._invoke(data, some, asked, vain)
+                outcomes = self._invoke(data, some, asked, vain)
             except _Throttled:
                 waited += _pause(asked)
                 if waited > PATIENCE:
@@ -197,13 +201,13 @@ class _Run:
                 size = 1  # so that one task does not take others down with it
                 _pause(failures)
                 continue
-            for report in reports:
-                del left[report.task]
-            done += [vain[report.task].added(report) for report in reports]
+            for one in outcomes:
+                del left[_task_of(one)]
+            done += [vain[_task_of(one)].added(one) for one in outcomes]
             asked, failures = 0, 0
 
-    def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[TaskReport]:
-        """Ask once: give the reports of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.
+    def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[Outcome]:
+        """Ask once: give the outcomes of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.
 
         Raise _Throttled, _Failed, or what tries cannot mend.
         """
@@ -229,14 +233,16 @@ class _Run:
             raise self._broken(tasks[0], payload.decode(errors="replace"), told)
         return self._answered(json.loads(payload), tasks, told, vain)
 
-    def _answered(self, found: dict[str, Any], tasks: Sequence[Task], told: Invocation | None, vain: dict[str, _Vain]) -> list[TaskReport]:
+    def _answered(self, found: dict[str, Any], tasks: Sequence[Task], told: Invocation | None, vain: dict[str, _Vain]) -> list[Outcome]:
         """Read what the handler said."""
-        reports = [
+        reports: list[Outcome] = [
             TaskReport.model_validate_json(json.dumps(report)).model_copy(update={"invocation": told}) for report in found["reports"]
         ]
         if "error" not in found:
             return reports
         error = from_wire(found)
+        if isinstance(error, NonFinite):
+            return [*reports, error]
         if reports:
             failed = tasks[len(reports)].id  # it is asked for again
             vain[failed] = vain[failed].then(_Failed(error, lost=False))
@@ -281,6 +287,10 @@ class _Run:
             f"{mib(task.memory)} were projected: {how}; use more shards, or give the function more memory",
             task=task.id,
         )
+
+
+def _task_of(one: Outcome) -> str:
+    return str(one.details["tasks"][0]) if isinstance(one, NonFinite) else one.task
 
 
 def _message(answer: str) -> str:

@@ -118,7 +118,27 @@ class ExecutorContract:
 
         with pytest.raises(NonFinite, match=r"sharded/1: clients b hold NaN") as caught:
             started.run(executor)
-        assert {"found": [["b", 4]]} == caught.value.details
+        assert {"found": [["b", 4]], "overflowing": [], "tasks": ["sharded/1"]} == caught.value.details
+
+    def test_all_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
+        """NaN does not end the run: the others run on, and one NonFinite names all clients that hold some, whichever slices they are in."""
+        updates: Updates = {f"c{i}": ({"w": np.array([np.nan if i == j else j for j in range(8)], "f4")}, 1) for i in range(6)}
+        started, told = Started.of(store, updates, shards=8), list[TaskReport]()
+
+        with pytest.raises(NonFinite, match="task sharded/0 and 5 more: clients c0, c1, c2, c3, c4, c5 hold NaN or infinity") as caught:
+            started.run(executor, told.append)
+        assert [[f"c{i}", 4 * i] for i in range(6)] == caught.value.details["found"]
+        assert ["sharded/6", "sharded/7"] == sorted(report.task for report in told)
+        assert [1, 8, 9] == sorted(store.parts(started.job.output, started.job.upload))
+
+    def test_overflow(self, executor: Executor, store: ObjectStore) -> None:
+        """Finite values whose sum is not are told from NaN, and the clients whose values are too large are named."""
+        updates: Updates = {c: ({"w": np.array([1.0, large])}, 100) for c, large in (("a", 2.0), ("b", 1.7e308), ("c", 3.0))}
+        started = Started.of(store, updates, shards=2)
+
+        with pytest.raises(NonFinite, match="sharded/1: finite values overflow when summed, those of clients b; scale them down") as caught:
+            started.run(executor)
+        assert {"found": [["b", 8]], "overflowing": ["b"], "tasks": ["sharded/1"]} == caught.value.details
 
     @pytest.mark.parametrize(("replace", "kind"), [(False, MissingObject), (True, ChangedObject)])
     def test_input_gone(self, executor: Executor, store: ObjectStore, replace: bool, kind: type[GradShardingError]) -> None:  # noqa: FBT001
@@ -162,7 +182,8 @@ class Started(NamedTuple):
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
         plan = (make or partial(sharded, shards=shards))(manifest, Limits(), grain=store.grain, reading=store.reading)
-        job = Job(store=store.url, output=round_.output, upload=(upload := round_.begin(plan)[0]), partials=round_.partials(upload))
+        upload = round_.begin(plan)[0]
+        job = Job(store=store.url, output=round_.output, upload=upload, terms=plan.terms, partials=round_.partials(upload))
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())
         return cls(round_, plan, job)
 
