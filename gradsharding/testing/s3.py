@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 CEPH_PACKAGES = "ceph-mon ceph-osd radosgw ceph-common"
 """Debian's packages that ``ceph_server`` needs."""
+
+BLOCK = 250
+"""Ports that one process may give to servers, in turn."""
 
 
 class Request(NamedTuple):
@@ -232,12 +236,27 @@ def _key() -> str:
 
 
 def free_port() -> int:
-    """A port below those that the kernel gives to clients, one of which might otherwise take it first."""
-    for port in (20_000 + secrets.randbelow(12_000) for _ in range(100)):
+    """A port that no other process which asks here is given, below those that the kernel gives to clients.
+
+    A server binds it seconds later, and several processes may start servers at once.
+    """
+    _, ports = _block()
+    for port in itertools.islice(ports, BLOCK):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise RuntimeError("no free port was found")
+    raise RuntimeError(f"none of the {BLOCK} ports of this process is free")
+
+
+@cache
+def _block() -> tuple[socket.socket, Iterator[int]]:
+    """This process's ports, again and again, and the socket whose name says so: the kernel frees the name when the process ends."""
+    owner = socket.socket(socket.AF_UNIX)
+    for first in range(20_000, 32_000, BLOCK):
+        with contextlib.suppress(OSError):
+            owner.bind(f"\0gradsharding-ports-{first}")
+            return owner, itertools.cycle(range(first, first + BLOCK))
+    raise RuntimeError(f"{12_000 // BLOCK} processes have all the ports from 20000 to 32000")
 
 
 def _settings(directory: Path, port: int, tls: int, day: int | None, certificate: tuple[Path, Path] | None) -> dict[str, object]:
