@@ -23,6 +23,8 @@ import torch
 from gradsharding.cli import TOPOLOGIES, cli, main
 from gradsharding.errors import UserError
 from gradsharding.given import read_updates
+from gradsharding.round import Round
+from gradsharding.store import DirectoryStore
 
 COMMAND = str(Path(sys.executable).parent / "gradsharding")
 WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}
@@ -289,29 +291,36 @@ def test_killed_run_is_resumed(large: Path, tmp_path: Path, executor: str) -> No
     assert [out] == everything(out.parent)
 
 
+def in_shared_memory(store: Path) -> list[Path]:
+    """Say where in shared memory the partial sums of a store's rounds under way are: other processes have theirs there, too."""
+    begun = [(path.parent.name, json.loads(path.read_text())["upload"]) for path in store.glob("rounds/*/plan.json")]
+    places = [Round(DirectoryStore(store), name).partials(upload, shared_memory=True) for name, upload in begun]
+    return [Path(place.removeprefix("shm://")) for place in places]
+
+
 @pytest.mark.parametrize("topology", ["sharded-tree --shards 400 --fan-in 1", "lifl --fan-in 1", "lifl --fan-in 1 --shared-memory"])
 def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> None:
     """The same for trees: partial sums that were written count, and none are left behind, in the store or in shared memory."""
     out, whole, store = tmp_path / "out" / "mean", tmp_path / "whole", tmp_path / "store"
     out.parent.mkdir()
-    others = {*Path("/dev/shm").glob("gradsharding-*")}  # noqa: S108
     command = [str(out), "--topology", *topology.split(), "--executor", "processes:1", "--store", str(store)]
     with start(large, *command) as run:
         for _ in range(60_000):
             assert run.poll() is None, "the run ended before it could be stopped"
-            shared = [path for place in {*Path("/dev/shm").glob("gradsharding-*")} - others for path in place.glob("lifl.*")]  # noqa: S108
-            if shared or len([*store.glob("rounds/*/partials/*/*")]) > 0:
+            shared = in_shared_memory(store)
+            if [*store.glob("rounds/*/partials/*/*"), *(path for place in shared for path in place.glob("lifl.*"))]:
                 break
             time.sleep(0.001)
         run.kill()
     assert (-signal.SIGKILL, False) == (run.returncode, out.exists())
+    assert [topology.endswith("--shared-memory")] == [place.exists() for place in shared]
 
     said = done(gradsharding("aggregate", *LARGE, "-o", *command, cwd=large))
     done(gradsharding("aggregate", *LARGE, "-o", str(whole), cwd=large))
 
     assert " of them now" in said
     assert whole.read_bytes() == out.read_bytes()
-    assert {*Path("/dev/shm").glob("gradsharding-*")} <= others  # noqa: S108
+    assert [False] == [place.exists() for place in shared]
     assert [] == [path for path in store.glob("rounds/*/partials/**/*") if path.is_file()]
 
 

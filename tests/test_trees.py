@@ -53,18 +53,17 @@ def submitted(updates: Updates, store: ObjectStore, name: str = "r") -> Round:
     return round_
 
 
-OTHERS = {*SHARED_MEMORY.glob("gradsharding-*")}
-"""What other processes of this machine had there before."""
-
-
-def left_in_shared_memory() -> list[Path]:
-    """Files of ours."""
-    return [path for path in SHARED_MEMORY.glob("gradsharding-*") if path not in OTHERS]
+@pytest.fixture
+def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give a directory of shared memory that is this test's own: other processes of this machine use it, too."""
+    with TemporaryDirectory(dir=SHARED_MEMORY) as place:
+        monkeypatch.setattr("gradsharding.round.SHARED_MEMORY", Path(place))
+        yield Path(place)
 
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("clients", [1, 3, 20])
-def test_every_dtype(name: str, clients: int) -> None:
+def test_every_dtype(shared_memory: Path, name: str, clients: int) -> None:
     """Whatever the topology, tensors of every dtype come out as numpy has them, bit for bit, and no partial sums are left behind."""
     updates, store = sample_updates(clients), MemoryStore()
     result = aggregate(submitted(updates, store), topology=TREES[name])
@@ -74,7 +73,7 @@ def test_every_dtype(name: str, clients: int) -> None:
         assert_same({dtype: expected[dtype]}, {dtype: found[dtype]})
     np.testing.assert_allclose(found["float64"], expected["float64"], rtol=1e-14)
     assert [] == [key for key, _ in store.list("rounds/r/partials/")]
-    assert [] == left_in_shared_memory()
+    assert [] == [*shared_memory.iterdir()]
 
 
 @settings(deadline=None, max_examples=150)
@@ -278,7 +277,7 @@ def nursery() -> Iterator[Nursery]:
 
 
 @pytest.mark.slow
-def test_plan_is_observation(nursery: Nursery) -> None:
+def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
     """500 random plans: what the store sees and a fresh process takes is what the plan said; memory is a bound, and all of exact trees."""
     draw, kinds = random.Random(20), Counter[str]()
     for _ in range(500):
@@ -314,7 +313,7 @@ def test_plan_is_observation(nursery: Nursery) -> None:
             assert peak(report) <= task.memory, (task, report)
     assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "paper", "float64", "float32", "exact"} == {*kinds}
     assert kinds["exact"] > 100
-    assert [] == left_in_shared_memory()
+    assert [] == [*shared_memory.iterdir()]
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -333,7 +332,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("name", ["lambda-fl", "lifl", "lifl, shared memory", "sharded-tree"])
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_resume(tmp_path: Path, name: str, after: int) -> None:
+def test_resume(tmp_path: Path, shared_memory: Path, name: str, after: int) -> None:
     """A call that ended midway is gone on with: partial sums that were written are not made again."""
     updates, store = sample_updates(9), DirectoryStore(tmp_path)
     done = list[str]()
@@ -352,7 +351,7 @@ def test_resume(tmp_path: Path, name: str, after: int) -> None:
     assert_all_but_last_bits(reference_mean(updates), result)
     assert {*done}.isdisjoint({r.task for r in result.reports})
     assert after + len(result.reports) == result.plan.functions
-    assert [] == left_in_shared_memory()
+    assert [] == [*shared_memory.iterdir()]
 
 
 def assert_all_but_last_bits(expected: dict[str, Any], result: Result) -> None:
@@ -361,7 +360,7 @@ def assert_all_but_last_bits(expected: dict[str, Any], result: Result) -> None:
         np.testing.assert_allclose(array, expected[name], rtol=1e-14, err_msg=name)
 
 
-def test_another_plan(tmp_path: Path) -> None:
+def test_another_plan(tmp_path: Path, shared_memory: Path) -> None:
     """When a round goes on with another topology, what the first one left is deleted."""
     updates, store = sample_updates(9), DirectoryStore(tmp_path)
 
@@ -378,7 +377,7 @@ def test_another_plan(tmp_path: Path) -> None:
 
     assert_same(reference_mean(updates), result.arrays())
     assert [] == [key for key, _ in store.list("rounds/r/partials/")]
-    assert [] == left_in_shared_memory()
+    assert [] == [*shared_memory.iterdir()]
 
 
 def test_nan_in_a_leaf() -> None:
@@ -414,12 +413,12 @@ def test_partial_sums_that_vanish(tmp_path: Path) -> None:
     assert_all_but_last_bits(reference_mean(updates), aggregate(Round(store, "r"), topology=lambda_fl))
 
 
-def test_shared_memory_is_private(tmp_path: Path) -> None:
+def test_shared_memory_is_private(tmp_path: Path, shared_memory: Path) -> None:
     """Partial sums in shared memory can be read by their owner alone."""
     modes = list[int]()
 
     def look(_: Plan) -> Any:
-        return lambda _: modes.extend(path.stat().st_mode & 0o777 for path in left_in_shared_memory())
+        return lambda _: modes.extend(path.stat().st_mode & 0o777 for path in shared_memory.iterdir())
 
     aggregate(submitted(sample_updates(4), DirectoryStore(tmp_path)), topology=TREES["lifl, shared memory"], progress=look)
     assert {0o700} == {*modes}
