@@ -239,6 +239,7 @@ def test_no_price_list(served: Lists, capsys: pytest.CaptureFixture[str], body: 
 def test_unreachable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the list cannot be reached, one error says so; nothing is written."""
     monkeypatch.setenv("GRADSHARDING_PRICE_LIST", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
     assert 1 == cli.main(["prices", "--refresh"])
     assert "AWS's price list cannot be reached" in capsys.readouterr().err
     assert not user_file().exists()
