@@ -5,6 +5,9 @@ PYTHON ?= python3
 BIN = .venv/bin
 CEPH = ceph-mon ceph-osd radosgw ceph-common
 SLURM = slurmctld slurmd slurm-client munge
+# Tests run side by side, a process for each CPU; at most four, as each process starts a Ceph of its own. CI runs it with coverage.
+RUN = python -m
+PYTEST = $(BIN)/$(RUN) pytest -n logical --maxprocesses 4 --dist worksteal
 export FLWR_TELEMETRY_ENABLED = 0
 export RAY_USAGE_STATS_ENABLED = 0
 
@@ -14,10 +17,10 @@ demo: .venv/.ready # real federated training, on real images, on this machine
 	$(BIN)/gradsharding demo
 
 test: .venv/.ready # what takes seconds
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow and not flower"
 
-test-all: .venv/.ready # and what takes minutes or gigabytes
-	$(BIN)/pytest
+test-all: .venv/.ready # and what takes minutes or gigabytes, or starts Flower's own processes
+	$(PYTEST)
 
 rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack, Slurm
 
