@@ -1,13 +1,37 @@
-"""A memory cgroup stops a process that outgrows its allowance, as a function's sandbox does. Linux, v1 or v2."""
+"""The kernel holds a process to the control groups that it is in: a worker to memory, this process to CPUs. Linux, v1 or v2."""
 
 import contextlib
 import os
+import re
+import threading
 import time
 import uuid
-from pathlib import Path
-from typing import NamedTuple, Self
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple, Self
 
-_MOUNT = Path("/sys/fs/cgroup")
+Hold = Literal["cgroup v1", "cgroup v2", "RLIMIT_DATA", "nothing"]
+"""What stops a process that outgrows its memory.
+
+cgroup v1, cgroup v2: at the limit the kernel kills it. It counts each page that the process was the first to touch, those of shared
+memory and of files too; pages of files are given back before anything is killed. What it held before it was moved in is not counted.
+RLIMIT_DATA: at the limit an allocation fails. The kernel counts the private writable memory that is mapped, whether it is used or not,
+but neither shared memory, nor mapped files, nor what child processes take.
+nothing: no limit is set.
+"""
+
+Version = Literal[1, 2]
+
+PERIOD = 60
+"""Seconds after which a cgroup without processes, whose maker has ended, is taken for left behind."""
+
+_LOCK = threading.Lock()
+"""Held while this process may be moved from one cgroup to another: what is below its own must not change meanwhile."""
+
+_PROCESSES, _CHILDREN = "cgroup.procs", "cgroup.subtree_control"
+
+_LIMITS = ("memory.max", "memory.high", "cpu.max", "cpuset.cpus", "io.max")
+"""What a process beside the caller's cgroup would escape. Not pids.max: systemd sets it for everything, and a worker is one process."""
 
 
 class _Names(NamedTuple):
@@ -16,50 +40,65 @@ class _Names(NamedTuple):
     limit: str
     swap: str
     events: str
+    peak: str
 
 
-_V1 = _Names("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.oom_control")
-_V2 = _Names("memory.max", "memory.swap.max", "memory.events")
+_NAMES: dict[Version, _Names] = {
+    1: _Names("memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.oom_control", "memory.max_usage_in_bytes"),
+    2: _Names("memory.max", "memory.swap.max", "memory.events", "memory.peak"),
+}
 
 
 class MemoryCgroup:
-    """One cgroup below this process's own, with a limit in bytes; removed by ``close`` once its process is gone."""
+    """One cgroup with a limit in bytes, below this process's own or beside it; removed by ``close`` once its processes are gone."""
 
-    def __init__(self, path: Path, names: _Names) -> None:
+    def __init__(self, path: Path, version: Version) -> None:
         """Use ``create``, which finds out whether this machine lets us."""
         self.path = path
-        self._names = names
+        self._version: Version = version
 
     @classmethod
     def create(cls, limit: int) -> Self | None:
-        """Make a cgroup limited to ``limit`` bytes, or give None where that is not permitted."""
-        for parent, names in _candidates():
-            path = parent / f"gradsharding-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            with contextlib.suppress(OSError):
-                path.mkdir()
+        """Make a cgroup limited to ``limit`` bytes, or give None where that is not permitted.
+
+        Under v2 this may switch the memory controller on for the root's children, or move this process into a leaf of its own cgroup
+        if it is alone there; ``close`` moves it back.
+        """
+        with _LOCK:
+            for version, parent in _parents():
+                _sweep(parent)
+                path = parent / f"gradsharding-{os.getpid()}-{uuid.uuid4().hex[:8]}"
                 with contextlib.suppress(OSError):
-                    (path / names.limit).write_text(str(limit))
-                    with contextlib.suppress(OSError):  # absent where swap is not accounted
-                        (path / names.swap).write_text("0" if names is _V2 else str(limit))
-                    return cls(path, names)
-                path.rmdir()
+                    path.mkdir()
+                    if _limit(path, version, limit):
+                        return cls(path, version)
+                    path.rmdir()
+                _step_back(parent)
         return None
+
+    @property
+    def hold(self) -> Hold:
+        """What holds the processes here, by name."""
+        return "cgroup v1" if self._version == 1 else "cgroup v2"
 
     def add(self, pid: int) -> bool:
         """Move a process in; False if the kernel refuses."""
         try:
-            (self.path / "cgroup.procs").write_text(str(pid))
+            _write(self.path / _PROCESSES, pid)
         except OSError:
             return False
         return True
 
     def kills(self) -> int:
         """How often the kernel has killed here because the limit was reached."""
-        with contextlib.suppress(OSError):
-            for line in (self.path / self._names.events).read_text().splitlines():
-                if line.startswith("oom_kill "):
-                    return int(line.split()[1])
+        for line in _read(self.path / _NAMES[self._version].events).splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
         return 0
+
+    def peak(self) -> int:
+        """Bytes: the most that the processes here have held; 0 where the kernel does not say (v2 before Linux 5.19)."""
+        return int(_read(self.path / _NAMES[self._version].peak) or 0)
 
     def close(self) -> None:
         """Remove the cgroup; the kernel may need a moment after its last process ended."""
@@ -67,21 +106,187 @@ class MemoryCgroup:
             try:
                 self.path.rmdir()
             except FileNotFoundError:
-                return
+                break
             except OSError:
                 time.sleep(0.02)
             else:
+                break
+        with _LOCK:
+            _step_back(self.path.parent)
+
+
+def usable_cpus() -> int:
+    """Give the number of CPUs that this process can keep busy.
+
+    It is the least of its affinity and of the quotas of its cgroup and of all above that can be seen, each rounded up; at least 1.
+    """
+    place = locate("cpu", _read(Path("/proc/self/cgroup")), _read(Path("/proc/self/mountinfo")))
+    quotas = [_quota(directory, place.version) for directory in place.upwards()] if place else []
+    return min([len(os.sched_getaffinity(0)), *(quota for quota in quotas if quota)])
+
+
+def cpus_of(quota: str, period: str) -> int | None:
+    """CPUs that ``quota`` microseconds in each ``period`` come to, rounded up; None where there is no quota ("max", "-1")."""
+    if not (quota.isdecimal() and period.isdecimal() and int(quota) and int(period)):
+        return None
+    return -(-int(quota) // int(period))
+
+
+class Place(NamedTuple):
+    """Where a process is in the hierarchy of a controller: its directory, and the topmost one that can be seen."""
+
+    version: Version
+    own: Path
+    top: Path
+
+    def upwards(self) -> Iterator[Path]:
+        """Give the process's own directory and all above it, to the top."""
+        yield self.own
+        for directory in self.own.parents:
+            if not directory.is_relative_to(self.top):
                 return
+            yield directory
 
 
-def _candidates() -> list[tuple[Path, _Names]]:
-    """Where this process's own memory cgroup may be, by ``/proc/self/cgroup``."""
-    found = []
+def locate(controller: str, cgroups: str, mounts: str) -> Place | None:
+    """Find the directory of a process by the texts of its ``/proc/PID/cgroup`` and ``/proc/PID/mountinfo``; None if none can be seen.
+
+    A container often sees its own cgroup as the mount's top: the mount's root, in that of the host, tells what to leave out.
+    """
+    # lines end in "\n" alone, and fields in " ": a path may hold whatever else counts as white space
+    paths = {names: path for _, names, path in (line.split(":", 2) for line in cgroups.split("\n") if line)}
+    ours = next((names for names in paths if controller in names.split(",")), "")
+    found = list[tuple[int, Place]]()
+    for line in mounts.split("\n") if ours in paths else ():
+        before, _, after = line.partition(" - ")
+        kind, options = after.split(" ")[0], after.split(" ")[-1]
+        if kind != ("cgroup" if ours else "cgroup2") or (ours and controller not in options.split(",")):
+            continue
+        root, point = (PurePosixPath(_unescaped(field)) for field in before.split(" ")[3:5])
+        own = PurePosixPath(paths[ours])
+        if own.is_relative_to(root) and ".." not in own.parts:  # else the mount shows another part of the hierarchy
+            found.append((len(root.parts), Place(1 if ours else 2, Path(point / own.relative_to(root)), Path(point))))
+    return min(found, default=(0, None), key=lambda one: one[0])[1]  # of several mounts, one that shows the most above
+
+
+def _quota(directory: Path, version: Version) -> int | None:
+    if version == 1:
+        return cpus_of(_read(directory / "cpu.cfs_quota_us"), _read(directory / "cpu.cfs_period_us"))
+    quota, _, period = _read(directory / "cpu.max").partition(" ")
+    return cpus_of(quota, period)
+
+
+def _parents() -> Iterator[tuple[Version, Path]]:
+    """Where a cgroup with a memory limit may be made, the best first.
+
+    v2 gives a cgroup a limit only if the one above has memory in its subtree_control, which one with processes of its own cannot have,
+    but for the root. So it is the root, or the cgroup above our own, or our own once we have moved into a leaf.
+    """
+    place = locate("memory", _read(Path("/proc/self/cgroup")), _read(Path("/proc/self/mountinfo")))
+    if not place:
+        return
+    if place.version == 1:
+        yield 1, place.own
+        return
+    own, above = place.own, place.own.parent
+    if _gives_memory(own) or _switch(own, "+memory"):
+        yield 2, own
+    # to move a process from one cgroup to another takes the right to write to what is above both
+    if own != place.top and _gives_memory(above) and os.access(above / _PROCESSES, os.W_OK, effective_ids=True) and _unlimited(own):
+        yield 2, above
+    if _moved_into_leaf(own):
+        yield 2, own
+
+
+def _limit(path: Path, version: Version, limit: int) -> bool:
+    """Set the limit, and look whether the kernel took it: it counts in whole pages."""
+    names = _NAMES[version]
+    try:
+        _write(path / names.limit, limit)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):  # absent where swap is not accounted
+        _write(path / names.swap, 0 if version == 2 else limit)
+    with contextlib.suppress(OSError):  # v1 has none: it kills one process
+        _write(path / "memory.oom.group", 1)
+    taken = _read(path / names.limit)
+    return taken.isdecimal() and limit - os.sysconf("SC_PAGE_SIZE") < int(taken) <= limit
+
+
+def _gives_memory(directory: Path) -> bool:
+    return "memory" in _read(directory / _CHILDREN).split()
+
+
+def _switch(directory: Path, controller: str) -> bool:
+    try:
+        _write(directory / _CHILDREN, controller)
+    except OSError:
+        return False
+    return True
+
+
+def _unlimited(own: Path) -> bool:
+    """Whether a process beside this cgroup escapes no limit that is set for those in it."""
+    return all(_read(own / name).split(" ")[0] in {"", "max"} for name in _LIMITS)
+
+
+def _leaf(own: Path) -> Path:
+    return own / f"gradsharding-{os.getpid()}-caller"
+
+
+def _alone(directory: Path) -> bool:
+    return _read(directory / _PROCESSES).split() == [str(os.getpid())]
+
+
+def _moved_into_leaf(own: Path) -> bool:
+    """Make way for children with limits, if nobody else is in this cgroup."""
+    if "memory" not in _read(own / "cgroup.controllers").split() or not _alone(own):
+        return False
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, own = line.split(":", 2)
-            if "memory" in controllers.split(","):
-                found.append((_MOUNT / "memory" / own.lstrip("/"), _V1))
-            elif not controllers:
-                found.append((_MOUNT / own.lstrip("/"), _V2))
-    return [(path, names) for path, names in found if path.is_dir()]
+        _leaf(own).mkdir()
+        _write(_leaf(own) / _PROCESSES, os.getpid())
+        if _switch(own, "+memory"):
+            return True
+    _step_back(own)
+    return False
+
+
+def _step_back(own: Path) -> None:
+    """Move this process back from its leaf, if it had moved there and its cgroup has no other children any more."""
+    leaf = _leaf(own)
+    if not leaf.is_dir() or [leaf] != [path for path in own.iterdir() if path.is_dir()]:
+        return
+    with contextlib.suppress(OSError):
+        if _alone(leaf):
+            _write(own / _CHILDREN, "-memory")
+            _write(own / _PROCESSES, os.getpid())
+        leaf.rmdir()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what callers that were killed have left; the kernel lets nobody remove a cgroup with processes."""
+    for path in parent.glob("gradsharding-*-*"):
+        with contextlib.suppress(OSError):
+            if not Path("/proc", path.name.split("-")[1]).exists() and time.time() - path.stat().st_mtime > PERIOD:
+                path.rmdir()
+
+
+def _read(path: Path) -> str:
+    """Give the text of one of the kernel's files without the last line's end; "" where there is none that we may read."""
+    with contextlib.suppress(OSError):
+        return os.fsdecode(path.read_bytes()).rstrip("\n")
+    return ""
+
+
+def _write(path: Path, value: object) -> None:
+    """Write to one of the kernel's files; never make one where the kernel has none."""
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.write(file, str(value).encode())
+    finally:
+        os.close(file)
+
+
+def _unescaped(field: str) -> str:
+    """Undo what mountinfo does to spaces and the like: a backslash and three octal digits each."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
