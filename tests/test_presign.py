@@ -10,13 +10,15 @@ import pytest
 import urllib3
 
 from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
-from gradsharding.aws.presign import grant, readable, settle, withdraw
+from gradsharding.aws.presign import TRUST, etag, grant, readable, settle, try_out, withdraw
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidUpdate, MissingObject, StoreFailed, StoreRefused
 from gradsharding.testing import read
 from gradsharding.testing.proxy import Path as Route
 from gradsharding.testing.proxy import Proxy
-from gradsharding.update import encode, load
+from gradsharding.testing.s3 import Ceph
+from gradsharding.update import FIRST_READ, encode, load
+from gradsharding.usage import counting
 
 MIB = 1 << 20
 KEY = "rounds/r/updates/a b.safetensors"
@@ -97,6 +99,114 @@ def test_bound(ceph_store: S3Store, spooled: Path) -> None:
 
     assert dict.fromkeys(tried, 403) == {what: answer.status for what, answer in tried.items()}
     assert [] == [*ceph_store.list("")]
+
+
+VICTIM = "rounds/r/updates/victim.safetensors"
+
+FORBIDDEN = {
+    "copy": {"x-amz-copy-source": "/{bucket}/some%20prefix/" + VICTIM},
+    "copy, written otherwise": {"X-Amz_Copy-SOURCE": "/{bucket}/some%20prefix/" + VICTIM},
+    "copy of a range": {"x-amz-copy-source": "/{bucket}/some%20prefix/" + VICTIM, "x-amz-copy-source-range": "bytes=0-9"},
+    "copy from another bucket": {"x-amz-copy-source": "/{other}/secret"},
+    "copy of nothing": {"x-amz-copy-source": ""},
+    "publish": {"x-amz-acl": "public-read"},
+    "grant": {"x-amz-grant-full-control": 'uri="http://acs.amazonaws.com/groups/global/AllUsers"'},
+    "lock": {"x-amz-object-lock-mode": "COMPLIANCE", "x-amz-object-lock-retain-until-date": "2090-01-01T00:00:00Z"},
+    "tag": {"x-amz-tagging": "a=b"},
+    "another storage class": {"x-amz-storage-class": "GLACIER"},
+    "a key of its own": {"x-amz-server-side-encryption-customer-algorithm": "AES256"},
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_no_more_than_it_says(ceph: Ceph, ceph_store: S3Store, tmp_path: Path, pieces: int) -> None:
+    """With headers that are not signed, a URL copies nothing, publishes nothing, and replaces nothing: Ceph refuses them."""
+    path, other, http = tmp_path / "spool", ceph.server.make_bucket(), urllib3.PoolManager()
+    data = b"o" * (1_000 if pieces == 1 else 5 * MIB + 1_000)
+    path.write_bytes(data)
+    ceph_store.put(VICTIM, [b"v" * 1_000])
+    ceph_store.client.put_object(Bucket=other, Key="secret", Body=b"s" * 1_000)
+    granted = grant(ceph_store, KEY, offered(path, pieces=3), 60)
+    piece, url = granted.offer.pieces[0], granted.permit.urls[0]
+    headers = {"Content-MD5": piece.md5} | ({"If-None-Match": "*"} if pieces == 1 else {})
+
+    def tried() -> dict[str, int]:
+        answers = {}
+        for what, more in FORBIDDEN.items():
+            named = {name: value.format(bucket=ceph_store.bucket, other=other) for name, value in more.items()}
+            answers[what] = http.request("PUT", url, body=data[: piece.size], headers=headers | named).status
+        return answers
+
+    expected = dict.fromkeys(FORBIDDEN, 403) | ({"copy of nothing": 400} if pieces == 1 else {})
+    assert expected == tried()
+    assert [VICTIM] == [key for key, _ in ceph_store.list("")]
+    write(path, granted.offer, granted.permit)
+    stat = settle(ceph_store, granted).stat
+    assert expected == tried()
+    assert (pieces, stat, data) == (len(granted.offer.pieces), ceph_store.head(KEY), read(ceph_store, KEY))
+    assert 403 == http.request("GET", url.partition("?")[0]).status
+
+
+def test_a_server_that_obeys(moto_store: S3Store, spooled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that obeys what is not signed is lent nothing, unless its owner says that nodes may have the server's keys."""
+    monkeypatch.delenv(TRUST)
+    with pytest.raises(StoreRefused, match=rf"obeys x-amz-copy-source on a signed URL, .*\(presigned=False\).*set {TRUST}=1$"):
+        grant(moto_store, KEY, offered(spooled), 60)
+    assert [] == [*moto_store._list("")]
+    monkeypatch.setenv(TRUST, "1")
+    granted = grant(moto_store, KEY, offered(spooled), 60)
+    write(spooled, granted.offer, granted.permit)
+    assert spooled.stat().st_size == settle(moto_store, granted).stat.size
+
+
+def test_tried_out_once(ceph: Ceph, ceph_store: S3Store, spooled: Path) -> None:
+    """What a store does with headers that are not signed is tried out before the first URL only, and leaves nothing there."""
+    with ceph.server.counting() as first:
+        try_out(ceph_store)
+    with ceph.server.counting() as again:
+        try_out(ceph_store)
+        grant(ceph_store, KEY, offered(spooled), 60)
+
+    assert ({"gets": 0, "puts": 5, "deletes": 1}, {"gets": 0, "puts": 0, "deletes": 0}) == (first, again)
+    assert [] == [*ceph_store._list("")]
+
+
+def test_who_may_not_write_lends_nothing(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that may not write to the store are told so, before anything is lent."""
+    for name, value in ceph.user(f"u{ceph_store.bucket}").environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreRefused, match=r"PutObject of s3://.*/\.gradsharding/signing/: access is denied"):
+        try_out(ceph_store)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("server", ["moto", "ceph"])
+def test_other_bytes_of_the_same_size(request: pytest.FixtureRequest, spooled: Path, server: str, pieces: int) -> None:
+    """Other bytes than were offered are found out by their digest, on a server that lets them through, even if they are as many."""
+    store: S3Store = request.getfixturevalue(f"{server}_store")
+    granted = grant(store, KEY, offered(spooled, pieces=pieces), 60)
+    other = [bytes(piece.size) for piece in granted.offer.pieces]
+    if granted.upload:
+        for number, data in enumerate(other, 1):
+            store.client.upload_part(Bucket=store.bucket, Key=store.place(KEY), UploadId=granted.upload, PartNumber=number, Body=data)
+    else:
+        store.put(KEY, other)
+    with pytest.raises(InvalidUpdate, match=f"other bytes have arrived under {KEY} than were offered and permitted, though as many: 12"):
+        settle(store, granted)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("server", ["moto", "ceph"])
+def test_etags_are_known(request: pytest.FixtureRequest, spooled: Path, server: str, pieces: int) -> None:
+    """The ETag that an offer leads to is the one that the server gives, and settling reads no data then."""
+    store: S3Store = request.getfixturevalue(f"{server}_store")
+    granted = grant(store, KEY, offered(spooled, pieces=pieces), 60)
+    write(spooled, granted.offer, granted.permit)
+    with counting() as ledger:
+        version = settle(store, granted).stat.version
+
+    assert version == f'"{etag(granted.offer)}"'
+    assert FIRST_READ == ledger.spent["s3"].bytes_read
 
 
 def test_expired(ceph_store: S3Store, spooled: Path) -> None:

@@ -57,6 +57,9 @@ _DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "Al
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "BadRequest"}
 
 
+Environment = tuple[tuple[str, str], ...]
+"""Variables that a client is made by."""
+
 _MAKING = threading.Lock()
 """A cache lets threads that ask at once each make a client, and each takes memory that no plan counts."""
 
@@ -87,16 +90,16 @@ def _count_sent(request: Any, event_name: str, **_: Any) -> None:
         count("s3", puts=1, bytes_written=int(request.headers.get("Content-Length") or 0) if objects else 0)
 
 
-def s3_client() -> "S3Client":
-    """Give the S3 client of the environment as it is now; threads may share it."""
+def s3_client(signer: str | None = None) -> "S3Client":
+    """Give the S3 client of the environment as it is now; threads may share it. ``signer`` names another signature than botocore's own."""
     with _MAKING:
-        return _s3_client(_environment())
+        return _s3_client(environment(), signer)
 
 
 def lambda_client(read_timeout: float = 60) -> "LambdaClient":
     """Give a Lambda client of the environment as it is now. It never tries again by itself: who calls it knows what may run twice."""
     with _MAKING:
-        return _lambda_client(_environment(), read_timeout)
+        return _lambda_client(environment(), read_timeout)
 
 
 def code_of(error: Exception) -> str:
@@ -136,14 +139,16 @@ def _refused(error: ClientError, doing: str) -> GradShardingError:
 
 
 @lru_cache(maxsize=8)
-def _s3_client(environment: tuple[tuple[str, str], ...]) -> "S3Client":  # noqa: ARG001 - what the client depends on
+def _s3_client(_: Environment, signer: str | None) -> "S3Client":
     client = boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
     count_requests(client)
+    if signer:
+        client.meta.events.register("choose-signer.s3", lambda **_: signer)  # type: ignore[arg-type] - what it gives is used
     return client
 
 
 @lru_cache(maxsize=8)
-def _lambda_client(environment: tuple[tuple[str, str], ...], read_timeout: float) -> "LambdaClient":  # noqa: ARG001
+def _lambda_client(_: Environment, read_timeout: float) -> "LambdaClient":
     config = Config(
         retries={"total_max_attempts": 1},
         max_pool_connections=1_000,
@@ -154,5 +159,6 @@ def _lambda_client(environment: tuple[tuple[str, str], ...], read_timeout: float
     return boto3.session.Session().client("lambda", config=config)
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+def environment() -> Environment:
+    """Give what clients depend on: AWS's variables, and ours for S3."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "GRADSHARDING_S3_"))))

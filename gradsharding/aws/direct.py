@@ -85,6 +85,15 @@ def write(path: Path, what: Offer, permit: Permit) -> None:
         one.result()
 
 
+def attempt(piece: Piece, url: str, headers: dict[str, str]) -> bool:
+    """Write a piece of no bytes by a URL, with more headers than were signed; tell whether it was done, or refused."""
+    answer = _request("PUT", url, "trying out a signed URL", headers=_bound(piece) | headers, body=Body([]))
+    answer.drain_conn()
+    if answer.status >= 500:
+        raise _refused(answer.status, "trying out a signed URL")
+    return answer.status < 300
+
+
 class UrlSource:
     """One object, which is read by a URL, and goes by its key."""
 
@@ -125,13 +134,17 @@ class UrlSource:
 
 
 def _put(piece: Piece, url: str, body: Body, *, single: bool) -> None:
-    headers = {"Content-Length": str(piece.size), "Content-MD5": piece.md5} | ({"If-None-Match": "*"} if single else {})
+    headers = _bound(piece) | ({"If-None-Match": "*"} if single else {})
     answer = _request("PUT", url, "writing the update", headers=headers, body=body)
     answer.drain_conn()
     if answer.status == 400:
         raise ChangedObject("the update is not the one that was offered; train again")
     if answer.status not in (200, 412):  # 412: it is written already, as it was offered: no other bytes could be
         raise _refused(answer.status, "writing the update")
+
+
+def _bound(piece: Piece) -> dict[str, str]:
+    return {"Content-Length": str(piece.size), "Content-MD5": piece.md5}
 
 
 def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: Body | None = None) -> urllib3.BaseHTTPResponse:

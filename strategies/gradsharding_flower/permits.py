@@ -117,11 +117,12 @@ class Lender:
         self._open: dict[str, Grant] = {}
 
     def orders(self, round_id: str, model: Reference) -> ConfigRecord:
-        """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model."""
-        from gradsharding.aws.presign import readable  # noqa: PLC0415
+        """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model, or as ``try_out`` does."""
+        from gradsharding.aws.presign import readable, try_out  # noqa: PLC0415
 
         if "://" in model.source:
             raise UserError(f"nodes cannot reach {model.source} by a URL of {self._store.url}; give the first model's arrays themselves")
+        try_out(self._store)
         url = readable(self._store, model.source, self._seconds)
         return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
