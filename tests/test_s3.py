@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -145,6 +146,29 @@ def test_body(buffers: list[bytes], start: int, stop: int, count: int) -> None:
         assert len(body) == len(data)
         body.seek(min(start, len(data)))
         assert data[start:] == b"".join(iter(lambda body=body: body.read(count), b""))  # type: ignore[misc]
+
+
+def test_body_of_many_buffers() -> None:
+    """Each read of a body, and each part of it, looks at a few of its buffers, however many there are."""
+    looks = 0
+
+    class Watched(list[int]):
+        def __getitem__(self, at: Any) -> Any:
+            nonlocal looks
+            found = super().__getitem__(at)
+            looks += len(found) if isinstance(at, slice) else 1
+            return found
+
+        def __iter__(self) -> Iterator[int]:
+            nonlocal looks
+            looks += len(self)
+            return super().__iter__()
+
+    body = Body([b"ab"] * 10_000)
+    body._ends = Watched(body._ends)
+    assert 20_000 == sum(len(chunk) for chunk in iter(lambda: body.read(2), b""))
+    assert 20_000 == sum(len(body.part(start, start + 200)) for start in range(0, 20_000, 200))
+    assert 10_000 < looks < 10_000 * 20 + 10_000 * 3
 
 
 @pytest.mark.parametrize(

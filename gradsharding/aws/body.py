@@ -1,6 +1,7 @@
 """A request's body reads straight from the memory of its buffers: no copy of a slice is made on its way out."""
 
 import io
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
@@ -41,18 +42,20 @@ class Body(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         """Copy the next bytes, at most to the end of one buffer."""
         into = memoryview(cast("bytearray", buffer)).cast("B")
-        for source, end in zip(self.buffers, self._ends, strict=True):
-            if self._at < end:
-                start = len(source) - (end - self._at)
-                piece = source[start : start + len(into)]
-                into[: len(piece)] = piece
-                self._at += len(piece)
-                return len(piece)
-        return 0
+        index = bisect_right(self._ends, self._at)  # the first buffer that ends after this place, past empty ones
+        if index == len(self._ends):
+            return 0
+        source = self.buffers[index]
+        start = len(source) - (self._ends[index] - self._at)
+        piece = source[start : start + len(into)]
+        into[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
     def part(self, start: int, stop: int) -> "Body":
         """Bytes ``start`` to ``stop`` as a body of their own, in the same memory."""
-        places = zip(self.buffers, self._ends, strict=True)
+        first, last = bisect_right(self._ends, start), bisect_left(self._ends, stop) + 1
+        places = zip(self.buffers[first:last], self._ends[first:last], strict=True)
         return Body([source[max(0, start - end + len(source)) : max(0, stop - end + len(source))] for source, end in places])
 
     def crc32c(self) -> str:

@@ -143,7 +143,7 @@ def _s3_client(_: Environment, signer: str | None) -> "S3Client":
     client = boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
     count_requests(client)
     if signer:
-        client.meta.events.register("choose-signer.s3", lambda **_: signer)  # type: ignore[arg-type] - what it gives is used
+        client.meta.events.register("choose-signer.s3", lambda **_: signer)  # type: ignore[arg-type]  # what it gives is used
     return client
 
 
