@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ByteSize, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from gradsharding.layout import Layout
 from gradsharding.plan import Plan
 from gradsharding.reading import STREAM
 from gradsharding.round import Manifest
+from gradsharding.sizes import size
 from gradsharding.store import file_reference
 from gradsharding.task import Job, Term
 from gradsharding.topology import in_paper_loop
@@ -80,10 +80,10 @@ def largest(fits: Callable[[int], bool], most: int, step: int) -> int:
 def main() -> None:
     """Search, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=TypeAdapter(ByteSize).validate_python, default="256MiB", help="of one function")
+    parser.add_argument("--memory", type=size, default="256MiB", help="of one function")
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--step", type=TypeAdapter(ByteSize).validate_python, default="4MiB", help="sizes are multiples of this")
-    parser.add_argument("--most", type=TypeAdapter(ByteSize).validate_python, default="1GiB", help="no larger models are tried")
+    parser.add_argument("--step", type=size, default="4MiB", help="sizes are multiples of this")
+    parser.add_argument("--most", type=size, default="1GiB", help="no larger models are tried")
     parser.add_argument("--dir", type=Path, help="on a disk: files in memory would be charged to who writes them")
     parser.add_argument("--only", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -8,11 +8,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from pydantic import ByteSize, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits, sharded
+from gradsharding.sizes import size
 from measure import Range, machine, save, shown
 from topologies import TOPOLOGIES, contribute, executor_of, observed, place, run
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results" / "shard_sweep.json"
 def main() -> None:
     """Sweep, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=TypeAdapter(ByteSize).validate_python, default="128MB", help="of an update")
+    parser.add_argument("--size", type=size, default="128MB", help="of an update")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--repetitions", type=int, default=3)

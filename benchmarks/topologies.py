@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ByteSize, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +34,7 @@ from gradsharding import (
     sharded_tree,
 )
 from gradsharding.plan import Plan
+from gradsharding.sizes import size
 from gradsharding.usage import total
 from measure import Range, machine, save, shown
 from pools import KINDS, pool, workers
@@ -162,7 +162,7 @@ def _show(found: Figures, console: Console) -> None:
 def main() -> None:
     """Compare, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=TypeAdapter(ByteSize).validate_python, default="64MB", help="of an update")
+    parser.add_argument("--size", type=size, default="64MB", help="of an update")
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pool", help=f"{KINDS}; by default, one worker process for each CPU, held to its memory")

@@ -22,7 +22,7 @@ from gradsharding.errors import GradShardingError, NonFinite, UserError
 from gradsharding.given import asked_around, located, open_round, read_updates, replace, writable
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
-from gradsharding.planned import exact_option, plan_command, size
+from gradsharding.planned import exact_option, memory_size, plan_command
 from gradsharding.platform import CHARGES
 from gradsharding.round import Round, check_id
 from gradsharding.store import open_store
@@ -112,7 +112,7 @@ def cli() -> None:
 )
 @click.option("--shared-memory", is_flag=True, help="With lifl: pass partial sums through this machine's memory.")
 @click.option(
-    "--memory", type=size, metavar="SIZE", help="Memory that one function may use.  [default: 512MiB, or what a Lambda function has]"
+    "--memory", type=memory_size, metavar="SIZE", help="Memory that one function may use.  [default: 512MiB, or what a Lambda function has]"
 )
 @click.option(
     "--executor",
@@ -176,7 +176,7 @@ def aggregate_command(
         out = writable(output, inputs)
         report_path = writable(report, [*inputs, out]).path if report else None
         divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
-        limits = runner.limits(Limits(memory=memory) if memory else None)
+        limits = runner.limits(Limits(memory=memory) if memory is not None else None)
         arithmetic: Arithmetic = "exact" if exact else "float64"
         with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
             try:

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import Arithmetic
@@ -19,6 +19,7 @@ from gradsharding.layout import Run, join_runs
 from gradsharding.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.reading import Reading
 from gradsharding.sharding import Slice, cut
+from gradsharding.sizes import size, some
 from gradsharding.task import PARTIAL, Task, Term
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
@@ -26,22 +27,22 @@ from gradsharding.value import Value
 MAX_PARTS = 10_000
 """Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
 
-Bytes = Annotated[int, BeforeValidator(lambda v: int(TypeAdapter(ByteSize).validate_python(v)))]
-"""A number of bytes; text such as "512MiB" or "2GB" is read too."""
-
 
 class Limits(Value):
-    """What a function may use.
+    """What a function may use; memory may be given as text, such as "512MiB" or "2GB". Raise UserError if that is no size.
 
     >>> Limits(memory="512MiB").memory
     536870912
     """
 
-    memory: Bytes = 512 << 20
+    memory: int = 512 << 20
     """Allowed memory of one function, in bytes, the interpreter included."""
 
     concurrency: int | None = None
     """Functions that may run at once; None where nothing bounds them."""
+
+    def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
+        super().__init__(memory=some(size(memory) if isinstance(memory, str) else memory), concurrency=concurrency)
 
 
 class Stage(NamedTuple):

@@ -1,19 +1,21 @@
 """``gradsharding plan``: the planner's advice, as a table or as JSON."""
 
+import contextlib
 import json
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any
 
 import click
-from pydantic import ByteSize, TypeAdapter
+from pydantic import ByteSize
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gradsharding.errors import UserError
 from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
 from gradsharding.plan import MAX_PARTS, mib
@@ -21,6 +23,7 @@ from gradsharding.planner import Advice, Needs, Option, Server, flower_server, r
 from gradsharding.platform import ACCOUNT_CONCURRENCY, MEMORY
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
+from gradsharding.sizes import size, some
 from gradsharding.store import MemoryStore
 from gradsharding.task import Term
 
@@ -30,12 +33,25 @@ MOST_CLIENTS = 100_000
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
-def size(text: str) -> int:
-    """Read a number of bytes, with a unit or without."""
+def model_size(text: str) -> int:
+    """Read a size, in bytes."""
+    with _as_usage():
+        return size(text)
+
+
+def memory_size(text: str) -> int:
+    """Read a size of memory, in bytes, which is more than nothing."""
+    with _as_usage():
+        return some(size(text))
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    """Tell a mistake as one in an option."""
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except (ValueError, OverflowError):
-        raise click.BadParameter(f"{text!r} is not a number of bytes; write it like 512MiB or 2GB.") from None
+        yield
+    except UserError as error:
+        raise click.BadParameter(f"{error.message}.") from None
 
 
 def duration(text: str) -> float:
@@ -58,14 +74,14 @@ exact_option = click.option("--exact", is_flag=True, help="Sum exactly: the same
 
 @click.command("plan", short_help="Show what each topology takes, before anything runs.")
 @click.argument("updates", nargs=-1, metavar="[[ID=]PATH[:WEIGHT]...]")
-@click.option("--size", "nbytes", type=size, metavar="SIZE", help="Bytes of the model's float32 parameters, such as 528MB.")
+@click.option("--size", "nbytes", type=model_size, metavar="SIZE", help="Bytes of the model's float32 parameters, such as 528MB.")
 @click.option("--from", "place", metavar="PLACE", help="A real update, or a directory or s3:// prefix of some: their headers are read.")
 @click.option("--clients", type=click.IntRange(1, MOST_CLIENTS), metavar="N", help="Number of updates.")
 @click.option("--shards", type=click.IntRange(1, MAX_PARTS - 1), metavar="N", help="Number of slices.  [default: what is best]")
 @click.option("--deadline", type=duration, metavar="TIME", help="95 rounds of 100 must be done within this.")
 @click.option("--budget", type=dollars, metavar="USD", help="A round may cost this, all in all.")
 @click.option(
-    "--memory", type=size, metavar="SIZE", default=f"{MEMORY[-1] >> 20}MiB", show_default=True, help="That one function may have."
+    "--memory", type=memory_size, metavar="SIZE", default=f"{MEMORY[-1] >> 20}MiB", show_default=True, help="That one function may have."
 )
 @click.option(
     "--concurrency", type=click.IntRange(1), metavar="N", default=ACCOUNT_CONCURRENCY, show_default=True, help="Functions at once."

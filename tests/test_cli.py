@@ -555,6 +555,13 @@ MISTAKES = {
     "memory in words": Mistake(f"aggregate good.safetensors {OUT} --memory plenty", ["--memory", "'plenty'", "512MiB"]),
     "negative memory": Mistake(f"aggregate good.safetensors {OUT} --memory=-5", ["--memory", "'-5'", "512MiB"]),
     "unknown unit": Mistake(f"aggregate good.safetensors {OUT} --memory 5pounds", ["--memory", "'5pounds'", "512MiB"]),
+    "memory in two numbers": Mistake(f"aggregate good.safetensors {OUT} --memory 1,5GiB", ["--memory", "'1,5GiB'", "like 512MiB"]),
+    "memory and words": Mistake(f"aggregate good.safetensors {OUT} --memory 512MiB\0each", ["'512MiB each'", "nothing else, like 512MiB"]),
+    "no memory": Mistake(f"aggregate good.safetensors {OUT} --memory 0", ["--memory", "0 bytes of memory are not enough"]),
+    "plan of a half": Mistake("plan --size 2GB/2 --clients 2", ["--size", "'2GB/2'", "like 512MiB", "plan --help"]),
+    "plan with a comma": Mistake("plan --size 14,5GB --clients 2", ["--size", "'14,5GB'", "like 512MiB"]),
+    "plan of several": Mistake("plan --size 10\0GB\0x\0" + "20 --clients 2", ["--size", "'10 GB x 20'", "like 512MiB"]),
+    "plan without memory": Mistake("plan --size 1GB --clients 2 --memory 0B", ["--memory", "0 bytes of memory are not enough"]),
     "endless memory": Mistake(f"aggregate good.safetensors {OUT} --memory {'9' * 400}GB", ["--memory", "512MiB"]),
     "more shards than elements": Mistake(f"aggregate good.safetensors {OUT} --shards 3", ["3 shards", "2 elements", "use 1 to 2"]),
     **{

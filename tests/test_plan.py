@@ -7,12 +7,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gradsharding.errors import PlanTooLarge
+from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.kernel import SCRATCH
 from gradsharding.layout import ITEM_SIZE, Layout
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.reading import STAGING
 from gradsharding.round import Manifest
+from gradsharding.sizes import size
 from gradsharding.task import RESERVED, Term
 from gradsharding.topology import flat, sharded
 
@@ -82,7 +83,71 @@ def test_digest() -> None:
 )
 def test_limits(text: str | int, expected: int) -> None:
     """Memory is a number of bytes, or text with a unit."""
-    assert expected == Limits(memory=text).memory  # type: ignore[arg-type]
+    assert expected == Limits(memory=text).memory
+
+
+def test_json_limits() -> None:
+    """Limits go to JSON and back, as a number of bytes."""
+    limits = Limits(memory="2GB", concurrency=7)
+
+    assert limits == Limits.model_validate_json(limits.model_dump_json())
+    assert '{"memory":2000000000,"concurrency":7}' == limits.model_dump_json()
+
+
+ODD_SIZES = [
+    "", " ", "MiB", "14,5GB", "1.024,5MB", "2GB/2", "500MB and more", "10 GB x 20", "1,024MB", "0x10", "1e9", "5 ", "-5", "5pounds",
+    "1.GB", ".5GB", "1.5.5GB", "5  GB", "5\tGB", "5GB ", " 5GB", "5GB\n", "5K", "5M", "5Gb/s", "5 G B", "٥GB", "5KB", "９GB", "inf", "nan",
+    "9" * 21, "9" * 5000 + "GB", "1." + "0" * 21,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_SIZES, ids=lambda text: ascii(text)[:20])
+def test_no_size(text: str) -> None:
+    """Whatever is not a number with one unit is refused whole, with examples of what is meant."""
+    with pytest.raises(UserError, match=r"is not a size; write a number, a unit and nothing else, like 512MiB, 2GB or 80.5 MiB$"):
+        Limits(memory=text)
+
+
+BYTES = {
+    "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "": 1,
+}  # fmt: skip
+"""Bytes of a unit (IEC 80000-13)."""
+
+
+@given(
+    whole=st.integers(0, 10**20 - 1), part=st.none() | st.text("0123456789", min_size=1, max_size=20),
+    unit=st.sampled_from(["", *(space + unit for space in ("", " ") for unit in BYTES if unit)]),
+)  # fmt: skip
+def test_sizes_are_exact(whole: int, part: str | None, unit: str) -> None:
+    """A size is read by the rules of decimal numbers, to the byte, however large it is; a part of a byte is dropped."""
+    bytes_each = BYTES[unit.strip()]
+    text = f"{whole}{f'.{part}' if part else ''}{unit}"
+
+    assert whole * bytes_each + (int(part) * bytes_each // 10 ** len(part) if part else 0) == size(text) == size(text.upper())
+
+
+@given(text=st.text(st.sampled_from("0123456789.,kKMGTiBb \nx/K٥"), max_size=8) | st.text(max_size=8))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    """Text is a size if what is left without its unit is a plain decimal number; any other is refused."""
+    number = text
+    for unit in sorted(BYTES, key=len, reverse=True):
+        if unit and text.isascii() and text.lower().endswith(unit.lower()):
+            number = text[: -len(unit)].removesuffix(" ")
+            break
+    digits, dot, rest = number.partition(".")
+    plain = all(part and set(part) <= set("0123456789") for part in (digits, *([rest] if dot else [])))
+    if plain:
+        assert size(text) >= int(digits)
+    else:
+        with pytest.raises(UserError, match="is not a size"):
+            size(text)
+
+
+@pytest.mark.parametrize("memory", [0, -1, "0", "0B", "0.0 MiB", "0.9B"])
+def test_no_memory(memory: str | int) -> None:
+    """No function runs in no memory."""
+    with pytest.raises(UserError, match=r"bytes of memory are not enough for anything; allow more, like 512MiB or 2GB$"):
+        Limits(memory=memory)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +156,7 @@ def test_limits(text: str | int, expected: int) -> None:
 def test_mib(count: int, expected: str) -> None:
     """Bytes are written in MiB, rounded up: whoever allows what is written allows enough."""
     assert expected == mib(count)
-    assert count <= Limits(memory=mib(count)).memory  # type: ignore[arg-type]
+    assert count <= size(mib(count))
 
 
 def test_fits() -> None:
@@ -111,7 +176,7 @@ def test_too_little_memory_for_anything() -> None:
     plan = flat(manifest({"w": ("F32", 10)}), Limits())
 
     with pytest.raises(PlanTooLarge, match=r"a function needs 72.0 MiB before its first byte: allow more memory"):
-        plan.check(Limits(memory="64MiB"))  # type: ignore[arg-type]
+        plan.check(Limits(memory="64MiB"))
 
 
 def test_more_shards_than_there_may_be() -> None:
@@ -153,7 +218,7 @@ def test_remedy_works(lengths: dict[str, int], weight: int, room: int, shards: i
         sharded(sealed, limits, shards=int(advised[1])).check(limits)
     allowed = re.search(r"allow ([\d.]+ MiB)$", caught.value.message)
     assert allowed
-    plan.check(Limits(memory=allowed[1]))  # type: ignore[arg-type]
+    plan.check(Limits(memory=allowed[1]))
 
 
 @given(lengths=st.dictionaries(st.sampled_from(sorted(ITEM_SIZE)), st.integers(0, MIB), min_size=1), room=st.integers(1 * MIB, 40 * MIB))
@@ -167,8 +232,8 @@ def test_default_shards_fit(lengths: dict[str, int], room: int) -> None:
 def test_large_model() -> None:
     """A plan for 700 billion parameters is made and refused, or not, in no time: it is numbers only."""
     sealed = manifest({"w": ("BF16", 700 * 10**9)}, (1,) * 10)
-    plan = sharded(sealed, Limits(memory="1GiB"))  # type: ignore[arg-type]
+    plan = sharded(sealed, Limits(memory="1GiB"))
 
-    plan.check(Limits(memory="1GiB"))  # type: ignore[arg-type]
+    plan.check(Limits(memory="1GiB"))
     assert 10 * 1_400 * 10**9 == plan.bytes_read
     assert np.isclose(len(plan.tasks), 1_400 * 10**9 / plan.tasks[0].nbytes, rtol=1e-3)

@@ -1,0 +1,32 @@
+"""A size is written as a number and, if it is not bytes, one unit, such as 512MiB, 2GB or 80.5 MiB; nothing may follow."""
+
+import re
+from fractions import Fraction
+
+from gradsharding.errors import UserError
+
+UNITS = {unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))} | {
+    unit: 1024**power for power, unit in enumerate(("b", "kib", "mib", "gib", "tib"))
+}
+"""Bytes of each unit, in small letters; capitals mean the same."""
+
+_SIZE = re.compile(rf"([0-9]{{1,20}}(?:\.[0-9]{{1,20}})?)(?: ?({'|'.join(UNITS)}))?", re.ASCII | re.IGNORECASE)
+
+
+def size(text: str) -> int:
+    """Read a size, in bytes: the part of a byte that a fraction may leave is dropped. Raise UserError.
+
+    >>> size("512MiB"), size("2 GB"), size("0.5kB"), size("4096")
+    (536870912, 2000000000, 500, 4096)
+    """
+    parts = _SIZE.fullmatch(text)
+    if not parts:
+        raise UserError(f"{text[:40]!r} is not a size; write a number, a unit and nothing else, like 512MiB, 2GB or 80.5 MiB")
+    return int(Fraction(parts[1]) * UNITS[(parts[2] or "b").lower()])
+
+
+def some(nbytes: int) -> int:
+    """Give a size back if it is more than nothing; raise UserError."""
+    if nbytes <= 0:
+        raise UserError(f"{nbytes} bytes of memory are not enough for anything; allow more, like 512MiB or 2GB")
+    return nbytes
