@@ -29,7 +29,7 @@ WORKERS = 2
 BLOCK = 32_768
 """Elements per step of the numpy rival: its three buffers fit the second-level cache."""
 
-OURS, EXACT = (f"{name}/rounds/vgg16/result.safetensors" for name in ("ours", "exact"))
+OURS, EXACT = (f"{name}/results/vgg16.safetensors" for name in ("ours", "exact"))
 FLOWERS, NUMPYS = "flower.safetensors", "numpy.safetensors"
 """Where each leaves its result."""
 

@@ -88,7 +88,7 @@ def run(name: str, number: int, store: DirectoryStore, weights: dict[str, float]
     }
     for figure in ("gets", "puts", "bytes_read", "bytes_written"):
         assert figures[figure] <= getattr(plan, figure), f"{name}: {figures[figure]} {figure} were counted, {getattr(plan, figure)} planned"
-    store.delete([key for key, _ in store.list(f"rounds/{round_.id}/")])
+    store.delete([*(key for key, _ in store.list(round_.key(""))), round_.output])
     return figures
 
 

@@ -14,6 +14,7 @@
     ├── MissingObject (FileNotFoundError) no object under this key
     ├── ObjectExists (FileExistsError)    create-if-absent found one
     ├── ChangedObject                     the object is not the version that was sealed
+    ├── InvalidRecord                     a round's record is of a later release, foreign, or damaged
     ├── IncompleteUpload                  parts are missing; the object was not published
     ├── StoreFailed                       a store could not be reached, or failed, after several attempts
     ├── VerificationFailed                a published result is not what its updates make
@@ -137,6 +138,10 @@ class ChangedObject(GradShardingError):
     """The object is no longer the version that was pinned."""
 
 
+class InvalidRecord(GradShardingError):
+    """A record in a store is not one that this release can read; ``details["place"]`` says which."""
+
+
 class IncompleteUpload(GradShardingError):
     """A multipart upload was completed with parts missing or overlapping."""
 
@@ -173,6 +178,15 @@ def naming(client: str) -> Iterator[None]:
 def _few(clients: Sequence[str]) -> str:
     """Name clients, the first ten of them."""
     return ", ".join(clients[:10]) + (f" and {len(clients) - 10} more" if len(clients) > 10 else "")
+
+
+def shown(value: object, most: int = 40) -> str:
+    """Write any value, cut after ``most`` letters."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a foreign repr, or an integer of more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

@@ -6,8 +6,8 @@ rounds/ID/receipts/CLIENT.json    one client's contribution
 rounds/ID/manifest.json           sealed: the contributions, frozen
 rounds/ID/plan.json               the plan, and the upload its parts go to
 rounds/ID/partials/…              sums that one function leaves for another, until the result is there
-rounds/ID/result.safetensors      unless the round names another place
 rounds/ID/result.json             published: the last object, and the only one that says "done"
+results/ID.safetensors            the result, unless the round names another place: it outlives the round's other objects
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -32,15 +33,16 @@ from gradsharding.errors import (
     ObjectExists,
     TooFewClients,
     UserError,
+    shown,
 )
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan
+from gradsharding.record import Record, read_record
 from gradsharding.store import ObjectStore, exists, locate
 from gradsharding.task import NonFinitePolicy, Term
 from gradsharding.update import Raw, Update, data_digest, encode, inspect, inspection
 from gradsharding.usage import SHARED, Usage, together
-from gradsharding.value import Value
 from gradsharding.weights import check_weight, integral_weights
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
@@ -52,17 +54,17 @@ UNCHANGING = {"round.json", "manifest.json"}
 RECORD = 2 << 10
 """Bytes that bound a record which does not grow with the round: a receipt, a plan's."""
 
-_V = TypeVar("_V", bound=Value)
+_R = TypeVar("_R", bound=Record)
 
 
-class RoundRecord(Value):
+class RoundRecord(Record):
     """Where a round's result goes: a key of its store, or a URL."""
 
     id: str
     output: str
 
 
-class Receipt(Value):
+class Receipt(Record):
     """One client's contribution: where its update lies, pinned by version, and how much it weighs."""
 
     client: str
@@ -74,7 +76,7 @@ class Receipt(Value):
     """Digest of the update's layout."""
 
 
-class Manifest(Value):
+class Manifest(Record):
     """The contributions of a round, frozen: clients sorted by id, weights as integers."""
 
     round: str
@@ -92,7 +94,7 @@ class Manifest(Value):
 
         Raise TooFewClients if there is none, DuplicateClient, LayoutMismatch naming the tensor that differs, InvalidId, InvalidWeight.
         """
-        sorted_ = sorted(given, key=lambda one: one.client)
+        sorted_ = sorted(given, key=lambda one: check_id(one.client))
         if not sorted_:
             raise TooFewClients(f"round {round_id} has no update to aggregate; submit at least one")
         first = sorted_[0]
@@ -100,7 +102,7 @@ class Manifest(Value):
             if one.client == other.client:
                 raise DuplicateClient(f"client {one.client} is given twice in round {round_id}; use one id per client")
             first.update.layout.require_same(other.update.layout, first.client, other.client)
-        weights = integral_weights({check_id(one.client): one.weight for one in sorted_})
+        weights = integral_weights({one.client: one.weight for one in sorted_})
         terms = (
             Term(client=one.client, source=one.source, version=one.update.stat.version, base=one.update.base, weight=weights[one.client])
             for one in sorted_
@@ -118,7 +120,7 @@ class Contribution(NamedTuple):
     weight: float
 
 
-class PlanRecord(Value):
+class PlanRecord(Record):
     """Which plan is under way, by digest, and the multipart upload that collects its parts."""
 
     topology: str
@@ -128,7 +130,7 @@ class PlanRecord(Value):
     upload: str
 
 
-class ResultRecord(Value):
+class ResultRecord(Record):
     """A published result: one safetensors object."""
 
     source: str
@@ -174,70 +176,99 @@ class Round:
 
     store: ObjectStore
     id: str
-    _known: dict[str, Value] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known: dict[str, Record] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Records that never change, by name."""
     _found: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
     """Those that were there when this handle would have written them."""
 
+    def __post_init__(self) -> None:
+        """Raise InvalidId for what may not become part of a key."""
+        check_id(self.id)
+
     @classmethod
     def create(cls, store: ObjectStore, id: str, *, output: str | None = None) -> Self:  # noqa: A002
-        """Create a round, or find it if it was created alike; ``output`` is a reference, by default a key of the round."""
-        round_ = cls(store, check_id(id))
-        record = RoundRecord(id=id, output=output or round_.key("result.safetensors"))
-        found = round_._create("round.json", record)
-        if found != record:
-            raise ObjectExists(f"round {id} exists and writes to {found.output}, not {record.output}; use another id")
+        """Create a round, or find it if it was created alike; ``output`` is a reference, by default ``results/ID.safetensors``.
+
+        Raise InvalidId, or ObjectExists if the round is there and writes to another place.
+        """
+        round_ = cls(store, id)
+        found = round_._create("round.json", RoundRecord(id=id, output=output or round_.result_key()))
+        due = [output] if output else [round_.result_key(), round_.key("result.safetensors")]  # the first releases wrote to the second
+        if found.output not in due:
+            raise ObjectExists(f"round {id} exists and writes to {found.output}, not {due[0]}; use another id")
         return round_
 
     def key(self, name: str) -> str:
         """Key of one of the round's objects."""
         return f"rounds/{self.id}/{name}"
 
+    def result_key(self) -> str:
+        """Key under which a result belongs: beside the rounds, which a store may clear away after some days."""
+        return f"results/{self.id}.safetensors"
+
     def update_key(self, client: str) -> str:
         """Key under which a client's update belongs."""
         return self.key(f"updates/{check_id(client)}.safetensors")
 
     def submit(self, client: str, arrays: Mapping[str, "npt.NDArray[Any] | Raw"], weight: float) -> Receipt:
-        """Write a client's arrays as one object, and its receipt; the same again, after a crash say, changes nothing."""
-        check_weight(weight, client)
-        key, (layout, data) = self.update_key(client), encode(arrays)
+        """Write a client's arrays as one object, and its receipt; the same again, after a crash say, changes nothing.
+
+        Raise InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient if the client gave another update, or UserError if the round is
+        sealed without the client.
+        """
+        key, weight = self.update_key(client), check_weight(weight, client)
+        layout, data = encode(arrays)
+        self._require_not_left_out(client)
         try:
             stat = self.store.put(key, data)
         except ObjectExists:
             stat = self.store.head(key)
             if _digest(self.store.get(key, 0, stat.size)) != _digest(data):
                 raise DuplicateClient(f"client {client} has an update in round {self.id} already; the first one stays") from None
-        return self.refer(client, key, weight, update=Update(layout, memoryview(data[0]).nbytes, stat))
+        return self._receive(client, key, weight, Update(layout, memoryview(data[0]).nbytes, stat))
 
     def refer(self, client: str, source: str, weight: float, *, version: str | None = None, update: Update | None = None) -> Receipt:
         """Record an update that is already in a store. ``source`` is a reference; only its header is read.
 
         ``update`` is what ``inspect`` said of it, where that is known. Raise ChangedObject if the object is not at
-        ``version``, DuplicateClient if the client gave another update.
+        ``version``, DuplicateClient if the client gave another update, UserError if the round is sealed without the client, be it
+        meanwhile.
         """
-        name, weight = f"receipts/{check_id(client)}.json", check_weight(weight, client)
-        if exists(self.store, self.key("manifest.json")) and not exists(self.store, self.key(name)):
-            raise UserError(f"round {self.id} is sealed, and client {client} is not in it; submit to the next round")
-        layout, base, stat = update or inspect(source, self.store)
-        if version not in (None, stat.version):
-            raise ChangedObject(f"{source} of client {client} is at version {stat.version}, not {version}: it was written again")
+        check_id(client)
+        weight = check_weight(weight, client)
+        self._require_not_left_out(client)
+        update = update or inspect(source, self.store)
+        if version not in (None, update.stat.version):
+            raise ChangedObject(f"{source} of client {client} is at version {update.stat.version}, not {version}: it was written again")
+        return self._receive(client, source, weight, update)
+
+    def _receive(self, client: str, source: str, weight: float, update: Update) -> Receipt:
+        """Record an update, and see that the round was not sealed meanwhile."""
+        layout, base, stat = update
         receipt = Receipt(client=client, source=source, version=stat.version, base=base, weight=weight, layout=layout.digest)
-        if self._create(name, receipt) != receipt:
+        if self._create(f"receipts/{client}.json", receipt) != receipt:
             raise DuplicateClient(f"client {client} is in round {self.id} already, with another update or weight; use one id per client")
+        self._require_not_left_out(client)
         return receipt
+
+    def _require_not_left_out(self, client: str) -> None:
+        """Raise UserError if the round is sealed without the client, whatever receipt it has: the manifest decides."""
+        if (manifest := self.sealed()) and client not in {term.client for term in manifest.terms}:
+            raise UserError(f"round {self.id} is sealed, and client {client} is not in it; submit to the next round")
 
     def receipts(self) -> list[Receipt]:
         """All receipts, sorted by client."""
         keys = [key for key, _ in self.store.list(self.key("receipts/"))]
-        found = (Receipt.model_validate_json(data) for _, data in self.store.fetch(keys))
+        found = (read_record(Receipt, data, self._place(key)) for key, data in self.store.fetch(keys))
         return sorted(found, key=lambda receipt: receipt.client)
 
     def seal(self, *, leave_out: Iterable[str] = ()) -> Manifest:
         """Freeze the set of contributions; a sealed round stays as it is.
 
-        Raise TooFewClients if there is none, LayoutMismatch naming the tensor that differs, InvalidWeight.
+        ``leave_out`` has the ids of clients that should not be in it. Raise TooFewClients if there is none, LayoutMismatch naming the
+        tensor that differs, InvalidWeight, or InvalidRecord naming a receipt that is none.
         """
-        return self.sealed() or self._collect(leave_out)
+        return self.sealed() or self._collect(check_ids(leave_out))
 
     def sealed_by(self) -> tuple[Manifest, dict[str, Usage]]:
         """Seal; give the manifest, and what getting it and the round's own record takes, reckoned: not what was counted."""
@@ -247,15 +278,14 @@ class Round:
             return self.seal(), {home.kind: itself}
         if found := self.sealed():
             return found, {home.kind: itself + Usage(gets=1, bytes_read=found.json_bytes)}
-        manifest = self._collect(())
+        manifest = self._collect(frozenset())
         clients, size = len(manifest.terms), manifest.json_bytes
         records = itself + Usage(gets=1 + clients, puts=1, bytes_read=clients * RECORD + size, bytes_written=size) + home.list(clients)
         where = locate(manifest.terms[0].source, self.store)[0].charges.kind
         return manifest, together({home.kind: records}, {where: inspection(len(manifest.layout.header()), manifest.layout.nbytes)})
 
-    def _collect(self, leave_out: Iterable[str]) -> Manifest:
-        excluded = set(leave_out)
-        receipts = [receipt for receipt in self.receipts() if receipt.client not in excluded]
+    def _collect(self, leave_out: AbstractSet[str]) -> Manifest:
+        receipts = [receipt for receipt in self.receipts() if receipt.client not in leave_out]
         if not receipts:
             raise TooFewClients(f"round {self.id} has no update to aggregate; submit at least one")
         first = receipts[0]
@@ -370,7 +400,7 @@ class Round:
         """Names of the records that this handle would have written, and that were there, from an earlier call say."""
         return frozenset(self._found)
 
-    def _create(self, name: str, value: _V) -> _V:
+    def _create(self, name: str, value: _R) -> _R:
         """Create a record; where there is one already, that one holds."""
         try:
             self.store.put(self.key(name), [value.model_dump_json().encode()])
@@ -379,19 +409,23 @@ class Round:
             return self._read(name, type(value))
         return self._keep(name, value)
 
-    def _find(self, name: str, kind: type[_V]) -> _V | None:
+    def _find(self, name: str, kind: type[_R]) -> _R | None:
         try:
             return self._read(name, kind)
         except MissingObject:
             return None
 
-    def _read(self, name: str, kind: type[_V]) -> _V:
+    def _read(self, name: str, kind: type[_R]) -> _R:
         if isinstance(known := self._known.get(name), kind):
             return known
         [(_, data)] = self.store.fetch([self.key(name)])
-        return self._keep(name, kind.model_validate_json(data))
+        return self._keep(name, read_record(kind, data, self._place(self.key(name))))
 
-    def _keep(self, name: str, value: _V) -> _V:
+    def _place(self, key: str) -> str:
+        """Say where a record lies."""
+        return f"{key!r} in {self.store.url}"
+
+    def _keep(self, name: str, value: _R) -> _R:
         if name in UNCHANGING:
             self._known[name] = value
         return value
@@ -404,8 +438,17 @@ def _digest(data: Iterable[Buffer]) -> bytes:
     return sha.digest()
 
 
-def check_id(name: str) -> str:
+def check_id(name: object) -> str:
     """Give an id back if it may become part of a key; raise InvalidId."""
+    if not isinstance(name, str):
+        raise InvalidId(f"{shown(name)} is not an id but of type {type(name).__name__}; ids are text: convert it, by str() say")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
-        raise InvalidId(f"{name!r} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
+        raise InvalidId(f"{shown(name, 100)} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
     return name
+
+
+def check_ids(names: object) -> frozenset[str]:
+    """Give several ids back as a set; raise InvalidId, for a text too, whose letters nobody means."""
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        raise InvalidId(f"{shown(names)} should be several ids; write ['ann', 'bob'], say")
+    return frozenset(map(check_id, names))

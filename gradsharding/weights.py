@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from gradsharding.errors import InvalidWeight
+from gradsharding.errors import InvalidWeight, shown
 
 MAX_WEIGHT = 1 << 53
 """The weights of a round sum to at most this: float64 holds every integer up to here."""
@@ -19,7 +19,9 @@ def check_weight(weight: float, client: str) -> float:
     """Give a weight back, as a plain number, if it is positive and at most 2**53; raise InvalidWeight."""
     number = weight.item() if isinstance(weight, np.generic) else weight
     if type(number) not in (int, float) or not 0 < number <= MAX_WEIGHT:
-        raise InvalidWeight(f"client {client} has weight {weight}; use a positive number up to 2**53, such as its number of examples")
+        raise InvalidWeight(
+            f"client {client} has weight {shown(number)}; use a positive number up to 2**53, such as its number of examples"
+        )
     return number
 
 

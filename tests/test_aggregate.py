@@ -226,7 +226,7 @@ def test_input_changes_after_the_seal(tmp_path: Path, executor: Executor) -> Non
         aggregate(round_, executor=executor)
     assert "b" == caught.value.details["client"]
     assert None is round_.result()
-    assert "rounds/r/result.safetensors" not in dict(store.list(""))
+    assert "results/r.safetensors" not in dict(store.list(""))
 
 
 def test_output_is_taken(tmp_path: Path) -> None:
@@ -320,12 +320,12 @@ def test_crash_at_every_call(tmp_path: Path, kind: Any, when: str) -> None:
 
 def parts_done(store: ObjectStore) -> set[int]:
     """Tell which parts a dead run has left: all, if it had published the object."""
-    if "rounds/r/result.safetensors" in dict(store.list("")):
+    if "results/r.safetensors" in dict(store.list("")):
         return {1, 2, 3, 4}
     if "rounds/r/plan.json" not in dict(store.list("")):
         return set()
     record = PlanRecord.model_validate_json(read(store, "rounds/r/plan.json"))
-    return set(store.parts("rounds/r/result.safetensors", record.upload))
+    return set(store.parts("results/r.safetensors", record.upload))
 
 
 def test_lost_upload() -> None:

@@ -139,7 +139,7 @@ def test_result_carries_its_digest() -> None:
         result = aggregate(submitted(narrow(3), store, arithmetic), arithmetic=arithmetic)
         found[arithmetic] = json.loads(read(store, f"rounds/{arithmetic}/result.json"))
         assert result.record == ResultRecord.model_validate_json(read(store, f"rounds/{arithmetic}/result.json"))
-    data = read(store, "rounds/exact/result.safetensors")[len(result.record.layout.header()) :]
+    data = read(store, "results/exact.safetensors")[len(result.record.layout.header()) :]
     before = {key: value for key, value in found["float64"].items() if key not in ("arithmetic", "digest")}
 
     assert ("exact", hashlib.sha256(data).hexdigest()) == (found["exact"]["arithmetic"], found["exact"]["digest"])

@@ -97,7 +97,7 @@ def digest(arithmetic: Arithmetic, topology: str, weights: str, elements: int) -
     for i, weight in enumerate(WEIGHTS[weights]):
         round_.submit(f"client-{i}", update(f"client-{i}", elements, arithmetic), weight)
     aggregate(round_, topology=TOPOLOGIES[topology], arithmetic=arithmetic, limits=Limits(memory=1 << 30))
-    return hashlib.sha256(read(round_.store, "rounds/r/result.safetensors")).hexdigest()
+    return hashlib.sha256(read(round_.store, round_.output)).hexdigest()
 
 
 @pytest.mark.parametrize(("arithmetic", "topology"), [(a, t) for a in ("float64", "exact") for t in TOPOLOGIES])
@@ -116,7 +116,7 @@ def test_processes(tmp_path: Path) -> None:
         round_.submit(f"client-{i}", update(f"client-{i}", 4097, "exact"), weight)
     aggregate(round_, topology=TOPOLOGIES["sharded:7"], arithmetic="exact", executor=ProcessExecutor(2))
 
-    found = hashlib.sha256(read(round_.store, "rounds/r/result.safetensors")).hexdigest()
+    found = hashlib.sha256(read(round_.store, round_.output)).hexdigest()
     assert json.loads(TABLE.read_text())["exact sharded:7 examples 4097"] == found
 
 

@@ -57,7 +57,7 @@ def test_evaluate_sees_each_rounds_model() -> None:
 
 def test_arrays_are_read_when_used_and_once() -> None:
     """A run without ``evaluate_fn`` reads no model on the server; ``result.arrays`` does, when it is first used."""
-    store = CountingStore(MemoryStore(), only=lambda key: key.endswith("-0/result.safetensors"))
+    store = CountingStore(MemoryStore(), only=lambda key: key.startswith("results/") and key.endswith("-0.safetensors"))
     result = sharding(store).start(grid_of(), record(initial()), num_rounds=2)
     assert 0 == store.bytes_read
     assert averaged(NODES, 2, averaged(NODES, 1, initial())).keys() == result.arrays.keys()
@@ -100,7 +100,7 @@ def test_initial_model_by_reference(tmp_path: Path) -> None:
     result = sharding(store).start(grid_of(), reference, num_rounds=2)
     assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
     assert path.exists()
-    assert ["result.safetensors"] * 2 == [name.rpartition("/")[2] for name in files(elsewhere.root)]
+    assert ["results"] * 2 == [name.partition("/")[0] for name in files(elsewhere.root)]
 
 
 def test_a_model_that_changed_is_not_loaded(tmp_path: Path, flower_log: pytest.LogCaptureFixture) -> None:
@@ -170,7 +170,7 @@ def test_keep_keeps_all(tmp_path: Path) -> None:
     sharding(tmp_path, keep=True).start(grid_of(), record(initial()))
     left = list(tmp_path.rglob("*.safetensors"))
     assert 3 * len(NODES) == sum(path.parent.name == "updates" for path in left)
-    assert 1 + 3 == sum(path.name == "result.safetensors" for path in left)
+    assert 1 + 3 == sum(path.parent.name == "results" for path in left)
     assert all(set(safetensors.numpy.load_file(path)) == set(initial()) for path in left)
 
 

@@ -74,10 +74,10 @@ def test_average_is_the_reference_bit_for_bit(make: Callable[[], FedAvg]) -> Non
     """Each round's average has the bits of a float64 mean of the stored updates, in the order of the node ids."""
     strategy = sharding(store := MemoryStore(), make(), keep=True)
     strategy.start(grid_of(), record(initial()))
-    averages = [key for key, _ in store.list("rounds/") if key.endswith("-0/result.safetensors")]
+    averages = [key for key, _ in store.list("results/") if key.endswith("-0.safetensors")]
     assert 3 == len(averages)
     for average in averages:
-        updates = average.removesuffix("-0/result.safetensors") + "/updates"
+        updates = f"rounds/{average.removeprefix('results/').removesuffix('-0.safetensors')}/updates"
         given = {client_id(node): (load(f"{updates}/{client_id(node)}.safetensors", store), weight_of(node)) for node in NODES}
         assert_same(reference_mean(given), load(average, store))
 

@@ -14,6 +14,8 @@ from gradsharding import worker
 from gradsharding.aws.client import code_of
 from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.s3 import S3Store
+from gradsharding.round import Round
+from gradsharding.store import MemoryStore
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
@@ -146,6 +148,16 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
 def test_alarms_are_as_many_as_are_billed() -> None:
     """What ``deploy`` says of the cost of leaving it up counts the template's alarms."""
     assert ALARMS == sum(one["Type"] == "AWS::CloudWatch::Alarm" for one in resources().values())
+
+
+def test_no_rule_deletes_results() -> None:
+    """A round's result lies below no prefix that a rule of the template expires; its records and updates do."""
+    round_ = Round.create(MemoryStore(), "r")
+    rules = [rule for rule in resources()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"] if "ExpirationInDays" in rule]
+    expiring = tuple(rule["Prefix"].removeprefix("${Prefix}/") for rule in rules)
+
+    assert not round_.output.startswith(expiring)
+    assert all(key.startswith(expiring) for key in (round_.key("round.json"), round_.update_key("a")))
 
 
 @pytest.mark.slow

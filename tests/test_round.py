@@ -1,5 +1,6 @@
 """A round is its records: each is created once, and says who gave what."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradsharding.aggregate import aggregate
 from gradsharding.errors import (
     ChangedObject,
     DuplicateClient,
     InvalidId,
+    InvalidRecord,
     InvalidUpdate,
     InvalidWeight,
     LayoutMismatch,
@@ -20,13 +23,14 @@ from gradsharding.errors import (
     ObjectExists,
     TooFewClients,
     UserError,
+    shown,
 )
 from gradsharding.plan import Limits
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, MemoryStore, file_reference
+from gradsharding.round import Contribution, Manifest, Round, check_id
+from gradsharding.store import DirectoryStore, MemoryStore, Stat, file_reference
 from gradsharding.testing import CountingStore, FlakyStore
 from gradsharding.topology import sharded
-from gradsharding.update import encode
+from gradsharding.update import encode, inspect
 from gradsharding.weights import MAX_WEIGHT, integral_weights
 
 W = {"w": np.array([1, 2, 3], "f4")}
@@ -60,12 +64,49 @@ def test_bad_ids(round_: Round, name: str) -> None:
     assert ["rounds/r/round.json"] == [key for key, _ in round_.store.list("")]
 
 
+NO_TEXT: list[Any] = [None, 7, 1.5, True, b"ann", ["ann"], ("a", "b"), object(), np.int64(7), 10**5000]
+
+
+@pytest.mark.parametrize("name", NO_TEXT, ids=lambda name: shown(name, 20))
+def test_ids_that_are_no_text(round_: Round, name: Any) -> None:
+    """What is not even text is refused by its type, with what to do, wherever an id is taken; nothing is written."""
+    store = MemoryStore()
+    store.put("a", encode(W)[1])
+    update = inspect("a", store)
+    takes: list[Callable[[], object]] = [
+        lambda: Round(MemoryStore(), name),
+        lambda: Round.create(MemoryStore(), name),
+        lambda: round_.submit(name, W, 1),
+        lambda: round_.refer(name, "a", 1),
+        lambda: round_.seal(leave_out=["ann", name]),
+        lambda: round_.update_key(name),
+        lambda: Manifest.of("r", [Contribution("ann", "a", update, 1), Contribution(name, "a", update, 1)]),
+        lambda: check_id(name),
+    ]
+    for take in takes:
+        with pytest.raises(InvalidId, match=rf"is not an id but of type {type(name).__name__}; ids are text: convert it, by str\(\) say$"):
+            take()
+    assert ["rounds/r/round.json"] == [key for key, _ in round_.store.list("")]
+
+
+@pytest.mark.parametrize("names", ["ann", b"ann", None, 7])
+def test_one_id_in_the_place_of_several(round_: Round, names: Any) -> None:
+    """A text, whose letters are no clients, is refused where ids should be: nobody is left out by mistake, or stays."""
+    for client in ("a", "ann", "n"):
+        round_.submit(client, W, 1)
+
+    with pytest.raises(InvalidId, match=r"should be several ids; write \['ann', 'bob'\], say"):
+        round_.seal(leave_out=names)
+    assert None is round_.sealed()
+
+
 GOOD_WEIGHTS: list[Any] = [
     1, 7, 1.0, 0.1, 1e-300, 5e-324, MAX_WEIGHT, float(MAX_WEIGHT), np.float64(2.5), np.float32(2.5), np.int64(7), np.uint8(7),
 ]  # fmt: skip
 BAD_WEIGHTS: list[Any] = [
     0, 0.0, -0.0, -1, -0.5, -1e-300, -MAX_WEIGHT, math.inf, -math.inf, math.nan, -math.nan,
-    MAX_WEIGHT + 1, 1 << 60, 1 << 64, 10**400, -(10**400), 1e300, 9.1e15, float(MAX_WEIGHT) * 2, True, False,
+    MAX_WEIGHT + 1, 1 << 60, 1 << 64, 10**400, -(10**400), 10**5000, np.float64("nan"), np.bool_(True),
+    1e300, 9.1e15, float(MAX_WEIGHT) * 2, True, False,
     None, "1", "", b"1", [], [1], {}, (), 1j, Fraction(1, 2), object(),
 ]  # fmt: skip
 
@@ -76,7 +117,7 @@ def test_weights(round_: Round, weight: float) -> None:
     assert weight == round_.submit("ann", W, weight).weight
 
 
-@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=lambda weight: repr(weight)[:20])
+@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=lambda weight: shown(weight, 20))
 def test_bad_weights(round_: Round, weight: Any) -> None:
     """Anything else raises InvalidWeight, which names the client, before anything is written."""
     with pytest.raises(InvalidWeight, match="client ann has weight"):
@@ -123,8 +164,117 @@ def test_weights_too_far_apart(weights: list[float]) -> None:
 def test_create_twice(round_: Round) -> None:
     """A round that is created again is the same round, unless its result should go elsewhere."""
     assert round_ == Round.create(round_.store, "r")
-    with pytest.raises(ObjectExists, match=r"round r exists and writes to rounds/r/result\.safetensors, not elsewhere"):
+    with pytest.raises(ObjectExists, match=r"round r exists and writes to results/r\.safetensors, not elsewhere"):
         Round.create(round_.store, "r", output="elsewhere")
+
+
+def test_result_outlives_the_round(round_: Round) -> None:
+    """A result lies beside the rounds, so that what clears them away leaves it."""
+    assert "results/r.safetensors" == round_.output
+    assert not round_.output.startswith("rounds/")
+
+
+def test_rounds_of_earlier_releases() -> None:
+    """Records without a format, whose result lies among them, are read, found by ``create``, and written to as they say."""
+    store = MemoryStore()
+    layout, data = encode(W)
+    stat = store.put("rounds/r/result.safetensors", data)
+    update = store.put("rounds/r/updates/ann.safetensors", data)
+    said: dict[str, Any] = {
+        "round": {"id": "r", "output": "rounds/r/result.safetensors"},
+        "receipts/ann": {
+            "client": "ann", "source": "rounds/r/updates/ann.safetensors", "version": update.version, "base": len(data[0]), "weight": 2,
+            "layout": layout.digest,
+        },
+        "result": {
+            "source": "rounds/r/result.safetensors", "version": stat.version, "clients": ["ann"], "weight": 2, "arithmetic": "float64",
+            "layout": json.loads(layout.model_dump_json()), "digest": None,
+        },
+    }  # fmt: skip
+    for name, fields in said.items():
+        store.put(f"rounds/r/{name}.json", [json.dumps(fields).encode()])
+    round_ = Round.create(store, "r")
+    record = round_.result()
+
+    assert "rounds/r/result.safetensors" == round_.output
+    assert record
+    assert (stat.version, ("ann",), 1) == (record.version, record.clients, record.format)
+    assert ["ann"] == [term.client for term in round_.seal().terms]
+    assert W["w"].tolist() == aggregate(round_).arrays()["w"].tolist()
+
+
+RECORDS = ("round", "receipts/ann", "manifest", "plan", "result")
+"""All kinds of records, by name."""
+
+
+def done_round() -> Round:
+    """Give a round that has every kind of record."""
+    round_ = Round.create(MemoryStore(), "r")
+    round_.submit("ann", W, 1)
+    aggregate(round_)
+    return Round(round_.store, "r")
+
+
+def reads(round_: Round, name: str) -> Callable[[], object]:
+    """Give a call that reads a record."""
+    plan = sharded(Round(done_round().store, "r").seal(), Limits(), shards=1)
+    return {
+        "round": lambda: round_.output,
+        "receipts/ann": round_.receipts,
+        "manifest": round_.sealed,
+        "plan": lambda: round_.begin(plan),
+        "result": round_.result,
+    }[name]
+
+
+def rewritten(round_: Round, name: str, data: bytes) -> None:
+    """Replace a record."""
+    key = round_.key(f"{name}.json")
+    round_.store.delete([key])
+    round_.store.put(key, [data])
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_of_later_releases(name: str) -> None:
+    """Each record tells its format; one of a later release is not read half, but said to be one, with what to do."""
+    round_ = done_round()
+    ((_, data),) = round_.store.fetch([round_.key(f"{name}.json")])
+    fields = json.loads(data)
+    assert 1 == fields["format"]
+    rewritten(round_, name, json.dumps(fields | {"format": 2, "later": "field"}).encode())
+
+    with pytest.raises(InvalidRecord, match=r"has format 2, and this release .* reads formats up to 1: .* upgrade gradsharding") as caught:
+        reads(round_, name)()
+    assert f"rounds/r/{name}.json' in memory://" in caught.value.message
+
+
+SCRIBBLES = {
+    "text": b"scribble", "nothing": b"", "no object": b"[1]", "another": b'{"client":"b","later":"field"}', "binary": bytes(range(256)),
+    "another format": b'{"format":"v2"}', "a huge format": b'{"format":1' + b"0" * 4000 + b"}",
+    "a huge name": b'{"' + b"x" * 100_000 + b'":1}',
+    "half": b'{"format":1,', "deep": b"[" * 100_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scribble", SCRIBBLES.values(), ids=SCRIBBLES)
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_that_are_none(name: str, scribble: bytes) -> None:
+    """What is in a record's place and is none is named, in a sentence, by our own error; nothing else is raised."""
+    round_ = done_round()
+    rewritten(round_, name, scribble)
+
+    with pytest.raises(InvalidRecord, match=re.escape(f"rounds/r/{name}.json' in memory://")) as caught:
+        reads(round_, name)()
+    assert len(caught.value.message) < 600
+
+
+def test_foreign_receipt(round_: Round) -> None:
+    """A receipt that is none stops the seal, which names it."""
+    round_.submit("ann", W, 1)
+    round_.store.put("rounds/r/receipts/b.json", [b'{"client":"b","later":"field"}'])
+
+    with pytest.raises(InvalidRecord, match=r"^'rounds/r/receipts/b.json' in memory://.* is not a Receipt of gradsharding: .*take it away"):
+        round_.seal()
 
 
 def test_duplicates(round_: Round) -> None:
@@ -148,9 +298,9 @@ def test_submit_after_a_crash() -> None:
     """A client that dies at any request of its submission, or loses any answer, may submit again."""
     whole = FlakyStore(MemoryStore(), {})
     Round(whole, "r").submit("ann", W, 3)
-    assert {"put": 2, "head": 1, "any": 3} == whole.calls
+    assert {"get": 2, "put": 2, "any": 4} == whole.calls  # is it sealed? the update, its receipt, and: is it sealed now?
 
-    for call in range(1, 4):
+    for call in range(1, 5):
         for when in ("before", "after"):
             store = MemoryStore()
             with pytest.raises(ConnectionError):
@@ -197,6 +347,50 @@ def test_seal(round_: Round) -> None:
     assert [round_.store.head(term.source).version for term in manifest.terms] == [term.version for term in manifest.terms]
     assert encode(W)[0] == manifest.layout
     assert manifest == round_.seal() == round_.seal(leave_out=["bob"])
+
+
+class Sealing(CountingStore):
+    """Another process seals the round before the receipt of ``late`` is there."""
+
+    def put(self, key: str, data: Any) -> Stat:
+        """Create an object, late."""
+        if key.endswith("receipts/late.json"):
+            Round(self.store, "r").seal()
+        return super().put(key, data)
+
+
+def test_seal_in_the_middle_of_a_submission() -> None:
+    """Whoever is left out by a seal that came between is told so, the first time and each time after; so is who was left out by name."""
+    store = MemoryStore()
+    round_ = Round.create(store, "r")
+    round_.submit("early", W, 1)
+    round_.submit("bad", W, 1)
+    says = "round r is sealed, and client late is not in it; submit to the next round"
+    for handle in (Round(Sealing(store), "r"), Round(Sealing(store), "r"), Round(store, "r")):
+        with pytest.raises(UserError, match=says):
+            handle.submit("late", W, 1)
+        with pytest.raises(UserError, match=says):
+            handle.refer("late", "rounds/r/updates/late.safetensors", 1)
+
+    assert ["bad", "early"] == [term.client for term in round_.seal().terms]
+    other = Round.create(store, "s")
+    for client in ("early", "bad"):
+        other.submit(client, W, 1)
+    other.seal(leave_out=["bad"])
+    with pytest.raises(UserError, match="client bad is not in it"):
+        other.submit("bad", W, 1)
+    assert "early" == other.submit("early", W, 1).client
+
+
+def test_late_update_is_not_sent(round_: Round) -> None:
+    """A client that comes late is told so before its update travels."""
+    round_.submit("early", W, 1)
+    round_.seal()
+    counting = CountingStore(round_.store)
+
+    with pytest.raises(UserError, match="client late is not in it"):
+        Round(counting, "r").submit("late", W, 1)
+    assert (1, 0) == (counting.gets, counting.puts)
 
 
 def test_seal_leaves_out(round_: Round) -> None:

@@ -112,7 +112,7 @@ def test_requests_of_the_paper(topology: Topology, gets: int, puts: int) -> None
     store = MemoryStore()
     round_ = submitted(sample_updates(20), store)
     round_.seal()
-    counting = CountingStore(store, only=lambda key: any(part in key for part in ("/updates/", "/partials/", "/result.safetensors")))
+    counting = CountingStore(store, only=lambda key: any(part in key for part in ("/updates/", "/partials/", "results/")))
     result = aggregate(Round(counting, "r"), topology=topology)
     assembly = 3  # the upload's begin, its header and its end: the paper leaves results in pieces
 
@@ -127,7 +127,7 @@ def test_layout_of_the_paper(shards: int) -> None:
     store = MemoryStore()
     round_ = Round.create(store, "r")
     submit(round_, updates, shards)
-    counting = CountingStore(store, only=lambda key: "/updates/" in key or "/result.safetensors" in key)
+    counting = CountingStore(store, only=lambda key: "/updates/" in key or "results/" in key)
     result = aggregate(Round(counting, "r"), topology=partial(paper_topology, shards=shards))
 
     assert 20 * shards == len([key for key, _ in store.list("rounds/r/updates/")])
@@ -282,7 +282,7 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
     draw, kinds = random.Random(20), Counter[str]()
     for _ in range(500):
         seed = draw.randrange(1 << 30)
-        counting = CountingStore(MemoryStore(), only=lambda key: any(p in key for p in ("/updates/", "/partials/", "/result.safetensors")))
+        counting = CountingStore(MemoryStore(), only=lambda key: any(p in key for p in ("/updates/", "/partials/", "results/")))
         round_, topology, arithmetic, updates = random_round(random.Random(seed), counting, "r")
         round_.seal()
         counting.gets = counting.puts = counting.bytes_read = counting.bytes_written = 0

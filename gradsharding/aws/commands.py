@@ -56,7 +56,7 @@ def deploy(name: str, **options: Any) -> None:
         f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
         f"Take it down: gradsharding destroy{_named(name)}\n\n"
         f"Left up and unused, it costs ${ALARMS * alarm} a month for {ALARMS} alarms, and ${stored} for each GB-month that lies in its "
-        f"buckets (list prices of {HOME_REGION}); rounds are deleted after {up.parameters.get('ExpireDays', '7')} days."
+        f"buckets (list prices of {HOME_REGION}); rounds are deleted after {up.parameters.get('ExpireDays', '7')} days, results stay."
     )
 
 
@@ -82,7 +82,7 @@ def smoke(name: str) -> None:
         if not np.array_equal(expected, result.arrays()["w"]):
             raise GradShardingError("the average that the functions made is not the one that numpy makes; please report this")
     finally:
-        store.delete(key for key, _ in store.list(round_.key("")))
+        store.delete([*(key for key, _ in store.list(round_.key(""))), round_.result_key()])
     click.echo(f"upload {ready - started:.1f} s, aggregation {ended - ready:.1f} s: {len(result.reports)} slices; every element is right")
     click.echo(bill_text(result))
 

@@ -148,7 +148,7 @@ class GradSharding(Strategy):
         if given := find(initial_arrays):
             self._model, self._layout = given, inspect(given.source, self.store).layout
         else:
-            key = self._round(0).key("result.safetensors")
+            key = self._round(0).result_key()
             update = put(key, initial_arrays, self.store)
             self._model, self._layout = Reference.to(key, update, tuple(initial_arrays)), update.layout
         self._check(self._layout)
@@ -368,7 +368,7 @@ class GradSharding(Strategy):
             kind = np.dtype(arrays[name].dtype)
             if kind.kind in "iub":
                 stepped[name] = Array(np.asarray(np.rint(array.numpy()), kind))
-        key = self._round(server_round).key("model.safetensors")
+        key = self._round(server_round).result_key()
         written = put(key, stepped, self.store)
         self._books.plan(self.store, self.store.charges.put(written.stat.size))
         return Reference.to(key, written, tuple(stepped))
@@ -380,9 +380,10 @@ class GradSharding(Strategy):
         if self.keep:
             return
         needed = {model.source for model in (self._model, self._previous) if model}
-        found = [key for key, _ in self.store.list(f"rounds/{self._run}-")]
-        self._books.plan(self.store, self.store.charges.list(len(found)))
-        self.store.delete(key for key in found if key not in needed)
+        for place in ("rounds", "results"):
+            found = [key for key, _ in self.store.list(f"{place}/{self._run}-")]
+            self._books.plan(self.store, self.store.charges.list(len(found)))
+            self.store.delete(key for key in found if key not in needed)
 
 
 class LambdaFL(GradSharding):

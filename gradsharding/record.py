@@ -1,0 +1,43 @@
+"""A record says in which format it is; a release reads the formats it knows, and says of any other what to do."""
+
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from gradsharding.errors import InvalidRecord, shown
+from gradsharding.value import Value
+
+FORMAT = 1
+"""The newest format that this release reads, and the one it writes."""
+
+
+class Record(Value):
+    """A small object in a store, which other processes and other releases read."""
+
+    format: Literal[1] = 1
+    """Raised whenever a field comes, goes, or changes its meaning. The first releases wrote none, and meant 1."""
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read_record(kind: type[R], data: bytes, place: str) -> R:
+    """Read the record that lies at ``place``; raise InvalidRecord, which names the place, what was found, and what to do."""
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        faults = {fault["loc"]: fault for fault in error.errors(include_url=False, include_context=False)}
+    found = faults[("format",)]["input"] if ("format",) in faults else FORMAT
+    if type(found) is int and found > FORMAT:
+        raise InvalidRecord(
+            f"{place} has format {shown(found)}, and this release of gradsharding reads formats up to "
+            f"{FORMAT}: a later release wrote it; upgrade gradsharding here",
+            place=place,
+        )
+    where, fault = next(iter(faults.items()))
+    field = f" (at {shown('.'.join(map(str, where)))})" if where else ""
+    raise InvalidRecord(
+        f"{place} is not a {kind.__name__} of gradsharding: {fault['msg']:.120}{field}; something else wrote it, or it is damaged: "
+        "take it away, or use another id for the round",
+        place=place,
+    )
