@@ -185,7 +185,7 @@ def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = 
     with server.counting() as seen:
         handle = round_ if state == "known" else Round(store, round_.id)
         report = aggregate(handle, topology=partial(TOPOLOGIES[name], **chosen), **how).report()
-    observed, planned = (Usage(**report[which]["stores"]["s3"]) for which in ("observed", "projected"))
+    observed, planned = (Usage(**(report[which] or report["observed"])["stores"]["s3"]) for which in ("observed", "projected"))
     varies = dies or (exact and name in TREES)  # of what was left, a plan knows less
     return Counted("resumed" if dies else "call", f"{name}{', exact' * exact}, {state}", dict(seen), observed, planned, varies)
 

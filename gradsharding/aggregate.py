@@ -38,8 +38,8 @@ class Result:
 
     round: Round
     record: ResultRecord
-    planned: Plan
-    """Of the call, with its setting."""
+    planned: Plan | None
+    """Of the call, with its setting; None if the round was done before, so that the call has planned nothing."""
     reports: tuple[TaskReport, ...]
     """Of the tasks that this call ran; a resumed round has fewer than its plan."""
     asked: Spent
@@ -64,11 +64,17 @@ class Result:
 
     @property
     def plan(self) -> Plan:
-        """What was planned: of the whole call, and of reading the result for its digest, once that was asked for."""
+        """What was planned: of the whole call, and of reading the result for its digest, once that was asked for.
+
+        Raise UserError if the round was done before the call.
+        """
+        if not self.planned:
+            raise UserError(f"round {self.round.id} was done before this call, which has planned nothing; see its record instead")
         return self._planned_with_digest if "_read_back" in self.__dict__ else self.planned
 
     @cached_property
     def _planned_with_digest(self) -> Plan:
+        assert self.planned
         return self.planned.placed(digest=True)
 
     @property
@@ -95,8 +101,9 @@ class Result:
 
     def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
         """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
-        assert self.planned.setting
-        plan = self.planned.placed(intake=together(self.planned.setting.intake, planned))
+        plan = self.planned
+        if plan and plan.setting:
+            plan = plan.placed(intake=together(plan.setting.intake, planned))
         whole = replace(self, planned=plan, asked=together(self.asked, around), seconds=self.seconds if seconds is None else seconds)
         whole.__dict__.update({name: found for name, found in self.__dict__.items() if name == "_read_back"})
         return whole
@@ -120,22 +127,19 @@ class Result:
         """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
 
         Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
-        ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it.
+        ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
+        done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
         """
         digest = self.digest()
-        plan = self.plan
+        plan = self.plan if self.planned else None
         return {
-            "topology": plan.topology,
-            "arithmetic": plan.arithmetic,
-            "clients": plan.clients,
-            "bytes": plan.result_bytes,
-            "stages": self._stages(),
-            "projected": {
-                **total(plan.usage).model_dump(exclude=FREE),
-                "peak_memory": plan.memory,
-                "stores": _by_kind(plan.usage, exclude=FREE),
-                "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump(exclude=FREE)} for step in plan.steps],
-            },
+            "made_by": "this call" if plan else "an earlier call",
+            "topology": plan.topology if plan else None,
+            "arithmetic": self.record.arithmetic,
+            "clients": len(self.record.clients),
+            "bytes": self.record.layout.nbytes,
+            "stages": self._stages() if plan else [],
+            "projected": _projected(plan) if plan else None,
             "observed": {
                 **total(self.usage).model_dump(),
                 "peak_memory": self.peak_memory,
@@ -149,6 +153,16 @@ class Result:
             "cost": _cost(self),
             "digest": digest,
         }
+
+
+def _projected(plan: Plan) -> dict[str, Any]:
+    """A plan's figures, as JSON values."""
+    return {
+        **total(plan.usage).model_dump(exclude=FREE),
+        "peak_memory": plan.memory,
+        "stores": _by_kind(plan.usage, exclude=FREE),
+        "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump(exclude=FREE)} for step in plan.steps],
+    }
 
 
 def observed_memory(result: Result) -> str:
@@ -170,7 +184,8 @@ def aggregate(
     """Average a round's updates, weighted, and publish the result as one safetensors object.
 
     Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
-    tasks whose parts are missing. ``overwrite`` lets the result replace an object that is there.
+    tasks whose parts are missing. A round that is done stays so, whatever is asked for now: its result is given back, and nothing is
+    planned. ``overwrite`` lets the result replace an object that is there.
 
     In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
     the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
@@ -201,8 +216,11 @@ def _aggregated(
     progress: Callable[[Plan], Progress] | None,
     reports: list[TaskReport],
     overwrite: bool,  # noqa: FBT001
-) -> tuple[ResultRecord, Plan]:
-    """Do it; ``reports`` holds those of the tasks that have ended, also when this raises."""
+) -> tuple[ResultRecord, Plan | None]:
+    """Do it; ``reports`` holds those of the tasks that have ended, also when this raises. There is no plan if the round is done."""
+    published = round_.published()
+    if published.record:
+        return _summed_alike(published.record, arithmetic, round_), None
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
@@ -215,12 +233,9 @@ def _aggregated(
         overwrite=overwrite,
         reading=target.reading,
         digest=arithmetic == "exact",
+        published=published.stale,
     )
     plan.check(limits)
-    published = round_.published()
-    plan = plan.placed(published=published.stale or published.record is not None)
-    if published.record:
-        return _summed_alike(published.record, plan, round_), plan
     begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
     plan, done = plan.placed(resumed=not begun.new, dropped=begun.dropped), dict[int, int]()
     if not begun.new:
@@ -267,10 +282,10 @@ def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
     return found
 
 
-def _summed_alike(record: ResultRecord, plan: Plan, round: Round) -> ResultRecord:  # noqa: A002
+def _summed_alike(record: ResultRecord, arithmetic: Arithmetic, round: Round) -> ResultRecord:  # noqa: A002
     """Give a published result back; raise UserError if it was summed in other arithmetic than is asked for now."""
-    if record.arithmetic != plan.arithmetic:
-        raise UserError(f"round {round.id} is done, in {record.arithmetic}; its result stays: for {plan.arithmetic}, make another round")
+    if record.arithmetic != arithmetic:
+        raise UserError(f"round {round.id} is done, in {record.arithmetic}; its result stays: for {arithmetic}, make another round")
     return record
 
 

@@ -256,13 +256,16 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
 
 
 def _summary(result: Result, output: str) -> str:
+    record, used = result.record, result.usage.get(CHARGES.kind)
+    requests = f"\nrequests to S3: {used.gets:,} GET and HEAD, {used.puts:,} PUT, COPY, POST and LIST, counted" if used else ""
+    made = f"{output}: mean of {len(record.clients)} clients, {mib(record.layout.nbytes)}"
+    if not result.planned:
+        return f"{made}, made by an earlier call\nnothing was left to do; {result.seconds:.2f} s{requests}"
     plan, now = result.plan, len(result.reports)
     unit = "slice" if len(plan.fan_ins) == 1 else "function"
     slices = f"{plan.functions} {unit}{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
-    used = result.usage.get(CHARGES.kind)
-    requests = f"\nrequests to S3: {used.gets:,} GET and HEAD, {used.puts:,} PUT, COPY, POST and LIST, counted" if used else ""
     return (
-        f"{output}: mean of {plan.clients} clients, {mib(plan.result_bytes)}, {plan.topology}: {slices}\n"
+        f"{made}, {plan.topology}: {slices}\n"
         f"memory per function: {mib(plan.memory)} projected, {observed_memory(result)}; {result.seconds:.2f} s{requests}"
     )
 

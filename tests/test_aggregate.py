@@ -12,14 +12,14 @@ import pytest
 import safetensors.numpy
 
 from gradsharding.aggregate import Result, aggregate
-from gradsharding.errors import ChangedObject, MissingObject, NonFinite, ObjectExists, PlanTooLarge, TooFewClients
+from gradsharding.errors import ChangedObject, MissingObject, NonFinite, ObjectExists, PlanTooLarge, TooFewClients, UserError
 from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
 from gradsharding.plan import Limits, Plan
 from gradsharding.round import PlanRecord, Round
 from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_reference
 from gradsharding.task import TaskReport
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, read, reference_mean, sample_updates
-from gradsharding.topology import Topology, flat, sharded
+from gradsharding.topology import Topology, flat, lambda_fl, sharded
 from gradsharding.usage import total
 
 SAMPLE = sample_updates(4, size=50)
@@ -100,11 +100,37 @@ def test_the_library_reads_the_result(tmp_path: Path) -> None:
     assert hashlib.sha256(output.read_bytes()[-32:]).hexdigest() == result.digest()
 
 
+@pytest.mark.parametrize("asked", ["less memory", "other shards", "another topology"])
+def test_done_round_asked_again(asked: str) -> None:
+    """A round that is done gives its result, whatever is asked for now; the report has an earlier call's work, and projects nothing."""
+    round_ = submitted(MemoryStore(), SMALL)
+    first = aggregate(round_, topology=into(4))
+    how: dict[str, Any] = {
+        "less memory": {"limits": Limits(memory="1MiB")},
+        "other shards": {"topology": into(1)},
+        "another topology": {"topology": lambda_fl},
+    }[asked]
+    again = aggregate(Round(round_.store, "r"), **how)
+    report = again.report()
+
+    assert first.record == again.record
+    assert_same(reference_mean(SMALL), again.arrays())
+    assert ("an earlier call", None, None, []) == tuple(report[name] for name in ("made_by", "topology", "projected", "stages"))
+    assert [first.report()[name] for name in ("arithmetic", "clients", "bytes", "digest")] == [
+        report[name] for name in ("arithmetic", "clients", "bytes", "digest")
+    ]
+    # the result's record is read, and the result looked at
+    assert (2, 0) == (again.asked["memory"].gets, again.asked["memory"].puts)
+    assert None is again.cost()
+    with pytest.raises(UserError, match="round r was done before this call, which has planned nothing"):
+        _ = again.plan
+
+
 def test_report() -> None:
     """A report sets what was planned beside what was seen: 12 reads of slices, 3 receipts, 3 records looked for, and so on."""
     report = aggregate(submitted(MemoryStore(), SMALL), topology=into(4)).report()
 
-    assert ("sharded", 3, 32) == (report["topology"], report["clients"], report["bytes"])
+    assert ("this call", "sharded", 3, 32) == (report["made_by"], report["topology"], report["clients"], report["bytes"])
     projected, observed = report["projected"], report["observed"]
     # gets: 12 slices; is there a manifest, 3 receipts, a header; is there a result, a plan, an output; the digest
     # puts: a list of receipts, the manifest; the upload's begin, header, 4 slices, end; the plan's record and the result's

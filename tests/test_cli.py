@@ -207,7 +207,7 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     report, data = reports[5], (tmp_path / "out").read_bytes()
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
-    assert {"topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
+    assert {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
     assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "lost_attempts"}) == (set(projected), set(observed))
     assert ("sharded", 3, 5) == (report["topology"], report["clients"], len(report["stages"][0]["tasks"]))
     # gets: 3 headers, 15 slices, is there a result or a plan, the digest; puts: 4 records, begin, header, 5 slices, end
@@ -357,9 +357,13 @@ def test_finished_round_is_not_run_again(updates: list[str], call: Callable[...,
     call("aggregate", *updates, "-o", "out", "--store", "kept")
     before = (tmp_path / "out").stat()
 
-    said = call("aggregate", *reversed(updates), "-o", "out", "--store", "kept")
+    said = call("aggregate", *reversed(updates), "-o", "out", "--store", "kept", "--memory", "1MiB", "--report", "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
 
-    assert "nothing was left to do" in said
+    assert ["out: mean of 3 clients, 0.1 MiB, made by an earlier call", "nothing was left to do"] == [
+        line.partition(";")[0] for line in said.splitlines()
+    ]
+    assert ("an earlier call", None, None) == (report["made_by"], report["topology"], report["projected"])
     assert before.st_mtime_ns == (tmp_path / "out").stat().st_mtime_ns
 
 
