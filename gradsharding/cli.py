@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from gradsharding.platform import CHARGES
 from gradsharding.round import Round, check_id
 from gradsharding.store import open_store
 from gradsharding.task import NonFinitePolicy
+from gradsharding.terminal import printable, settle
 from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.usage import counting
 from gradsharding.verify import verify
@@ -199,7 +199,9 @@ def aggregate_command(
         replace(report_path, json.dumps(result.report(), indent=2) + "\n")
     click.echo(_summary(result, output))
     if exact:
-        click.echo(f"exact: SHA-256 {result.digest()}" + (f"; to check it: gradsharding verify {store} {round_.id}" if store else ""))
+        click.echo(
+            f"exact: SHA-256 {result.digest()}" + (f"; to check it: gradsharding verify {printable(store)} {round_.id}" if store else "")
+        )
 
 
 cli.add_command(plan_command)
@@ -258,7 +260,7 @@ def _progress_bar() -> Iterator[Callable[[Plan], executor.Progress]]:
 def _summary(result: Result, output: str) -> str:
     record, used = result.record, result.usage.get(CHARGES.kind)
     requests = f"\nrequests to S3: {used.gets:,} GET and HEAD, {used.puts:,} PUT, COPY, POST and LIST, counted" if used else ""
-    made = f"{output}: mean of {len(record.clients)} clients, {mib(record.layout.nbytes)}"
+    made = f"{printable(output)}: mean of {len(record.clients)} clients, {mib(record.layout.nbytes)}"
     if not result.planned:
         return f"{made}, made by an earlier call\nnothing was left to do; {result.seconds:.2f} s{requests}"
     plan, now = result.plan, len(result.reports)
@@ -272,15 +274,14 @@ def _summary(result: Result, output: str) -> str:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status; whatever goes wrong is one line on standard error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that it, too, cleans up
+    settle()
     try:
         return cli.main(args, prog_name="gradsharding", standalone_mode=False) or 0
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - a traceback is for those who ask for it
         status, message = _verdict(error)
         if status == 1 and os.environ.get("GRADSHARDING_DEBUG"):
             traceback.print_exc()
-        line = "".join(letter if letter.isprintable() else " " for letter in message)  # names in foreign files may hold anything
-        click.echo(f"gradsharding: {line}", err=True)
+        click.echo(f"gradsharding: {printable(message)}", err=True)
         return status
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy.typing as npt
+from pydantic import Field
 
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import (
@@ -139,7 +140,7 @@ class ResultRecord(Record):
     weight: int
     layout: Layout
     arithmetic: Arithmetic = "float64"
-    digest: str | None = None
+    digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 (hex) of the data section of an exact result, which depends on the contributions alone; None for any other."""
 
 

@@ -1,5 +1,6 @@
 """The command line: what it does, what it says, and what it leaves behind, run as the real command wherever that matters."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from gradsharding.errors import UserError
 from gradsharding.given import read_updates
 from gradsharding.round import Round
 from gradsharding.store import DirectoryStore
+from gradsharding.terminal import ENDING
 
 COMMAND = str(Path(sys.executable).parent / "gradsharding")
 WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}
@@ -35,10 +37,18 @@ def gradsharding(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProce
     return subprocess.run([COMMAND, *args], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=120)
 
 
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Undo what a command within this process has done to its signals."""
+    before = {name: signal.getsignal(signal.Signals[name]) for name in ENDING}
+    yield
+    for name, handler in before.items():
+        signal.signal(signal.Signals[name], handler)
+
+
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """The command within this process, for what does not need another one; gives what it said, having ended well."""
-    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
 
     def call(*args: str) -> str:
@@ -47,8 +57,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         assert (0, "") == (status, complaint)
         return str(said)
 
-    yield call
-    signal.signal(signal.SIGTERM, before)
+    with signals_kept():
+        yield call
 
 
 def done(run: subprocess.CompletedProcess[str]) -> str:
@@ -258,7 +268,7 @@ def start(large: Path, *output_and_options: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=large, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def wait_for_slices(run: "subprocess.Popen[str]", directory: Path, count: int) -> None:
+def wait_for_slices(run: "subprocess.Popen[Any]", directory: Path, count: int) -> None:
     """Wait until a run has written ``count`` slices; part 1 is the header."""
     for _ in range(60_000):
         assert run.poll() is None, "the run ended before it could be stopped"
@@ -325,17 +335,68 @@ def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> N
 
 
 @pytest.mark.parametrize("executor", ["inline", "processes:2", "threads:2"])
-@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131)])
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
-    """Ctrl-C, which reaches the whole process group, and SIGTERM end a run at once, without a traceback or a trace."""
+    """Ctrl-C, which reaches the whole process group, SIGTERM, SIGHUP of a closed terminal and SIGQUIT end a run at once, without a trace."""
     with start(large, str(tmp_path / "out"), "--shards", "1000", "--executor", executor) as run:
         wait_for_slices(run, tmp_path, 20)
-        os.killpg(run.pid, signal.Signals[name])
+        for _ in range(2 if name == "SIGHUP" else 1):  # which the shell sends, and the kernel
+            os.killpg(run.pid, signal.Signals[name])
         said, complaint = run.communicate(timeout=60)
 
     assert (status, "") == (run.returncode, said)
     assert "Traceback" not in complaint
     assert [] == everything(tmp_path)
+
+
+def test_nohup(large: Path, tmp_path: Path) -> None:
+    """A signal that is ignored when a run starts, as under nohup, does not end it."""
+    command = ["nohup", COMMAND, "aggregate", *LARGE, "-o", str(tmp_path / "out"), "--shards", "200", "--executor", "inline"]
+    with subprocess.Popen(command, cwd=large, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        wait_for_slices(run, tmp_path, 2)
+        run.send_signal(signal.SIGHUP)
+        run.communicate(timeout=60)
+
+    assert (0, [tmp_path / "out"]) == (run.returncode, everything(tmp_path))
+
+
+CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -0", "| true"]
+
+
+@pytest.mark.parametrize("executor", ["inline", "processes:1"])
+@pytest.mark.parametrize("streams", CLOSED)
+def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, executor: str) -> None:
+    """With streams that are closed, or whose reader leaves, a run does its work, and nothing it says gets into a file."""
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    line = f"{COMMAND} aggregate {' '.join(updates)} -o out --executor {executor} {streams}; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+
+    assert (0, "") == (run.returncode, run.stderr)
+    assert set(model(0)) == set(safetensors.torch.load_file(tmp_path / "out"))
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "out"}
+
+
+def test_nobody_listens_to_a_mistake(tmp_path: Path) -> None:
+    """A mistake that nobody can be told of still ends with its status."""
+    for streams in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        line = f"{COMMAND} aggregate nowhere.safetensors -o out {streams}"
+        assert 2 == subprocess.run(["bash", "-c", line], cwd=tmp_path, check=False, timeout=60).returncode
+
+    line = f"{COMMAND} plan --size 1GB --clients 2 | head -0; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (0, "", "") == (run.returncode, run.stdout, run.stderr)
+
+
+def test_output_that_cannot_be_told(updates: list[str], tmp_path: Path) -> None:
+    """A name of control characters, or of bytes that are no text, is written, and told in a line that cannot be mistaken."""
+    name = b"o\x1b[31m\nforged: done\xff"
+    run = subprocess.run(
+        [COMMAND, "aggregate", *updates, "-o", name, "--executor", "inline"], cwd=tmp_path, capture_output=True, check=False, timeout=60
+    )
+
+    assert (0, b"", 2) == (run.returncode, run.stderr, run.stdout.count(b"\n"))
+    assert run.stdout.startswith(b"o [31m forged: done : mean of 3 clients")
+    assert (tmp_path / os.fsdecode(name)).exists()
 
 
 def test_interrupted_slice_is_not_tried_again(large: Path, tmp_path: Path) -> None:
@@ -616,9 +677,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (tmp_path / name).write_bytes(content)
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, before)
+    with signals_kept():
+        yield tmp_path
 
 
 @pytest.mark.parametrize("mistake", [pytest.param(mistake, id=name) for name, mistake in MISTAKES.items()])
