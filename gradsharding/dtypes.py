@@ -9,6 +9,13 @@ import numpy.typing as npt
 Buffer = bytes | bytearray | memoryview
 Array = npt.NDArray[Any]
 
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Supported dtypes, by their safetensors names, with the bytes of one element."""
+
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",

@@ -180,13 +180,26 @@ def _few(clients: Sequence[str]) -> str:
     return ", ".join(clients[:10]) + (f" and {len(clients) - 10} more" if len(clients) > 10 else "")
 
 
-def shown(value: object, most: int = 40) -> str:
-    """Write any value, cut after ``most`` letters."""
+def quoted(foreign: object, most: int = 80) -> str:
+    r"""Write what others have chosen, a name or a shape, for a message: in one line, without control characters, cut at ``most`` letters.
+
+    >>> print(quoted("w"), quoted("\n\x1b[2J"), quoted("x" * 100, 8), quoted((2, 3)))
+    'w' '\n\x1b[2J' 'xxxxxxxx'… [2, 3]
+    """
+    match foreign:
+        case str() | bytes():
+            return repr(foreign[:most]) + "…" * (len(foreign) > most)
+        case int() if abs(foreign) >= 10**most:  # Python writes no number of more than 4,300 digits
+            return f"a number of {foreign.bit_length()} bits"
+        case tuple() | list():
+            text = "[" + ", ".join(quoted(one, most) for one in foreign[:most]) + "]"
+            return text if len(foreign) <= most and len(text) <= most else f"{text[:most]}…"
+        case None | int() | float():
+            return repr(foreign)
     try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 - a foreign repr, or an integer of more digits than Python writes
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}…"
+        return quoted(str(foreign), most)
+    except Exception:  # noqa: BLE001 - whatever a foreign type does when it is written
+        return f"a value of type {type(foreign).__name__}"
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

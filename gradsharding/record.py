@@ -4,7 +4,7 @@ from typing import Literal, TypeVar
 
 from pydantic import ValidationError
 
-from gradsharding.errors import InvalidRecord, shown
+from gradsharding.errors import InvalidRecord, quoted
 from gradsharding.value import Value
 
 FORMAT = 1
@@ -30,12 +30,12 @@ def read_record(kind: type[R], data: bytes, place: str) -> R:
     found = faults[("format",)]["input"] if ("format",) in faults else FORMAT
     if type(found) is int and found > FORMAT:
         raise InvalidRecord(
-            f"{place} has format {shown(found)}, and this release of gradsharding reads formats up to "
+            f"{place} has format {quoted(found)}, and this release of gradsharding reads formats up to "
             f"{FORMAT}: a later release wrote it; upgrade gradsharding here",
             place=place,
         )
     where, fault = next(iter(faults.items()))
-    field = f" (at {shown('.'.join(map(str, where)))})" if where else ""
+    field = f" (at {quoted('.'.join(map(str, where)))})" if where else ""
     raise InvalidRecord(
         f"{place} is not a {kind.__name__} of gradsharding: {fault['msg']:.120}{field}; something else wrote it, or it is damaged: "
         "take it away, or use another id for the round",

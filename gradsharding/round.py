@@ -34,7 +34,7 @@ from gradsharding.errors import (
     ObjectExists,
     TooFewClients,
     UserError,
-    shown,
+    quoted,
 )
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
@@ -442,14 +442,14 @@ def _digest(data: Iterable[Buffer]) -> bytes:
 def check_id(name: object) -> str:
     """Give an id back if it may become part of a key; raise InvalidId."""
     if not isinstance(name, str):
-        raise InvalidId(f"{shown(name)} is not an id but of type {type(name).__name__}; ids are text: convert it, by str() say")
+        raise InvalidId(f"{quoted(name)} is not an id but of type {type(name).__name__}; ids are text: convert it, by str() say")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
-        raise InvalidId(f"{shown(name, 100)} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
+        raise InvalidId(f"{quoted(name, 100)} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
     return name
 
 
 def check_ids(names: object) -> frozenset[str]:
     """Give several ids back as a set; raise InvalidId, for a text too, whose letters nobody means."""
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
-        raise InvalidId(f"{shown(names)} should be several ids; write ['ann', 'bob'], say")
+        raise InvalidId(f"{quoted(names)} should be several ids; write ['ann', 'bob'], say")
     return frozenset(map(check_id, names))

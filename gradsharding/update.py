@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gradsharding.dtypes import NUMPY, Buffer, widen
-from gradsharding.errors import ChangedObject, InvalidUpdate
-from gradsharding.layout import ITEM_SIZE, Layout, header_length
+from gradsharding.dtypes import ITEM_SIZE, NUMPY, Buffer, widen
+from gradsharding.errors import ChangedObject, InvalidUpdate, quoted
+from gradsharding.header import unsupported
+from gradsharding.layout import MAX_HEADER, Layout, header_length
 from gradsharding.reading import divided, read_ahead
 from gradsharding.store import ObjectStore, Source, Stat, locate
 from gradsharding.store.protocol import Peeked
@@ -20,6 +22,9 @@ from gradsharding.usage import Usage
 
 FIRST_READ = 64 << 10
 """Bytes of the first read of an object: most headers are shorter, so that one request is enough."""
+
+HEADERS = 16 << 20
+"""Bytes of long headers that are read at once, by all threads together; one may be longer by itself."""
 
 _DTYPES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16"}
 
@@ -50,12 +55,13 @@ def encode(arrays: Mapping[str, "npt.NDArray[Any] | Raw"]) -> tuple[Layout, list
     return layout, [layout.header(), *(raws[t.name].data for t in layout.tensors if t.stop > t.start)]
 
 
-def inspect(reference: str, store: Source, peeked: Peeked | None = None) -> Update:
+def inspect(reference: str, store: Source, peeked: Peeked | None = None, *, largest_header: int = MAX_HEADER) -> Update:
     """Read and verify an object's header (one request; two, if it is long); raise InvalidUpdate, which names ``reference``.
 
-    ``peeked`` are its first bytes, where they are there already.
+    ``peeked`` are its first bytes, where they are there already. A header of more than ``largest_header`` bytes is refused before it is
+    read. Updates whose headers are equal share one layout, which is read once, while one of them is in use.
     """
-    return _inspected(reference, store, peeked)[0]
+    return _inspected(reference, store, peeked, largest_header)[0]
 
 
 def inspection(header_bytes: int, nbytes: int) -> Usage:
@@ -130,31 +136,55 @@ def load_raw(reference: str, store: Source, *, version: str | None = None) -> di
     return arrays
 
 
-def _inspected(reference: str, store: Source, peeked: Peeked | None = None) -> tuple[Update, bytes]:
+def _inspected(reference: str, store: Source, peeked: Peeked | None = None, largest: int = MAX_HEADER) -> tuple[Update, bytes]:
     """Read an object's header; give the bytes from its beginning that came."""
     source, key = locate(reference, store)
     stat, first = peeked or source.peek(key, FIRST_READ)
     try:
-        base = 8 + header_length(first, stat.size)
-        if base > len(first):
-            first += _read(source, key, len(first), base, stat)
-        return Update(Layout.parse(first[8:base], stat.size - base), base, stat), first
+        base = 8 + header_length(first, stat.size, largest)
+        if base <= len(first):
+            return Update(Layout.parse(first[8:base], stat.size - base), base, stat), first
+        with _long_headers.room(base):
+            first = b"".join([first, *map(bytes, source.get(key, len(first), base, version=stat.version))])
+            return Update(Layout.parse(first[8:], stat.size - base), base, stat), first
     except InvalidUpdate as error:
         raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
 
 
-def _read(source: Source, key: str, start: int, stop: int, stat: Stat) -> bytes:
-    return b"".join(bytes(chunk) for chunk in source.get(key, start, stop, version=stat.version))
+class _Room:
+    """So many bytes, which threads share; who wants more than there are waits for all of them."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes, self._taken, self._freed = nbytes, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def room(self, nbytes: int) -> Iterator[None]:
+        """Take some of them for a while."""
+        wanted = min(nbytes, self._nbytes)
+        with self._freed:
+            self._freed.wait_for(lambda: self._taken + wanted <= self._nbytes)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._taken -= wanted
+                self._freed.notify_all()
+
+
+_long_headers = _Room(HEADERS)
 
 
 def _raw(name: str, array: "npt.NDArray[Any] | Raw") -> Raw:
     if isinstance(array, Raw):
         if math.prod(array.shape) * ITEM_SIZE.get(array.dtype, 0) != memoryview(array.data).nbytes:
-            raise InvalidUpdate(f"tensor {name!r}: {memoryview(array.data).nbytes} bytes are not {array.dtype}{list(array.shape)}")
+            raise InvalidUpdate(
+                f"tensor {quoted(name)}: {memoryview(array.data).nbytes} bytes are not {quoted(array.dtype)} of shape {quoted(array.shape)}"
+            )
         return array
     little = np.asarray(array)
     little = little.astype(little.dtype.newbyteorder("<"), copy=False)
     if little.dtype not in _DTYPES:
-        raise InvalidUpdate(f"tensor {name!r} has dtype {little.dtype}; supported are {', '.join(ITEM_SIZE)}")
+        raise unsupported(name, little.dtype)
     flat = np.ascontiguousarray(little).reshape(-1).view(np.uint8)
     return Raw(_DTYPES[little.dtype], little.shape, flat.data)

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from gradsharding.errors import InvalidWeight, shown
+from gradsharding.errors import InvalidWeight, quoted
 
 MAX_WEIGHT = 1 << 53
 """The weights of a round sum to at most this: float64 holds every integer up to here."""
@@ -20,7 +20,7 @@ def check_weight(weight: float, client: str) -> float:
     number = weight.item() if isinstance(weight, np.generic) else weight
     if type(number) not in (int, float) or not 0 < number <= MAX_WEIGHT:
         raise InvalidWeight(
-            f"client {client} has weight {shown(number)}; use a positive number up to 2**53, such as its number of examples"
+            f"client {client} has weight {quoted(number)}; use a positive number up to 2**53, such as its number of examples"
         )
     return number
 

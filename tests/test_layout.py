@@ -1,6 +1,9 @@
 """A layout reads every honest header, and no other."""
 
+import gc
 import json
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,7 @@ import safetensors.numpy
 
 from gradsharding.errors import InvalidUpdate, LayoutMismatch
 from gradsharding.layout import MAX_HEADER, Layout, Run, Tensor, header_length, join_runs
+from gradsharding.value import Value
 
 TWO = Layout.of({"w": ("F32", (2, 3)), "steps": ("I64", ())})
 
@@ -47,32 +51,37 @@ def test_parse_foreign_header() -> None:
 @pytest.mark.parametrize(
     ("header", "says"),
     [
-        (b"", "is not JSON"),
-        (b"\xff", "is not JSON"),
-        (b"{", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b'{"a":%s}' % (b"1" * 5_000), "is not JSON"),
-        (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "half a surrogate pair"),
+        (b"", "is not a JSON object"),
+        (b"\xff", "its bytes are no UTF-8"),
+        (b"{", "is not JSON at byte 1"),
+        (b"[" * 100_000, "is not a JSON object"),
+        (b'{"a":%s}' % (b"[" * 100_000), "malformed"),
+        (b'{"a":{"b":%s}}' % (b"[" * 100_000), "is not JSON at byte 136 .more than 127 levels deep"),
+        (b'{"a":%s}' % (b"1" * 5_000), "malformed"),
+        (b'{"a":{"b":%s}}' % (b"1" * 5_000), "is not JSON at byte 5010 .a number is out of range"),
+        (b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', "is not JSON at byte 1"),
         (b"[]", "is not a JSON object"),
-        (b'{"a":1,"a":2}', "names 'a' twice"),
-        (b'{"b":{"dtype":"F32","dtype":"F64"}}', "names 'dtype' twice"),
-        ({"__metadata__": 1}, "__metadata__ is not a map of strings"),
-        ({"__metadata__": {"a": 1}}, "__metadata__ is not a map of strings"),
+        (b'{"b":{"dtype":"F32","dtype":"F64"}}', "tensor 'b' has a malformed header entry"),
+        ({"__metadata__": 1}, "__metadata__ is not one map of strings"),
+        ({"__metadata__": {"a": 1}}, "__metadata__ is not one map of strings"),
+        ({"__metadata__": entry()}, "__metadata__ is not one map of strings"),
+        (b'{"__metadata__":null,"__metadata__":null}', "__metadata__ is not one map of strings"),
         ({"a": None}, "tensor 'a' has a malformed header entry"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "malformed"),
-        ({"a": entry(more=1)}, "malformed"),
         ({"a": entry(dtype=32)}, "malformed"),
         ({"a": entry(shape=2)}, "malformed"),
         ({"a": entry(shape=[2.0])}, "malformed"),
         ({"a": entry(shape=[True, 2])}, "malformed"),
         ({"a": entry(shape=[-1, -2])}, "malformed"),
-        ({"a": entry(shape=[1 << 63])}, "malformed"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}', "malformed"),
+        ({"a": entry(shape=[0, 1 << 64])}, "malformed"),
         ({"a": entry(offsets=[0, 8, 16])}, "malformed"),
         ({"a": entry(offsets=[-8, 0])}, "malformed"),
-        ({"a": entry(dtype="F8_E4M3")}, "dtype F8_E4M3; supported are F64, F32"),
+        ({"a": entry(dtype="F8_E4M3")}, "dtype 'F8_E4M3'; supported are F64, F32"),
         ({"a": entry(shape=[3])}, r"F32 of shape \[3\], needs 12 bytes but its offsets \[0, 8\] hold 8"),
         ({"a": entry(offsets=[8, 0])}, "hold -8"),
-        ({"a": entry(shape=[1 << 62, 1 << 62])}, "needs 850705917302346158658436518579420528"),
+        ({"a": entry(shape=[1 << 62, 1 << 62])}, "is too large"),
+        ({"a": entry(shape=[1 << 62, 4, 0], offsets=[0, 0]), "b": entry()}, "is too large"),
         ({"a": entry(offsets=[8, 16])}, "tensor 'a' starts at byte 8, where byte 0 is due: tensors leave a gap"),
         ({"a": entry(), "b": entry(offsets=[4, 12])}, "tensor 'b' starts at byte 4, where byte 8 is due: tensors overlap"),
         ({}, "describes 0 bytes of data but the object holds 8"),
@@ -83,6 +92,34 @@ def test_parse_refuses(header: Any, says: str) -> None:
     """A header that is malformed, or does not describe its data, raises InvalidUpdate, which says what is wrong."""
     with pytest.raises(InvalidUpdate, match=says):
         Layout.parse(header if isinstance(header, bytes) else json.dumps(header).encode(), 8)
+
+
+def test_equal_headers_share_a_layout() -> None:
+    """While a layout is in use, the same header gives the same one, and so does one that differs in its metadata alone."""
+    header = TWO.header()[8:]
+    first = Layout.parse(header, 32)
+
+    assert first is Layout.parse(header, 32)
+    assert first is Layout.parse(header.replace(b"{", b'{"__metadata__":{"by":"zoe"},', 1), 32)
+    with pytest.raises(InvalidUpdate, match="is not a JSON object"):
+        Layout.parse(TWO.header(), 32)
+
+
+def test_unused_layouts_are_forgotten() -> None:
+    """A layout that nobody uses takes no memory."""
+    kept = weakref.ref(Layout.parse(Layout.of({"only here": ("U8", (3,))}).header()[8:], 3))
+    gc.collect()
+
+    assert None is kept()
+
+
+def test_equal_headers_from_threads() -> None:
+    """Threads that read equal headers at once get one layout."""
+    header = Layout.of({f"w{i}": ("F32", (i,)) for i in range(2_000)}).header()[8:]
+    with ThreadPoolExecutor(16) as pool:
+        layouts = [*pool.map(Layout.parse, [header] * 64)]
+
+    assert 1 == len({id(layout) for layout in layouts})
 
 
 @pytest.mark.parametrize(
@@ -99,14 +136,17 @@ def test_header_length_refuses(prefix: bytes, size: int, says: str) -> None:
         header_length(prefix, size)
 
 
-def test_validates() -> None:
-    """A record that holds a layout cannot hold one whose tensors overlap, or bear one name."""
-    tensor = {"name": "a", "dtype": "F32", "shape": [2], "start": 0, "stop": 8}
-    assert 8 == Layout.model_validate_json(json.dumps({"tensors": [tensor]})).nbytes
+def test_record() -> None:
+    """In a record a layout is the text of its header, and one whose tensors overlap is refused."""
 
-    for other, says in (tensor | {"name": "b"}, "overlap"), (tensor | {"start": 8, "stop": 16}, "occurs twice"):
-        with pytest.raises(ValueError, match=says):
-            Layout.model_validate_json(json.dumps({"tensors": [tensor, other]}))
+    class Record(Value):
+        layout: Layout
+
+    text = Record(layout=TWO).model_dump_json()
+    assert json.loads(TWO.header()[8:]) == json.loads(json.loads(text)["layout"])
+    assert TWO == Record.model_validate_json(text).layout
+    with pytest.raises(ValueError, match="overlap"):
+        Record.model_validate_json(text.replace("[8,32]", "[0,24]"))
 
 
 def test_runs() -> None:
@@ -162,10 +202,22 @@ def test_mismatch_names_the_cause() -> None:
     assert {"tensor": "z"} == caught.value.details
 
 
-def test_hostile_shape() -> None:
-    """A shape of very many or very large extents is refused with a short message, at once."""
-    for shape in ([2**62] * 64, [2] * 65, [1] * 100_000):
-        header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
-        with pytest.raises(InvalidUpdate, match="'w'") as caught:
-            Layout.parse(header, 4)
-        assert len(str(caught.value)) < 5_000
+@pytest.mark.parametrize("shape", [[2**62] * 64, [2] * 65, [0, 2**64], [3] + [1] * 100_000])
+def test_hostile_shape(shape: list[int]) -> None:
+    """A shape of very many or very large extents that does not fit is refused with a short message, at once."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    with pytest.raises(InvalidUpdate, match="'w'") as caught:
+        Layout.parse(header, 4)
+
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("dtype", ["F32\nERROR: node 7 is compromised", "\x1b[2J", "\u202efdp", "X" * 5_000_000])
+@pytest.mark.parametrize("name", ["w", "w\nWARNING: all is well", "w" * 5_000_000])
+def test_foreign_text(dtype: str, name: str) -> None:
+    """What a header says comes into a message in quotes, on one line, and cut short."""
+    with pytest.raises(InvalidUpdate) as caught:
+        Layout.parse(json.dumps({name: entry(dtype=dtype)}).encode(), 8)
+
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 500

@@ -23,7 +23,7 @@ from gradsharding.errors import (
     ObjectExists,
     TooFewClients,
     UserError,
-    shown,
+    quoted,
 )
 from gradsharding.plan import Limits
 from gradsharding.round import Contribution, Manifest, Round, check_id
@@ -67,7 +67,7 @@ def test_bad_ids(round_: Round, name: str) -> None:
 NO_TEXT: list[Any] = [None, 7, 1.5, True, b"ann", ["ann"], ("a", "b"), object(), np.int64(7), 10**5000]
 
 
-@pytest.mark.parametrize("name", NO_TEXT, ids=lambda name: shown(name, 20))
+@pytest.mark.parametrize("name", NO_TEXT, ids=lambda name: quoted(name, 20))
 def test_ids_that_are_no_text(round_: Round, name: Any) -> None:
     """What is not even text is refused by its type, with what to do, wherever an id is taken; nothing is written."""
     store = MemoryStore()
@@ -117,7 +117,7 @@ def test_weights(round_: Round, weight: float) -> None:
     assert weight == round_.submit("ann", W, weight).weight
 
 
-@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=lambda weight: shown(weight, 20))
+@pytest.mark.parametrize("weight", BAD_WEIGHTS, ids=lambda weight: quoted(weight, 20))
 def test_bad_weights(round_: Round, weight: Any) -> None:
     """Anything else raises InvalidWeight, which names the client, before anything is written."""
     with pytest.raises(InvalidWeight, match="client ann has weight"):

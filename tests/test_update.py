@@ -1,6 +1,9 @@
 """An update is one safetensors object: what we write the library reads, what it writes we read."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate, MissingObject
 from gradsharding.store import MemoryStore
 from gradsharding.testing import CountingStore, assert_same, sample_updates
-from gradsharding.update import Raw, encode, inspect, load, load_raw
+from gradsharding.update import Raw, _Room, encode, inspect, load, load_raw
 
 EVERY_DTYPE = sample_updates(1)["client-0"][0]
 
@@ -93,12 +96,12 @@ def test_without_a_copy() -> None:
 @pytest.mark.parametrize(
     ("array", "says"),
     [
-        (np.zeros(2, "c16"), "tensor 'w' has dtype complex128; supported are F64"),
-        (np.array(["a"]), "dtype <U1"),
-        (np.array([{}]), "dtype object"),
-        (np.zeros(1, "M8[s]"), "dtype datetime64"),
-        (Raw("BF16", (3,), b"1234"), r"tensor 'w': 4 bytes are not BF16\[3\]"),
-        (Raw("F8_E4M3", (4,), b"1234"), r"4 bytes are not F8_E4M3\[4\]"),
+        (np.zeros(2, "c16"), "tensor 'w' has dtype 'complex128'; supported are F64"),
+        (np.array(["a"]), "dtype '<U1'"),
+        (np.array([{}]), "dtype 'object'"),
+        (np.zeros(1, "M8[s]"), "dtype 'datetime64"),
+        (Raw("BF16", (3,), b"1234"), r"tensor 'w': 4 bytes are not 'BF16' of shape \[3\]"),
+        (Raw("F8_E4M3", (4,), b"1234"), r"4 bytes are not 'F8_E4M3' of shape \[4\]"),
     ],
 )
 def test_refuses(array: Any, says: str) -> None:
@@ -126,6 +129,38 @@ def test_inspect(names: int, gets: int) -> None:
     assert store.head("a").size - 400 * names == update.base
     assert (gets, 2) == (store.gets, store.heads)  # the two above
     assert store.bytes_read <= max(64 << 10, update.base)
+
+
+@pytest.mark.parametrize("names", [10, 3_000])
+def test_largest_header(names: int) -> None:
+    """A header that is longer than is allowed is refused, with both sizes, before it is read."""
+    store = CountingStore(stored(written({f"layer.{i}.weight": np.zeros(1, "f4") for i in range(names)})))
+    length = inspect("a", store).base - 8
+
+    assert length + 8 == inspect("a", store, largest_header=length).base
+    before = store.gets
+    with pytest.raises(InvalidUpdate, match=f"^a: the header claims {length} bytes and at most {length - 1} are read"):
+        inspect("a", store, largest_header=length - 1)
+    assert 1 == store.gets - before
+
+
+def test_long_headers_from_threads() -> None:
+    """Threads share what long headers may take together: all are read, also one that is longer than that by itself."""
+    room, most, now, lock = _Room(10), 0, 0, threading.Lock()
+
+    def take(nbytes: int) -> None:
+        nonlocal most, now
+        with room.room(nbytes):
+            with lock:
+                now += min(nbytes, 10)
+                most = max(most, now)
+            time.sleep(0.001)
+            with lock:
+                now -= min(nbytes, 10)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert 40 == len([*pool.map(take, [4, 1, 99, 6] * 10)])
+    assert (10, 0) == (most, now)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 50, -1])

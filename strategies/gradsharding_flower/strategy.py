@@ -108,7 +108,7 @@ class GradSharding(Strategy):
         self.history: list[RoundReport] = []
         """One report a round of training, of the last ``start``."""
         self._run = ""
-        self._layout = Layout(tensors=())
+        self._layout = Layout.of({})
         self._model: Reference | None = None
         self._previous: Reference | None = None
         self._asked: set[int] = set()
