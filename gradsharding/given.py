@@ -18,7 +18,8 @@ from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.projection import commanded
 from gradsharding.round import RECORD, Contribution, Manifest, Round, check_id
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_path, file_reference, locate, open_store
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, check_key, file_path, file_reference, locate, open_store
+from gradsharding.store.directory import take_after
 from gradsharding.task import NonFinitePolicy
 from gradsharding.update import Update, inspect, inspection
 from gradsharding.usage import Usage, carried, together
@@ -26,6 +27,9 @@ from gradsharding.weights import check_weight
 
 NOWHERE = MemoryStore()
 """The store at hand, where there are only URLs."""
+
+
+UNNAMEABLE = "a file's name here may hold no backslash, and not be .gradsharding; rename it"
 
 
 class Given(NamedTuple):
@@ -73,6 +77,8 @@ class Place(NamedTuple):
             return None
         if self.path and not self.path.is_file():
             return InvalidUpdate(f"{self.text} is a directory or special file; name a safetensors file")
+        if self.path and not _is_key(self.path.name):
+            return InvalidUpdate(f"{self.text}: {UNNAMEABLE}")
         try:
             return inspect(self.reference, NOWHERE)
         except MissingObject:
@@ -127,9 +133,14 @@ def found(text: str) -> tuple[Layout, int]:
 def writable(text: str, taken: Sequence[Place]) -> Place:
     """Read the place of an object to write; raise UserError, before any work is done, if that cannot be done.
 
-    ``taken`` are the objects that it must not be.
+    ``taken`` are the objects that it must not be. A link leads to the file that is written; the link stays.
     """
+    if text == "-":
+        raise UserError("- is not a place to write to: results are not streamed; name a file (./- if it should have that name)")
     place = Place.of(text)
+    if place.path:
+        target = _followed(place.path)
+        place = Place(place.text, file_reference(target), target)
     if not place.path and not locate(place.reference, NOWHERE)[1]:
         raise UserError(f"{text} names no object; write {text}mean.safetensors, say")
     if place.reference in (other.reference for other in taken):
@@ -139,9 +150,30 @@ def writable(text: str, taken: Sequence[Place]) -> Place:
     return place
 
 
+def _followed(path: Path) -> Path:
+    """Give the file that a link leads to, which may not be there yet; raise UserError if it leads nowhere, or to this process's streams."""
+    target = path
+    for _ in range(40):  # as many as Linux follows
+        if target.parent.resolve().is_relative_to("/proc"):  # such as /dev/stdout
+            raise UserError(f"{path} cannot be replaced; it is a stream, or a file of the system's: choose another place")
+        if not target.is_symlink():
+            return target
+        target = target.parent.resolve() / target.readlink()
+    raise UserError(f"{path} is a link that leads to itself; name a file")
+
+
+def _is_key(name: str) -> bool:
+    try:
+        return bool(check_key(name))
+    except InvalidId:
+        return False
+
+
 def _check_writable(path: Path, taken: Sequence[Path]) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a directory or special file; name a regular file, new or to be replaced")
+    if not _is_key(path.name):
+        raise UserError(f"{path}: {UNNAMEABLE}")
     if not path.parent.is_dir():
         raise UserError(f"there is no directory {path.parent} for {path.name}; make it first")
     if path.resolve() in (other.resolve() for other in taken):
@@ -153,10 +185,12 @@ def _check_writable(path: Path, taken: Sequence[Path]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing."""
+    """Write a file, all of it or nothing; one that is there gives its mode and its owner to the new one."""
     draft = path.with_name(f".gradsharding-{uuid.uuid4().hex}")
     try:
+        draft.touch(0o600 if path.exists() else 0o666)
         draft.write_text(text)
+        take_after(draft, path)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -237,12 +271,15 @@ def _readings(text: str) -> Iterator[tuple[str | None, Place, str]]:
 
 
 def _weight(text: str, client: str) -> float:
-    try:
-        return check_weight(int(text) if re.fullmatch("[0-9]{1,16}", text) else float(text), client)
-    except InvalidWeight:
-        raise
-    except ValueError:
-        raise InvalidWeight(f"client {client} has weight {text!r}; use a positive number, such as its number of examples") from None
+    number: float | None = None
+    if re.fullmatch("[0-9]{1,16}", text):
+        number = int(text)
+    elif re.fullmatch("[-+.0-9A-Za-z]+", text):  # float() itself reads spaces, underscores and the digits of other scripts
+        with contextlib.suppress(ValueError):
+            number = float(text)
+    if number is None:
+        raise InvalidWeight(f"client {client} has weight {text!r}; use a positive number, such as its number of examples")
+    return check_weight(number, client)
 
 
 @contextlib.contextmanager

@@ -195,6 +195,65 @@ def test_existing_output_survives_a_failure(updates: list[str], tmp_path: Path) 
     assert "old" == (tmp_path / "out").read_text()
 
 
+@pytest.mark.parametrize("option", ["--output", "--report"])
+@pytest.mark.parametrize("link", ["one", "absolute", "two", "dangling"])
+def test_link_is_followed(updates: list[str], call: Callable[..., str], tmp_path: Path, link: str, option: str) -> None:
+    """What is written through links lands in the file that they lead to, which may not be there yet; the links stay."""
+    (tmp_path / "there").mkdir()
+    target, name = tmp_path / "there" / "file", tmp_path / "name"
+    if link != "dangling":
+        target.write_text("old")
+    if link == "two":
+        (tmp_path / "there" / "second").symlink_to("file")
+    name.symlink_to({"absolute": target, "two": Path("there/second")}.get(link, Path("there/file")))
+    leads = name.readlink()
+
+    call("aggregate", *updates, *(["-o", "out", option, "name"] if option == "--report" else [option, "name"]))
+
+    assert (leads, False) == (name.readlink(), target.is_symlink())
+    written = json.loads(target.read_text())["clients"] if option == "--report" else len(safetensors.torch.load_file(target))
+    assert {"--report": 3, "--output": len(model(0))}[option] == written
+    assert [] == [path.name for path in tmp_path.rglob(".gradsharding*")]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400, 0o755])
+def test_mode_and_owner_stay(updates: list[str], call: Callable[..., str], tmp_path: Path, mode: int) -> None:
+    """What replaces a file has its mode, and, as far as this user may, its owner; a new file has the mode of the umask."""
+    owner = 65_534 if os.getuid() == 0 else os.getuid()
+    for name in ("out", "report"):
+        (tmp_path / name).write_text("old")
+        os.chown(tmp_path / name, owner, -1)
+        (tmp_path / name).chmod(mode)
+    before = os.umask(0o027)
+    try:
+        call("aggregate", *updates, "-o", "out", "--report", "report")
+        call("aggregate", *updates, "-o", "new", "--report", "new report")
+    finally:
+        os.umask(before)
+
+    assert [(mode, owner)] * 2 == [((tmp_path / n).stat().st_mode & 0o7777, (tmp_path / n).stat().st_uid) for n in ("out", "report")]
+    assert [0o640] * 2 == [(tmp_path / name).stat().st_mode & 0o7777 for name in ("new", "new report")]
+
+
+def test_draft_of_a_private_file_is_private(large: Path, tmp_path: Path) -> None:
+    """While it is made, what will replace a private file is as private as that."""
+    (tmp_path / "out").touch(0o600)
+    with start(large, str(tmp_path / "out"), "--shards", "1000", "--executor", "inline") as run:
+        wait_for_slices(run, tmp_path, 5)
+        modes = {path.stat().st_mode & 0o077 for path in tmp_path.glob(".gradsharding/uploads/*/data")}
+        run.terminate()
+        run.communicate(timeout=60)
+
+    assert {0} == modes
+
+
+def test_name_of_a_dash(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
+    """A file may be named "-", if its path says that a file is meant."""
+    call("aggregate", *updates, "-o", "./-")
+
+    assert set(model(0)) == set(safetensors.torch.load_file(tmp_path / "-"))
+
+
 def test_updates_by_url_and_by_id(updates: list[str], tmp_path: Path) -> None:
     """A file:// URL and an id of its own name the same update: the id decides the order, not the result's form."""
     url = (tmp_path / "a b.safetensors").as_uri()
@@ -337,7 +396,7 @@ def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> N
 @pytest.mark.parametrize("executor", ["inline", "processes:2", "threads:2"])
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131)])
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
-    """Ctrl-C, which reaches the whole process group, SIGTERM, SIGHUP of a closed terminal and SIGQUIT end a run at once, without a trace."""
+    """Ctrl-C, which reaches the whole process group, SIGTERM, a closed terminal and SIGQUIT end a run at once, without a trace."""
     with start(large, str(tmp_path / "out"), "--shards", "1000", "--executor", executor) as run:
         wait_for_slices(run, tmp_path, 20)
         for _ in range(2 if name == "SIGHUP" else 1):  # which the shell sends, and the kernel
@@ -543,6 +602,7 @@ FILES = {
     "good.safetensors": safetensors_file({"w": entry(0, 8)}, struct.pack("<2f", 1, 2)),
     "twin.safetensors": safetensors_file({"w": entry(0, 8)}, struct.pack("<2f", 3, 4)),
     "folder/good.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
+    "back\\slash": safetensors_file({"w": entry(0, 8)}, bytes(8)),
     "two words.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
     "either.safetensors": safetensors_file({"w": entry(0, 8)}, bytes(8)),
     "either.safetensors:2": safetensors_file({"w": entry(0, 8)}, bytes(8)),
@@ -575,7 +635,18 @@ class Mistake(NamedTuple):
 
 
 OUT = "-o out/mean"
-WEIGHT_TEXTS = {"0": "0", "-1": "-1.0", "nan": "nan", "inf": "inf", "1e30": "1e+30", "9" * 400: "inf", "many": "'many'", "": "''"}
+WEIGHT_TEXTS = {
+    "0": "0",
+    "-1": "-1.0",
+    "nan": "nan",
+    "inf": "inf",
+    "1e30": "1e+30",
+    "9" * 400: "inf",
+    "many": "'many'",
+    "": "''",
+    "1_000": "'1_000'",
+    "٣": "'٣'",
+}
 MISTAKES = {
     "missing file": Mistake(f"aggregate nowhere.safetensors:3 {OUT}", ["nowhere.safetensors", "no file", "PATH"]),
     "directory": Mistake(f"aggregate folder {OUT}", ["folder is a directory", "name a safetensors file"]),
@@ -610,6 +681,15 @@ MISTAKES = {
     "no output": Mistake("aggregate good.safetensors", ["Missing option", "--output", "aggregate --help"]),
     "no directory for the output": Mistake("aggregate good.safetensors -o nowhere/mean", ["no directory nowhere", "make it first"]),
     "output is a directory": Mistake("aggregate good.safetensors -o out", ["out is a directory", "name a regular file"]),
+    "output is a stream": Mistake("aggregate good.safetensors -o -", ["- is not a place", "name a file"]),
+    "report is a stream": Mistake(f"aggregate good.safetensors {OUT} --report -", ["- is not a place", "name a file"]),
+    "output is this process's": Mistake("aggregate good.safetensors -o /dev/stdout", ["/dev/stdout cannot be", "another place"]),
+    "output is a pipe": Mistake("aggregate good.safetensors -o pipe", ["pipe is a directory or special file", "name a regular file"]),
+    "output is a circle": Mistake("aggregate good.safetensors -o circle", ["circle is a link that leads to itself", "name a file"]),
+    "output is a link to an update": Mistake("aggregate good.safetensors -o link", ["link is one of this command's", "another place"]),
+    "output with a backslash": Mistake("aggregate good.safetensors -o out/a\\b", ["out/a\\b", "no backslash", "rename it"]),
+    "update with a backslash": Mistake(f"aggregate x=back\\slash {OUT}", ["back\\slash", "no backslash", "rename it"]),
+    "output that is ours": Mistake("aggregate good.safetensors -o out/.gradsharding", ["not be .gradsharding", "rename it"]),
     "output is a device": Mistake("aggregate good.safetensors -o /dev/null", ["/dev/null", "name a regular file"]),
     "output cannot be written": Mistake("aggregate good.safetensors -o /proc/mean", ["/proc/mean cannot be", "choose another"]),
     "output is an update": Mistake("aggregate good.safetensors -o good.safetensors", ["good.safetensors", "another place"]),
@@ -676,6 +756,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "link").symlink_to("good.safetensors")
     monkeypatch.chdir(tmp_path)
     with signals_kept():
         yield tmp_path

@@ -8,7 +8,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_IMODE, S_ISREG
 from typing import IO, NamedTuple, TypeVar
 
 from gradsharding.charges import Charges
@@ -120,7 +120,8 @@ class DirectoryStore:
         upload = uuid.uuid4().hex
         _inside(self._upload(upload).parent, self._upload(upload).mkdir)
         (self._upload(upload) / "parts").mkdir()
-        (self._upload(upload) / "data").touch()
+        # What replaces a file may be as private as that one is: nobody else reads it until it is known.
+        (self._upload(upload) / "data").touch(0o600 if self._path(key).exists() else 0o666)
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
@@ -152,6 +153,8 @@ class DirectoryStore:
                 check_arrived(key, sizes, {n: mark.size for n, mark in self._marks(upload).items()})
                 os.ftruncate(file.fileno(), sum(sizes.values()))  # the last part may have been longer before it was written again
                 os.fsync(file.fileno())
+            if overwrite:
+                take_after(data, self._path(key))
             stat = self._publish(key, data, self._path(key), overwrite=overwrite)
         except FileNotFoundError:  # completed or aborted by another meanwhile
             raise no_upload(key, upload) from None
@@ -237,6 +240,17 @@ class SharedMemory(DirectoryStore):
         """Use ``root``."""
         super().__init__(root)
         self.url = f"{SHARED}://{self.url.removeprefix('file://')}"
+
+
+def take_after(draft: Path, path: Path) -> None:
+    """Give a draft the mode and, where we may, the owner and the group of the file that it will replace, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        there = path.stat()
+        for owner, group in ((there.st_uid, -1), (-1, there.st_gid)):
+            with contextlib.suppress(OSError):
+                os.chown(draft, owner, group)
+        with contextlib.suppress(OSError):  # a file system without modes
+            draft.chmod(S_IMODE(there.st_mode))
 
 
 def _inside(directory: Path, act: Callable[[], T]) -> T:
