@@ -32,17 +32,17 @@ def wide(dtype: str, values: Array) -> Array:
 
 
 def expected(dtype: str, terms: Terms) -> list[int]:
-    """Give the bits of the correctly rounded mean, by Python's rational numbers alone."""
+    """Give the bits of the correctly rounded mean, by Python's integers and rational numbers alone."""
     total, form = sum(weight for _, weight in terms), FORMATS[dtype]
-    columns = zip(*(wide(dtype, values).tolist() for values, _ in terms), strict=True)
-    sums = (sum((w * Fraction(x) for x, (_, w) in zip(column, terms, strict=True)), Fraction(0)) for column in columns)
-    return [rounded(found / total, form) for found in sums]
+    # in the format's smallest unit, every element is an integer, and float64 holds it
+    columns = zip(*(np.ldexp(wide(dtype, values), -form.least).tolist() for values, _ in terms), strict=True)
+    sums = (sum(w * int(x) for x, (_, w) in zip(column, terms, strict=True)) for column in columns)
+    return [rounded(Fraction(found, total), form) for found in sums]
 
 
 def rounded(mean: Fraction, form: Format) -> int:
-    """Round to nearest, ties to even: bits of the format. Those of finite elements are in the order of their magnitudes."""
-    size, unit = abs(mean), Fraction(2) ** form.least
-    magnitude = size / unit
+    """Round a number of units to nearest, ties to even: bits of the format. Those of finite elements are in the order of magnitudes."""
+    magnitude = abs(mean)
     exponent: int = max(0, int(magnitude).bit_length() - form.mantissa - 1)
     found = (exponent << form.mantissa) + round(magnitude / (1 << exponent))  # the leading bit is the one that makes the exponent 1
     sign = 1 << (8 * np.dtype(form.bits).itemsize - 1)
