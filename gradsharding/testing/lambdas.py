@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import unquote
 
-from gradsharding.cgroup import MemoryCgroup
+from gradsharding.cgroup import Hold, MemoryCgroup
+from gradsharding.errors import UserError
 from gradsharding.testing.s3 import free_port
 
 Fault = Literal["raise", "kill", "timeout", "lost", "throttle", "twice", "error"]
@@ -53,6 +54,15 @@ def emulator_missing() -> str | None:
     return None if importlib.util.find_spec("awslambdaric") else "no awslambdaric: pip install awslambdaric"
 
 
+def hold() -> Hold:
+    """What holds a function to its memory here: a cgroup, or nothing; RLIMIT_DATA would hold each of its processes alone."""
+    trial = MemoryCgroup.create(PAYLOAD)
+    if not trial:
+        return "nothing"
+    trial.close()
+    return trial.hold
+
+
 @dataclass(frozen=True)
 class LocalFunction:
     """A function as it would be configured; ``memory`` in MiB, ``timeout`` in seconds."""
@@ -79,13 +89,16 @@ class Call:
 class LocalLambda:
     """One function, as many environments as run at once, and no more than ``concurrency``: beyond that, 429.
 
-    Each environment is held to its memory by a cgroup, where one can be made. Leaving the context ends all processes.
+    Each environment is held to its memory by a cgroup, where one can be made (``hold``); a function with a ``limit`` is refused where none
+    can. Leaving the context ends all processes.
     """
 
     def __init__(
         self, function: LocalFunction, *, concurrency: int = 10, faults: Mapping[int, Fault] | None = None, tells: bool = True
     ) -> None:
         """``faults`` go wrong by the invocation's number, from 1. Without ``tells``, nobody may read its settings."""
+        if function.limit and hold() == "nothing":
+            raise UserError(f"nothing can hold a function to {function.limit} MiB here: no memory cgroup may be made; try as root")
         self.function = function
         self.concurrency = concurrency
         self.calls: list[Call] = []
@@ -172,15 +185,16 @@ class _Environment:
     def __init__(self, function: LocalFunction) -> None:
         self._function = function
         self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed by close
-        self._cgroup = MemoryCgroup.create((function.limit or function.memory) << 20)
+        self._cgroup: MemoryCgroup | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._warm = False
 
     def invoke(self, body: bytes, fault: Fault | None) -> tuple[bool, bytes, str]:
         """Run the function once: whether it failed, its answer, and its log with Lambda's REPORT at the end."""
         cold, begun, request = not self._warm, time.perf_counter(), str(uuid.uuid4())
-        process = self._process if self._process and self._process.poll() is None else self._start()
-        ready, kills = time.perf_counter(), self._cgroup.kills() if self._cgroup else 0
+        if not self._process or self._process.poll() is not None:
+            self._start()
+        ready = time.perf_counter()
         self._log.seek(0, os.SEEK_END)
         start = self._log.tell()
         timers = {"kill": signal.SIGKILL, "timeout": signal.SIGSTOP}
@@ -192,11 +206,11 @@ class _Environment:
         if interference:
             interference.join()
         verdict, payload = self._judged(status, payload, request)
-        self._warm = verdict != "ended"
-        if verdict == "ended":
-            self._end(process)
-        killed = bool(self._cgroup and self._cgroup.kills() > kills)
-        used = (self._function.limit or self._function.memory) if killed else min(self._peak() >> 20, self._function.memory)
+        killed, peak = (self._cgroup.kills() > 0, self._cgroup.peak() >> 20) if self._cgroup else (False, 0)
+        self._warm = verdict != "ended" and not killed
+        if not self._warm:
+            self._end()
+        used = (self._function.limit or self._function.memory) if killed else min(peak, self._function.memory)
         self._log.seek(start)
         log = re.sub(r"(?m)^(START|END|REPORT|INIT_).*\n?", "", self._log.read().decode(errors="replace"))
         seconds = ended - ready
@@ -209,13 +223,11 @@ class _Environment:
 
     def close(self) -> None:
         """End the processes."""
-        if self._process:
-            self._end(self._process)
-        if self._cgroup:
-            self._cgroup.close()
+        self._end()
         self._log.close()
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> None:
+        self._end()
         function, (port, api) = self._function, (free_port(), free_port())
         code = str(function.code or Path(__file__).parents[2])
         env = {
@@ -241,15 +253,14 @@ class _Environment:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        if cgroup := self._cgroup:
-            cgroup.add(process.pid)  # before its first invocation starts the runtime
-            with contextlib.suppress(OSError):  # what the processes before it took does not count
-                (cgroup.path / "memory.max_usage_in_bytes").write_text("0")
+        self._cgroup = MemoryCgroup.create((function.limit or function.memory) << 20)
+        if self._cgroup and not self._cgroup.add(process.pid):  # before its first invocation starts the runtime
+            self._end()
+            raise UserError(f"the kernel does not let process {process.pid} be moved into {self._cgroup.path}")
         for _ in range(1_000):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.1):
                 break
             time.sleep(0.005)
-        return process
 
     def _ask(self, body: bytes) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=self._function.timeout + 30)
@@ -273,14 +284,6 @@ class _Environment:
             return "ended", payload or json.dumps({"errorType": "Runtime.ExitError", "errorMessage": text}).encode()
         return "failed" if payload.startswith((b'{"errorMessage"', b'{"errorType"')) else "done", payload
 
-    def _peak(self) -> int:
-        """Bytes: the most that the environment has held."""
-        names = ("memory.max_usage_in_bytes", "memory.peak")
-        for path in (self._cgroup.path / name for name in names) if self._cgroup else ():
-            with contextlib.suppress(OSError):
-                return int(path.read_text())
-        return 0
-
     def _signal(self, number: signal.Signals) -> None:
         """Send a signal to the runtime, the emulator's child."""
         assert self._process
@@ -290,11 +293,15 @@ class _Environment:
                 for pid in (thread / children.name).read_text().split():
                     os.kill(int(pid), number)
 
-    @staticmethod
-    def _end(process: subprocess.Popen[bytes]) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    def _end(self) -> None:
+        """End the processes, and remove their cgroup: those that come after them get their own, with counts of their own."""
+        if self._process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        if self._cgroup:
+            self._cgroup.close()
+        self._process = self._cgroup = None
 
 
 class _Front(BaseHTTPRequestHandler):
