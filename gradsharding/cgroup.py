@@ -90,7 +90,7 @@ class MemoryCgroup:
         return True
 
     def kills(self) -> int:
-        """How often the kernel has killed here because the limit was reached."""
+        """How often the kernel has killed here because the limit was reached; v2 may count one process twice."""
         for line in _read(self.path / _NAMES[self._version].events).splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
