@@ -22,6 +22,7 @@ from gradsharding.projection import HEADER_PART
 from gradsharding.reading import Reading, combined
 from gradsharding.round import RECORD, Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, locate
+from gradsharding.store.private import private_directory
 from gradsharding.task import Job, NonFinitePolicy, TaskReport
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
@@ -302,7 +303,7 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
                 projected=shared,
                 allowed=free,
             )
-        path.mkdir(mode=0o700, exist_ok=True)
+        private_directory(path, "remove it, or let partial sums pass through the store")
     return Job(
         store=round.store.url,
         output=round.output,

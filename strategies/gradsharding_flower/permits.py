@@ -17,6 +17,7 @@ from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
 from gradsharding.errors import InvalidUpdate, UserError
 from gradsharding.plan import MAX_PARTS
 from gradsharding.round import check_id
+from gradsharding.store.private import private_directory
 from gradsharding.update import Update, encode, inspect
 from gradsharding.usage import Usage
 from gradsharding.value import Value
@@ -71,7 +72,8 @@ class ByUrl:
         self._orders = orders
         self._client = client_id(context.node_id)
         given = context.node_config.get(SPOOL_KEY)
-        self._directory = _private(Path(str(given)) if given else Path(tempfile.gettempdir()) / f"gradsharding-spool-{os.getuid()}")
+        place = Path(str(given)) if given else Path(tempfile.gettempdir()) / f"gradsharding-spool-{os.getuid()}"
+        self._directory = private_directory(place, f"set {SPOOL_KEY} in the node's --node-config to a directory of its own")
         self._path = self._directory / f"{check_id(str(orders['round']))}.{self._client}.safetensors"
 
     def load(self, reference: Reference) -> ArrayRecord:
@@ -171,12 +173,3 @@ class Lender:
 def _most(model: Reference) -> int:
     """Bytes that an update of a model may have."""
     return WIDEST * model.nbytes + ROOM
-
-
-def _private(directory: Path) -> Path:
-    """Make a directory that is this user's alone, or see that it is."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = directory.lstat()
-    if directory.is_symlink() or found.st_uid != os.getuid():
-        raise UserError(f"{directory} belongs to someone else; set {SPOOL_KEY} in the node's --node-config to a directory of its own")
-    return directory

@@ -1,0 +1,30 @@
+"""A directory that is this user's alone, or a refusal: where others may write, they could swap what lies there."""
+
+import os
+from pathlib import Path
+from stat import S_IMODE, S_ISDIR
+
+from gradsharding.errors import StoreRefused
+
+
+def private_directory(path: Path, remedy: str) -> Path:
+    """Make ``path`` with mode 0700, or see that it is a directory of ours that nobody else may enter, and no link to one.
+
+    Raise StoreRefused otherwise, with ``remedy``, which ends the sentence: what to do but use this directory.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        found = path.lstat()
+        if not S_ISDIR(found.st_mode):
+            raise StoreRefused(f"{path} is a link or a file, where a directory of ours belongs; {remedy}", path=str(path)) from None
+        if found.st_uid != os.geteuid():
+            owners = f"{path} belongs to uid {found.st_uid}, not to uid {os.geteuid()}, which would keep private files in it"
+            raise StoreRefused(f"{owners}; {remedy}", path=str(path)) from None
+        if S_IMODE(found.st_mode) & 0o077:
+            raise StoreRefused(
+                f"{path} has mode {S_IMODE(found.st_mode):o}, which lets other users in; run chmod 700 on it if only you have used it, "
+                f"or {remedy}",
+                path=str(path),
+            ) from None
+    return path
