@@ -78,7 +78,7 @@ def locate(reference: str, home: S) -> tuple[S | ObjectStore, str]:
     if "://" not in reference:
         return home, reference
     base, _, key = reference.rpartition("/")
-    return _open_once(base), os.fsdecode(unquote_to_bytes(key))
+    return (open_store if base.startswith("memory:") else _open_once)(base), os.fsdecode(unquote_to_bytes(key))
 
 
 def file_path(url: str) -> str:
@@ -96,4 +96,5 @@ def file_reference(path: str | os.PathLike[str]) -> str:
 
 @lru_cache(maxsize=256)
 def _open_once(url: str) -> ObjectStore:
+    """Open a store that may be kept: not one in memory, whose objects live as long as it does."""
     return open_store(url)

@@ -32,13 +32,14 @@ class MemoryStore:
 
     def head(self, key: str) -> Stat:
         count("memory", gets=1)
-        return self._stat(key)
+        return _stat(self._object(key))
 
     def peek(self, key: str, nbytes: int) -> Peeked:
         count("memory", gets=1)
-        first = self._object(key)[0][:nbytes]
+        found = self._object(key)
+        first = found[0][:nbytes]
         count("memory", bytes_read=len(first))
-        return Peeked(self._stat(key), first)
+        return Peeked(_stat(found), first)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
         count("memory", gets=1)
@@ -52,13 +53,14 @@ class MemoryStore:
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         joined = b"".join(data)
         count("memory", puts=1, bytes_written=len(joined))
-        return self._publish(check_key(key), joined, overwrite=False)
+        with self._lock:
+            return self._publish(check_key(key), joined, overwrite=False)
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         count("memory", puts=1)
-        for key in sorted(self._objects):
-            if key.startswith(prefix):
-                yield key, self._stat(key)
+        for key in sorted([*self._objects]):
+            if key.startswith(prefix) and (found := self._objects.get(key)):  # others may delete while we list
+                yield key, _stat(found)
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -81,18 +83,22 @@ class MemoryStore:
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
         count("memory", puts=1, bytes_written=memoryview(data).nbytes)
-        self._parts(key, upload)[number] = bytes(data)
+        part = bytes(data)
+        with self._lock:
+            self._parts(key, upload)[number] = part
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
         count("memory", puts=1)
-        return self._sizes(key, upload)
+        with self._lock:
+            return _sizes(self._parts(key, upload))
 
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
         count("memory", puts=1)
-        check_arrived(key, sizes, self._sizes(key, upload))
-        data = b"".join(data for _, data in sorted(self._parts(key, upload).items()))
-        stat = self._publish(key, data, overwrite=overwrite)
-        self._uploads.pop(upload, None)
+        with self._lock:
+            parts = self._parts(key, upload)
+            check_arrived(key, sizes, _sizes(parts))
+            stat = self._publish(key, b"".join(data for _, data in sorted(parts.items())), overwrite=overwrite)
+            del self._uploads[upload]
         return stat
 
     def abort(self, key: str, upload: str) -> None:
@@ -109,13 +115,6 @@ class MemoryStore:
         except KeyError:
             raise missing(key, self.url) from None
 
-    def _stat(self, key: str) -> Stat:
-        data, version = self._object(key)
-        return Stat(len(data), version)
-
-    def _sizes(self, key: str, upload: str) -> dict[int, int]:
-        return {number: len(data) for number, data in self._parts(key, upload).items()}
-
     def _parts(self, key: str, upload: str) -> dict[int, bytes]:
         try:
             return self._uploads[upload]
@@ -123,8 +122,15 @@ class MemoryStore:
             raise no_upload(key, upload) from None
 
     def _publish(self, key: str, data: bytes, *, overwrite: bool) -> Stat:
-        with self._lock:
-            if key in self._objects and not overwrite:
-                raise taken(key, self.url)
-            self._objects[key] = data, uuid.uuid4().hex
-        return self._stat(key)
+        if key in self._objects and not overwrite:
+            raise taken(key, self.url)
+        self._objects[key] = found = data, uuid.uuid4().hex
+        return _stat(found)
+
+
+def _stat(found: tuple[bytes, str]) -> Stat:
+    return Stat(len(found[0]), found[1])
+
+
+def _sizes(parts: Mapping[int, bytes]) -> dict[int, int]:
+    return {number: len(data) for number, data in parts.items()}
