@@ -70,6 +70,10 @@ class TestMoto(_OnS3):
         """Give an empty store."""
         return moto_store
 
+    @pytest.mark.skip(reason="moto answers 500 (a KeyError of its own) to two completions of one upload at once")
+    def test_complete_at_once(self) -> None:  # type: ignore[override]
+        """Left to Ceph."""
+
 
 class TestCeph(_OnS3):
     """The contract on Ceph."""

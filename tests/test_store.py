@@ -1,20 +1,26 @@
 """Stores keep the contract; a directory keeps its promises when its writers are killed."""
 
+import errno
+import gc
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from gradsharding.errors import ChangedObject, InvalidId, MissingObject, ObjectExists, UserError
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, SharedMemory, file_reference, locate, open_store
+from gradsharding.errors import ChangedObject, InvalidId, MissingObject, ObjectExists, StoreRefused, UserError
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, SharedMemory, file_reference, files, locate, open_store
+from gradsharding.store.private import private_directory
 from gradsharding.testing import CountingStore, FlakyStore, SlowStore, StoreContract, read
 
 
@@ -107,6 +113,49 @@ def test_changed_in_place(tmp_path: Path) -> None:
         list(chunks)
 
 
+def test_swapped_in_place(tmp_path: Path) -> None:
+    """A file that is written over has another version, though its size, its name and its restored times are the same."""
+    store, path = DirectoryStore(tmp_path), tmp_path / "a"
+    stat = store.put("a", [b"o" * 3_000_000])
+    times, chunks = path.stat(), store.get("a", 0, 3_000_000, version=stat.version)
+    seen = bytes(next(chunks))
+    with path.open("rb+") as file:
+        file.write(b"n" * 3_000_000)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    assert (times.st_size, times.st_ino, times.st_mtime_ns) == (path.stat().st_size, path.stat().st_ino, path.stat().st_mtime_ns)
+    assert {*b"o"} == {*seen}
+    for ask in (lambda: next(chunks), lambda: read(store, "a", version=stat.version)):
+        with pytest.raises(ChangedObject, match=r"it was written again, or its inode was changed \(by chmod, chown or a hard link\)"):
+            ask()
+
+
+def test_told_version_is_final(tmp_path: Path) -> None:
+    """The version that put and complete tell is that which head tells, with or without an object in its place before."""
+    store = DirectoryStore(tmp_path)
+    told = {"a": store.put("a", [b"x"])}
+    for overwrite in (False, True):
+        upload = store.begin("b")
+        store.put_part("b", upload, 1, 0, b"xyz")
+        told["b"] = store.complete("b", upload, {1: 3}, overwrite=overwrite)
+        assert told["b"] == store.head("b")
+    assert told == dict(store.list(""))
+
+
+def test_late_writer_holds_the_file(tmp_path: Path) -> None:
+    """A part's writer that has opened an upload's file when another publishes it does not touch what was published."""
+    store = DirectoryStore(tmp_path)
+    upload = store.begin("a")
+    store.put_part("a", upload, 1, 0, b"abcd")
+    with ThreadPoolExecutor(1) as pool:
+        with store._data("a", upload, exclusive=False) as file:
+            completed = pool.submit(store.complete, "a", upload, {1: 4})
+            with pytest.raises(TimeoutError):
+                completed.result(0.1)
+            os.pwrite(file.fileno(), b"abcd", 0)
+        assert completed.result() == store.head("a")
+
+
 def test_lost_bytes(tmp_path: Path) -> None:
     """A part whose bytes did not reach the disk, though its mark did, has not arrived."""
     store = DirectoryStore(tmp_path)
@@ -120,6 +169,216 @@ def test_lost_bytes(tmp_path: Path) -> None:
 
     os.truncate(data, 2)
     assert {} == store.parts("a", upload)
+
+
+def test_stale(tmp_path: Path) -> None:
+    """Beginning an upload removes what nobody has written to for a week, and no more: not what is newer, nor an object's second name."""
+    store = DirectoryStore(tmp_path)
+    old, new, linked = (store.begin("a") for _ in range(3))
+    os.link(tmp_path / ".gradsharding/uploads" / linked / "data", tmp_path / "linked")
+    (tmp_path / ".gradsharding/drafts").mkdir()
+    (tmp_path / ".gradsharding/drafts/old").touch()
+    for upload in (old, linked):
+        for path in (place := tmp_path / ".gradsharding/uploads" / upload, *place.iterdir()):
+            os.utime(path, (0, 0))
+    os.utime(tmp_path / ".gradsharding/drafts/old", (0, 0))
+    latest = store.begin("a")
+
+    assert {new, linked, latest} == {path.name for path in (tmp_path / ".gradsharding/uploads").iterdir()}
+    assert [] == [*(tmp_path / ".gradsharding/drafts").iterdir()]
+
+
+def test_list_gives_keys_only(tmp_path: Path) -> None:
+    """Listing gives no unfinished work and no file whose name is no key, and nothing outside the directory, whatever the prefix."""
+    store = DirectoryStore(tmp_path / "s")
+    (tmp_path / "outside").touch()
+    store.put("a/b", [b"x"])
+    store.begin("c")
+    (tmp_path / "s/back\\slash").touch()
+
+    for prefix, expected in {"": ["a/b"], ".": [], "../": [], "a/../": [], f"{tmp_path}/": [], ".gradsharding/": [], "a/b/c": []}.items():
+        assert expected == [key for key, _ in store.list(prefix)]
+
+
+def as_user(uid: int, act: Callable[[], object]) -> str:
+    """Act in a process of another user, whose umask is 022; give the error's name and sentence."""
+    if os.geteuid():
+        pytest.skip("acting as another user needs root")
+    gets, puts = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setgroups([])
+        os.setgid(uid)
+        os.setuid(uid)
+        os.umask(0o022)
+        try:
+            act()
+            said = "done"
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+            said = f"{type(error).__name__}: {error}"
+        os.write(puts, said.encode())
+        os._exit(0)
+    os.close(puts)
+    with open(gets, "rb") as pipe:  # noqa: PTH123
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.fixture
+def shared_place() -> Iterator[Path]:
+    """A directory that every user reaches."""
+    with TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def test_second_user(shared_place: Path) -> None:
+    """A second user of a store reads what the first wrote; where it may not write, or read, it is told whose directory that is."""
+    store = DirectoryStore(shared_place)
+    assert "done" == as_user(1001, lambda: (store.put("r/a", [b"abc"]), store.begin("r/b")))
+    assert "done" == as_user(1002, lambda: read(store, "r/a"))
+
+    for act, place in (
+        (lambda: store.put("r/c", [b"x"]), ".gradsharding/drafts"),
+        (lambda: store.begin("r/c"), ".gradsharding/uploads"),
+        (lambda: store.delete(["r/a"]), "r"),
+    ):
+        said = as_user(1002, act)
+        assert said.startswith(
+            f"StoreRefused: uid 1002 may not use {shared_place / place}, which belongs to uid 1001 and gid 1001 with mode 755"
+        )
+        assert said.endswith("let the owner run chmod g+rwxs on it for a common group, and all its users set umask 002")
+
+    (shared_place / "r/a").chmod(0o600)
+    for act in (lambda: read(store, "r/a"), lambda: store.peek("r/a", 1), lambda: [*store.fetch(["r/a"])]):
+        assert as_user(1002, act).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r/a, which belongs to uid 1001")
+    (shared_place / "r").chmod(0o700)
+    for act in (lambda: store.head("r/a"), lambda: [*store.list("r/")]):
+        assert as_user(1002, act).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r, which belongs to uid 1001")
+
+
+@contextmanager
+def mounted(where: Path, *options: str) -> Iterator[Path]:
+    """Mount a tmpfs."""
+    where.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", where], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", where], check=True)
+
+
+def test_disk_full(tmp_path: Path) -> None:
+    """A full disk is StoreRefused with the path and the numbers, whichever verb meets it, and nothing half-written is left."""
+    with mounted(tmp_path / "small", "-o", "size=1m") as root:
+        store = DirectoryStore(root)
+        with pytest.raises(
+            StoreRefused, match=r"2000000 bytes were to be written to .*/small/a/b, and .* [0-9]+ bytes free; make room"
+        ) as put:
+            store.put("a/b", [bytes(2_000_000)])
+        assert (2_000_000, str(root / "a/b"), errno.ENOSPC) == tuple(put.value.details[name] for name in ("wanted", "path", "errno"))
+        assert [] == [path for path in root.rglob("*") if path.is_file()]
+
+        upload = store.begin("b")
+        with pytest.raises(StoreRefused, match=r"2000000 bytes were to be written to .*make room, or use another place"):
+            store.put_part("b", upload, 1, 0, bytes(2_000_000))
+        assert {} == store.parts("b", upload)
+        store.abort("b", upload)
+        assert 3 == store.put("c", [b"abc"]).size
+        subprocess.run(["mount", "-o", "remount,ro", root], check=True)
+        with pytest.raises(StoreRefused, match="mounted read-only; use another place"):
+            store.put("d", [b"abc"])
+
+
+def test_no_more_files(tmp_path: Path) -> None:
+    """A file system that has no room for another file says so, and not that it has bytes free."""
+    with mounted(tmp_path / "few", "-o", "size=1m,nr_inodes=8") as root:
+        store = DirectoryStore(root)
+        with pytest.raises(StoreRefused, match="has its most files already, 8; make room"):
+            [store.put(str(i), [b""]) for i in range(8)]
+
+
+def test_file_too_long(tmp_path: Path) -> None:
+    """A file that may not be so long (ulimit -f) is StoreRefused, and nothing of it is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))
+    try:
+        with pytest.raises(StoreRefused, match=r"2000 bytes were to be written to .*/a, and no file may be so long there \(ulimit -f"):
+            DirectoryStore(tmp_path).put("a", [bytes(2_000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [] == [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_below_an_object(tmp_path: Path) -> None:
+    """A key below an object, or above others, is refused where objects are files."""
+    store = DirectoryStore(tmp_path)
+    store.put("a", [b"x"])
+    store.put("b/c", [b"x"])
+    for key in ("a/b", "a/b/c", "b"):
+        with pytest.raises(StoreRefused, match="a file is in a directory's place, or the reverse; use another key"):
+            store.put(key, [b"y"])
+
+
+@pytest.mark.parametrize("ways", ["links", "neither"])
+def test_other_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ways: str) -> None:
+    """Where a file system cannot rename without replacing, and where it has no links either, one of many writers wins all the same."""
+    monkeypatch.setattr(files, "_rename", lambda *_: False)
+    if ways == "neither":
+        monkeypatch.setattr(files, "_link", lambda *_: False)
+    store, contract = DirectoryStore(tmp_path), TestDirectoryStore()
+    contract.test_put_at_once(store)
+    store.delete(["a"])
+    contract.test_complete_creates(store)
+    store.delete(["a"])
+    contract.test_complete_at_once(store, False)
+    assert store.put("b", [b"x"]) == store.head("b")
+    assert [] == [*(tmp_path / ".gradsharding").rglob("*.*")]
+
+
+def test_directory_that_cannot_be_synced() -> None:
+    """A directory whose file system has no fsync for it (EINVAL, as /proc answers) is passed over."""
+    directory = os.open("/proc", os.O_RDONLY)
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(directory)
+    os.close(directory)
+    files.sync_directory(Path("/proc"))
+
+
+def test_private_directory(tmp_path: Path) -> None:
+    """A private directory is made so, and used again; one of another user, one that lets others in, and a link are refused."""
+    assert 0o700 == private_directory(tmp_path / "own", "x").stat().st_mode & 0o777
+    assert tmp_path / "own" == private_directory(tmp_path / "own", "x")
+
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o750)
+    (tmp_path / "link").symlink_to("own")
+    for name, problem in {"open": "has mode 750, which lets other users in; run chmod 700", "link": "is a link or a file"}.items():
+        with pytest.raises(StoreRefused, match=f"{problem}.*take another"):
+            private_directory(tmp_path / name, "take another")
+    if os.geteuid():
+        pytest.skip("a directory of another user needs root")
+    os.chown(tmp_path / "own", 1001, 1001)
+    with pytest.raises(StoreRefused, match=r"belongs to uid 1001, not to uid 0.*take another"):
+        private_directory(tmp_path / "own", "take another")
+
+
+def test_memory_is_freed() -> None:
+    """A store in memory ends with its last owner, though references led to it, and another of its name is found after it."""
+    store = MemoryStore("name")
+    store.put("a", [b"first"])
+    assert b"first" == read(*locate("memory://name/a", store))
+    watched = weakref.ref(store)
+    del store
+    gc.collect()
+    assert watched() is None
+
+    again = MemoryStore("name")
+    again.put("a", [b"again"])
+    assert b"again" == read(*locate("memory://name/a", again))
 
 
 def test_no_droppings(tmp_path: Path) -> None:
@@ -210,7 +469,8 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
         assert visible.items() <= whole.items()
 
         for path in root.glob(".gradsharding/uploads/*"):
-            resume(store, path.name)
+            if path.suffix != ".gone":
+                resume(store, path.name)
             assert whole["b/parts"] == read(store, "b/parts")
         if "a/put" not in visible:
             store.put("a/put", [whole["a/put"]])

@@ -1,27 +1,31 @@
 """Objects as files: whole or not there, whenever a process or the machine dies."""
 
-import contextlib
 import os
 import re
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from stat import S_IMODE, S_ISREG
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, NamedTuple
 
 from gradsharding.charges import Charges
 from gradsharding.dtypes import Buffer
-from gradsharding.errors import InvalidId, MissingObject
+from gradsharding.errors import InvalidId
 from gradsharding.reading import STREAM
-from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.store.files import claim, inside, is_at, locked, seize, sync_directory
+from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, is_key, missing, no_upload, taken
+from gradsharding.store.trouble import GONE, NO_OBJECT, refused, translated
 from gradsharding.usage import SHARED, count
-
-T = TypeVar("T")
 
 CHUNK = 1 << 20
 """Bytes of a read buffer: fits the second-level cache."""
+
+STALE = 7 * 86_400
+"""Seconds after which what nobody has written to is taken for a dead writer's: unfinished uploads, drafts."""
 
 
 class _Mark(NamedTuple):
@@ -35,8 +39,11 @@ class _Mark(NamedTuple):
 class DirectoryStore:
     """Objects as files below a directory, also one that several hosts share.
 
-    An object is published by linking a finished, synced file to its name, so that readers see all of it or nothing,
-    whenever a process or the machine dies. Unfinished work lies in ``.gradsharding/`` and nowhere else.
+    An object is published by giving a finished, synced file its name, so that readers see all of it or nothing, whenever a process or
+    the machine dies. Unfinished work lies in ``.gradsharding/`` and nowhere else.
+
+    An object's version tells when its inode was last changed, which no program can set: files that were written to are found out, though
+    their size and times look the same. So are those whose mode, owner or number of links was changed.
     """
 
     grain = 8 << 20
@@ -48,145 +55,211 @@ class DirectoryStore:
         self.root = Path(root).absolute()
         self.url = self.root.as_uri()
         self._hidden = self.root / ".gradsharding"
+        self._drafts, self._uploads = self._hidden / "drafts", self._hidden / "uploads"
 
     def head(self, key: str) -> Stat:
         self._count(gets=1)
-        return self._look(key)
+        try:
+            found = self._path(key).stat()
+        except OSError as error:
+            raise self._unreadable(key, error) from None
+        if not S_ISREG(found.st_mode):
+            raise missing(key, self.url)
+        return _stat(found)
 
     def peek(self, key: str, nbytes: int) -> Peeked:
         self._count(gets=1)
-        with self._open(key) as file:
+        with self._open(key) as file, translated(self._path(key), need=os.R_OK):
             stat, first = _stat(os.fstat(file.fileno())), os.pread(file.fileno(), nbytes, 0)
         self._count(bytes_read=len(first))
         return Peeked(stat, first)
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
         self._count(gets=1)
-        with self._open(key) as file:
-            self._require(key, file.fileno(), version)
+        with self._open(key) as file, translated(self._path(key), need=os.R_OK):
+            opened = os.fstat(file.fileno())
+            _require(key, opened, version)
             buffer = memoryview(bytearray(max(0, min(CHUNK, stop - start))))
             while start < stop:
                 came = os.preadv(file.fileno(), [buffer[: stop - start]], start)
+                if version and not _alike(found := os.fstat(file.fileno()), opened):  # nothing is given that changed while it was read
+                    _require(key, found, version)
                 if not came:
                     break
                 self._count(bytes_read=came)
                 yield buffer[:came]
                 start += came
-            self._require(key, file.fileno(), version)
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
-        path, draft = self._path(key), self._hidden / "drafts" / uuid.uuid4().hex
-        self._count(puts=1, bytes_written=sum(memoryview(buffer).nbytes for buffer in data))
-        try:
-            with _inside(draft.parent, lambda: draft.open("xb", buffering=0)) as file:
-                for buffer in data:
-                    _write(file.fileno(), buffer)
-                os.fsync(file.fileno())
-            return self._publish(key, draft, path, overwrite=False)
-        finally:
-            draft.unlink(missing_ok=True)
-            self._prune(draft.parent)
+        path, draft = self._path(key), self._drafts / uuid.uuid4().hex
+        nbytes = sum(memoryview(buffer).nbytes for buffer in data)
+        self._count(puts=1, bytes_written=nbytes)
+        with translated(draft, path, nbytes=nbytes):
+            try:
+                with inside(draft.parent, lambda: draft.open("xb", buffering=0)) as file:
+                    for buffer in data:
+                        _write(file.fileno(), buffer)
+                    os.fsync(file.fileno())
+                    return self._publish(key, file, lambda: claim(draft, path))
+            except BaseException:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
+                self._prune(path.parent)
+                raise
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         self._count(puts=1)
-        top = self.root / Path(prefix).parent if "/" in prefix else self.root
-        found = (path for path in top.rglob("*") if path.is_file() and self._hidden not in path.parents)
-        keys = sorted(path.relative_to(self.root).as_posix() for path in found)
-        for key in (key for key in keys if key.startswith(prefix)):
-            with contextlib.suppress(MissingObject):  # deleted while we list
-                yield key, self._look(key)
+        above = prefix.rpartition("/")[0]
+        if above and not is_key(above):
+            return
+        levels = [self._entries(f"{above}/" if above else "", prefix)]
+        while levels:
+            key, entry = next(levels[-1], ("", None))
+            if not entry:
+                levels.pop()
+            elif key.endswith("/"):
+                levels.append(self._entries(key, prefix))
+            else:
+                try:
+                    found = entry.stat()
+                except OSError as error:
+                    if error.errno not in NO_OBJECT:
+                        raise refused(error, self.root / key, need=os.R_OK) from error
+                else:
+                    if S_ISREG(found.st_mode):
+                        yield key, _stat(found)
+
+    def _entries(self, directory: str, prefix: str) -> "Iterator[tuple[str, os.DirEntry[str]]]":
+        """Give what is in a directory, in the order of keys, with its key, which ends in "/" where it is a directory."""
+        try:
+            with os.scandir(self.root / directory) as entries:
+                found = [(f"{directory}{entry.name}{'/' * entry.is_dir(follow_symlinks=False)}", entry) for entry in entries]
+        except OSError as error:
+            if error.errno in GONE:  # deleted while we list
+                return
+            raise refused(error, self.root / directory, need=os.R_OK) from error
+        for key, entry in sorted(found, key=lambda one: one[0]):
+            if key.startswith(prefix) and is_key(key.removesuffix("/")):
+                yield key, entry
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             path = self._path(key)
             self._count(deletes=1)
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            try:
                 path.unlink()
+            except OSError as error:
+                if error.errno not in NO_OBJECT:
+                    raise refused(error, path) from error
             self._prune(path.parent)
+        self._prune(self._drafts)
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         for key in keys:
             self._count(gets=1)
-            try:
-                data = self._path(key).read_bytes()
-            except OSError as error:
-                raise missing(key, self.url, error.strerror) from None
+            with self._open(key) as file, translated(self._path(key), need=os.R_OK):
+                data = file.read()
             self._count(bytes_read=len(data))
             yield key, data
 
     def begin(self, key: str) -> str:
         self._count(puts=1)
         self._path(key)
+        self._sweep()
         upload = uuid.uuid4().hex
-        _inside(self._upload(upload).parent, self._upload(upload).mkdir)
-        (self._upload(upload) / "parts").mkdir()
-        # What replaces a file may be as private as that one is: nobody else reads it until it is known.
-        (self._upload(upload) / "data").touch(0o600 if self._path(key).exists() else 0o666)
+        place = self._upload(upload)
+        with translated(place):
+            try:
+                inside(place.parent, place.mkdir)
+                (place / "parts").mkdir()
+                (place / "gate").touch()
+                # What replaces a file may be as private as that one is: nobody else reads it until it is known.
+                (place / "data").touch(0o600 if self._path(key).exists() else 0o666)
+            except BaseException:
+                self._forget(upload)
+                raise
         return upload
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
-        self._count(puts=1, bytes_written=memoryview(data).nbytes)
-        with self._data(key, upload) as file:
-            _write(file.fileno(), data, offset)
-        mark = self._upload(upload) / "parts" / f"{number:05d}"
+        place, nbytes = self._upload(upload), memoryview(data).nbytes
+        self._count(puts=1, bytes_written=nbytes)
+        mark = place / "parts" / f"{number:05d}"
         draft = mark.with_suffix(f".{uuid.uuid4().hex}")
-        try:
-            draft.write_text(f"{offset} {memoryview(data).nbytes} {zlib.crc32(data)}")
-            draft.replace(mark)
-        except FileNotFoundError:  # completed or aborted meanwhile
-            raise no_upload(key, upload) from None
+        with translated(place / "data", nbytes=nbytes), self._data(key, upload, exclusive=False) as file:
+            _write(file.fileno(), data, offset)
+            try:
+                draft.write_text(f"{offset} {nbytes} {zlib.crc32(data)}")
+                draft.replace(mark)
+            except BaseException:
+                with suppress(OSError):
+                    draft.unlink(missing_ok=True)
+                raise
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
         self._count(puts=1)
         # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
-        with self._data(key, upload) as file:
-            try:
-                return {n: mark.size for n, mark in self._marks(upload).items() if _crc(file.fileno(), mark) == mark.crc}
-            except FileNotFoundError:  # completed or aborted by another meanwhile
-                raise no_upload(key, upload) from None
+        data = self._upload(upload) / "data"
+        with translated(data, need=os.R_OK), _under_way(key, upload), data.open("rb", buffering=0) as file:
+            return {n: mark.size for n, mark in self._marks(upload).items() if _crc(file.fileno(), mark) == mark.crc}
 
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
         self._count(puts=1)
-        data = self._upload(upload) / "data"
-        try:
-            with self._data(key, upload) as file:
-                check_arrived(key, sizes, {n: mark.size for n, mark in self._marks(upload).items()})
-                os.ftruncate(file.fileno(), sum(sizes.values()))  # the last part may have been longer before it was written again
-                os.fsync(file.fileno())
+        path, data, nbytes = self._path(key), self._upload(upload) / "data", sum(sizes.values())
+        with translated(data, path, nbytes=nbytes), self._data(key, upload, exclusive=True) as file:
+            check_arrived(key, sizes, {n: mark.size for n, mark in self._marks(upload).items()})
+            os.ftruncate(file.fileno(), nbytes)  # the last part may have been longer before it was written again
+            os.fsync(file.fileno())
             if overwrite:
-                take_after(data, self._path(key))
-            stat = self._publish(key, data, self._path(key), overwrite=overwrite)
-        except FileNotFoundError:  # completed or aborted by another meanwhile
-            raise no_upload(key, upload) from None
-        self._forget(upload)
+                take_after(data, path)
+            stat = self._publish(key, file, lambda: (seize if overwrite else claim)(data, path))
+        with suppress(OSError):  # it is published
+            self._forget(upload)
         return stat
 
     def abort(self, key: str, upload: str) -> None:
         self._count(deletes=1)
-        self._forget(upload)
+        with translated(self._upload(upload)):
+            self._forget(upload)
 
     def _forget(self, upload: str) -> None:
-        (self._upload(upload) / "data").unlink(missing_ok=True)  # first: an upload that lacks it is gone, whatever else is left
-        shutil.rmtree(self._upload(upload), ignore_errors=True)
-        self._prune(self._hidden / "uploads")
+        place = self._upload(upload)
+        gone = place.with_suffix(".gone")
+        with suppress(FileNotFoundError):
+            place.rename(gone)  # at once: whoever still writes a part, or publishes, finds that there is no upload
+        shutil.rmtree(gone, ignore_errors=True)
+        self._prune(self._uploads)
+
+    def _sweep(self) -> None:
+        """Remove what writers that died have left behind."""
+        last = time.time() - STALE
+        for place in (*_names(self._uploads), *_names(self._drafts)):
+            with suppress(OSError):
+                files = [place, *_names(place)] if place.is_dir() else [place]
+                found = [file.stat() for file in files]
+                # a file with a second name is an object, too, whose version a removal would change
+                if all(one.st_mtime < last and (one.st_nlink == 1 or not S_ISREG(one.st_mode)) for one in found):
+                    if place.is_dir() and not place.suffix:
+                        self._forget(place.name)
+                    elif place.is_dir():
+                        shutil.rmtree(place)
+                    else:
+                        place.unlink()
 
     def _count(self, **figures: int) -> None:
         count(self.charges.kind, **figures)
 
-    def _look(self, key: str) -> Stat:
-        path = self._path(key)
-        with contextlib.suppress(OSError):  # no such file, a loop of links, a directory that may not be entered
-            stat = path.stat()
-            if S_ISREG(stat.st_mode):
-                return _stat(stat)
+    def _open(self, key: str) -> IO[bytes]:
+        try:
+            file = open(self._path(key), "rb", buffering=0, opener=_opened)  # noqa: SIM115 - Path.open takes no opener; the caller closes
+        except OSError as error:
+            raise self._unreadable(key, error) from None
+        if S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
         raise missing(key, self.url)
 
-    def _open(self, key: str) -> IO[bytes]:
-        self._look(key)  # what is not a regular file, such as a pipe, could block for ever
-        try:
-            return self._path(key).open("rb", buffering=0)
-        except OSError as error:
-            raise missing(key, self.url, error.strerror) from None
+    def _unreadable(self, key: str, error: OSError) -> Exception:
+        return missing(key, self.url) if error.errno in NO_OBJECT else refused(error, self._path(key), need=os.R_OK)
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -194,38 +267,46 @@ class DirectoryStore:
     def _upload(self, upload: str) -> Path:
         if not re.fullmatch("[0-9a-f]{32}", upload):
             raise InvalidId(f"{upload!r} is not an upload's id; use what begin() gave")
-        return self._hidden / "uploads" / upload
+        return self._uploads / upload
 
-    def _data(self, key: str, upload: str) -> IO[bytes]:
-        try:
-            return (self._upload(upload) / "data").open("rb+", buffering=0)
-        except FileNotFoundError:
-            raise no_upload(key, upload) from None
+    @contextmanager
+    def _data(self, key: str, upload: str, *, exclusive: bool) -> Iterator[IO[bytes]]:
+        """Open an upload's bytes, shared with others who write parts or for oneself alone: nobody writes into what has been published.
+
+        Whoever wants them alone shuts the gate, so that those who come later wait, and not it for them.
+        """
+        data, gate = self._upload(upload) / "data", self._upload(upload) / "gate"
+        with ExitStack() as held:
+            with _under_way(key, upload), gate.open("rb+", buffering=0) as entry, locked(entry.fileno(), gate, exclusive=exclusive):
+                file = held.enter_context(data.open("rb+", buffering=0))
+                held.enter_context(locked(file.fileno(), data, exclusive=exclusive))
+            held.enter_context(_under_way(key, upload))
+            if not is_at(file.fileno(), data):
+                raise no_upload(key, upload)
+            yield file
 
     def _marks(self, upload: str) -> dict[int, _Mark]:
         found = {}
         for mark in sorted((self._upload(upload) / "parts").iterdir()):
-            if not mark.suffix:
-                found[int(mark.name)] = _Mark(*map(int, mark.read_text().split()))
+            if not mark.suffix and re.fullmatch("[0-9]+ [0-9]+ [0-9]+", text := mark.read_text()):  # an empty one was not yet on the disk
+                found[int(mark.name)] = _Mark(*map(int, text.split()))
         return found
 
-    def _require(self, key: str, file: int, version: str | None) -> None:
-        found = _stat(os.fstat(file)).version
-        if version not in (None, found):
-            raise changed(key, version, found)
-
-    def _publish(self, key: str, draft: Path, path: Path, *, overwrite: bool) -> Stat:
+    def _publish(self, key: str, file: IO[bytes], name: Callable[[], None]) -> Stat:
+        """Give an open, finished file the name of its key; its version is final then."""
+        path = self._path(key)
         try:
-            _inside(path.parent, lambda: draft.replace(path) if overwrite else os.link(draft, path))
+            inside(path.parent, name)
         except FileExistsError:
-            if not draft.samefile(path):  # published by a process that died before it cleaned up
-                raise taken(key, self.url) from None
-        _sync_directory(path.parent)
-        return self._look(key)
+            if path.is_dir():
+                raise
+            raise taken(key, self.url) from None
+        sync_directory(path.parent)
+        return _stat(os.fstat(file.fileno()))
 
     def _prune(self, directory: Path) -> None:
         """Remove directories that have become empty, below the root."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             while directory != self.root:
                 directory.rmdir()
                 directory = directory.parent
@@ -244,36 +325,55 @@ class SharedMemory(DirectoryStore):
 
 def take_after(draft: Path, path: Path) -> None:
     """Give a draft the mode and, where we may, the owner and the group of the file that it will replace, if there is one."""
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         there = path.stat()
         for owner, group in ((there.st_uid, -1), (-1, there.st_gid)):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.chown(draft, owner, group)
-        with contextlib.suppress(OSError):  # a file system without modes
+        with suppress(OSError):  # a file system without modes
             draft.chmod(S_IMODE(there.st_mode))
 
 
-def _inside(directory: Path, act: Callable[[], T]) -> T:
-    """Make a directory and act in it; another writer may prune it, empty as it still is, between the two: then both again."""
-    for last in (*[False] * 99, True):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # a file in its place, or it was pruned as it was made
-            if directory.is_file() or last:
-                raise
-        except FileNotFoundError:
-            if last:
-                raise
-        try:
-            return act()
-        except FileNotFoundError:
-            if last:
-                raise
-    raise AssertionError("unreachable")
+@contextmanager
+def _under_way(key: str, upload: str) -> Iterator[None]:
+    """Raise MissingObject where an upload's files are gone: it was completed or aborted, by another perhaps, and just now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in GONE:
+            raise no_upload(key, upload) from None
+        raise
+
+
+def _opened(path: str, flags: int) -> int:
+    """Open a file for reading; what is no regular file, such as a pipe, must not block."""
+    try:
+        return os.open(path, flags | os.O_NONBLOCK)
+    except BlockingIOError:  # a regular file that a file server has leased
+        return os.open(path, flags)
+
+
+def _names(directory: Path) -> list[Path]:
+    with suppress(OSError):
+        return [*directory.iterdir()]
+    return []
 
 
 def _stat(stat: os.stat_result) -> Stat:
-    return Stat(stat.st_size, f"{stat.st_size:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}")
+    return Stat(stat.st_size, f"{stat.st_size:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}")
+
+
+def _alike(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether both are of one version."""
+    return one.st_ctime_ns == other.st_ctime_ns and _stat(one) == _stat(other)
+
+
+def _require(key: str, stat: os.stat_result, version: str | None) -> None:
+    """Raise ChangedObject if a file is not at ``version``."""
+    found = _stat(stat).version
+    if version not in (None, found):
+        written = "it was written again, or its inode was changed (by chmod, chown or a hard link)"
+        raise changed(key, version, found, written if stat.st_nlink else "it was deleted or replaced")
 
 
 def _write(file: int, data: Buffer, offset: int | None = None) -> None:
@@ -288,11 +388,3 @@ def _crc(file: int, mark: _Mark) -> int:
     while offset < end and (data := os.pread(file, min(CHUNK, end - offset), offset)):
         crc, offset = zlib.crc32(data, crc), offset + len(data)
     return crc
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

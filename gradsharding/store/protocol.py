@@ -101,10 +101,15 @@ class ObjectStore(Source, Protocol):
 
 def check_key(key: str) -> str:
     """Give ``key`` back if it is a plain relative path; raise InvalidId."""
-    segments = key.split("/")
-    if any(s in ("", ".", "..") for s in segments) or "\0" in key or "\\" in key or segments[0] == ".gradsharding":
+    if not is_key(key):
         raise InvalidId(f"{key!r} is not a key; use a relative path without empty, '.' or '..' segments or backslashes")
     return key
+
+
+def is_key(key: str) -> bool:
+    """Tell whether ``key`` is a plain relative path."""
+    segments = key.split("/")
+    return not (any(s in ("", ".", "..") for s in segments) or "\0" in key or "\\" in key or segments[0] == ".gradsharding")
 
 
 def check_arrived(key: str, sizes: Mapping[int, int], arrived: Mapping[int, int]) -> None:
@@ -127,9 +132,9 @@ def taken(key: str, url: str) -> ObjectExists:
     return ObjectExists(f"{key!r} is already in {url}; objects are created once", key=key)
 
 
-def changed(key: str, version: str | None, found: str) -> ChangedObject:
+def changed(key: str, version: str | None, found: str, how: str = "it was written again") -> ChangedObject:
     """The error for an object that is at another version."""
-    return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: it was written again", key=key)
+    return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: {how}", key=key)
 
 
 def no_upload(key: str, upload: str) -> MissingObject:

@@ -4,12 +4,13 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
-from gradsharding.store import ObjectStore, open_store
+from gradsharding.store import ObjectStore, Stat, open_store
 from gradsharding.usage import Usage, counting
 
 
@@ -304,6 +305,127 @@ class StoreContract:
 
         assert old != store.complete("a", upload, {1: 3}, overwrite=True)
         assert b"new" == self.raw_get(store, "a")
+
+    def test_late_part(self, store: ObjectStore) -> None:
+        """A part that comes after its object was published is refused, and the object keeps its version and bytes."""
+        upload = store.begin("a")
+        store.put_part("a", upload, 1, 0, b"abc")
+        stat = store.complete("a", upload, {1: 3})
+
+        with pytest.raises(MissingObject):
+            store.put_part("a", upload, 1, 0, b"abc")
+        assert (stat, b"abc") == (store.head("a"), read(store, "a", version=stat.version))
+
+    def test_parts_while_completed(self, store: ObjectStore) -> None:
+        """Parts that others write while an object is published come before it or are refused: its version is the one that is told."""
+        upload, data = store.begin("a"), bytes(100_000)
+        store.put_part("a", upload, 1, 0, data)
+
+        def write() -> None:
+            with suppress(MissingObject):
+                while True:
+                    store.put_part("a", upload, 1, 0, data)
+
+        with ThreadPoolExecutor(3) as pool:
+            late = [pool.submit(write) for _ in range(3)]
+            try:
+                stat = store.complete("a", upload, {1: len(data)})
+            except BaseException:
+                store.abort("a", upload)
+                raise
+            assert [None] * 3 == [one.result() for one in late]
+        assert (stat, data) == (store.head("a"), read(store, "a", version=stat.version))
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_complete_at_once(self, store: ObjectStore, overwrite: bool) -> None:  # noqa: FBT001
+        """Of many that complete one upload at once one publishes it; to the others it is published or gone, and its version stays."""
+        upload, barrier = store.begin("a"), threading.Barrier(4)
+        store.put_part("a", upload, 1, 0, b"abc")
+
+        def complete(_: int) -> Stat | None:
+            barrier.wait()
+            try:
+                return store.complete("a", upload, {1: 3}, overwrite=overwrite)
+            except (MissingObject, ObjectExists):
+                return None
+
+        with ThreadPoolExecutor(4) as pool:
+            published = {stat for stat in pool.map(complete, range(4)) if stat}
+        assert {store.head("a")} == published
+        assert b"abc" == self.raw_get(store, "a")
+
+    def test_abort_while_written(self, store: ObjectStore) -> None:
+        """Parts that are written while their upload is given up are refused sooner or later, and nothing is published or left."""
+        upload, started = store.begin("a"), threading.Barrier(4)
+
+        def write(number: int) -> None:
+            started.wait()
+            with suppress(MissingObject):
+                while True:
+                    store.put_part("a", upload, number, 0, bytes(100_000))
+
+        with ThreadPoolExecutor(3) as pool:
+            late = [pool.submit(write, number) for number in (1, 2, 3)]
+            started.wait()
+            store.abort("a", upload)
+            assert [None] * 3 == [one.result() for one in late]
+        with pytest.raises(MissingObject):
+            store.parts("a", upload)
+        assert [] == list(store.list(""))
+
+    def test_list_while_written(self, store: ObjectStore) -> None:
+        """Listing, while others create and delete, gives each object that was there throughout, and fails for none that was not."""
+        for key in ("r/0/x", "r/1/y/z", "s"):
+            store.put(key, [b""])
+        stop = threading.Event()
+
+        def churn(writer: int) -> None:
+            while not stop.is_set():
+                for i in range(3):
+                    store.put(f"r/{writer}-{i}/deep/x", [b"x"])
+                    store.delete([f"r/{writer}-{i}/deep/x"])
+
+        with ThreadPoolExecutor(3) as pool:
+            writers = [pool.submit(churn, writer) for writer in range(3)]
+            try:
+                for _ in range(30):
+                    for prefix, stay in {"": ["r/0/x", "r/1/y/z", "s"], "r/": ["r/0/x", "r/1/y/z"], "r/1": ["r/1/y/z"]}.items():
+                        found = [key for key, _ in store.list(prefix)]
+                        assert sorted(found) == found
+                        assert stay == [key for key in found if "deep" not in key]
+            finally:
+                stop.set()
+            assert [None] * 3 == [writer.result() for writer in writers]
+
+    def test_read_while_deleted(self, store: ObjectStore) -> None:
+        """Whoever asks for an object that others create and delete meanwhile finds all of it, or MissingObject or ChangedObject."""
+        stop, data = threading.Event(), b"x" * 50_000
+
+        def churn() -> None:
+            while not stop.is_set():
+                store.put("a/b/c", [data])
+                store.delete(["a/b/c"])
+
+        def ask(i: int) -> bytes:
+            match i % 4:
+                case 0:
+                    return read(store, "a/b/c", version=store.head("a/b/c").version)
+                case 1:
+                    return bytes(store.peek("a/b/c", 1 << 20).first)
+                case 2:
+                    [(_, found)] = store.fetch(["a/b/c"])
+                    return found
+            return read(store, "a/b/c")
+
+        with ThreadPoolExecutor(1) as pool:
+            writer = pool.submit(churn)
+            try:
+                for i in range(120):
+                    with suppress(MissingObject, ChangedObject):
+                        assert data == ask(i)
+            finally:
+                stop.set()
+            assert writer.result() is None
 
     def test_open(self, store: ObjectStore) -> None:
         """Whoever opens the store's URL sees the same objects and uploads."""
