@@ -125,9 +125,9 @@ def test_swapped_in_place(tmp_path: Path) -> None:
 
     assert (times.st_size, times.st_ino, times.st_mtime_ns) == (path.stat().st_size, path.stat().st_ino, path.stat().st_mtime_ns)
     assert {*b"o"} == {*seen}
-    for ask in (lambda: next(chunks), lambda: read(store, "a", version=stat.version)):
+    for rest in (chunks, store.get("a", 0, 1, version=stat.version)):
         with pytest.raises(ChangedObject, match=r"it was written again, or its inode was changed \(by chmod, chown or a hard link\)"):
-            ask()
+            next(rest)
 
 
 def test_told_version_is_final(tmp_path: Path) -> None:
@@ -251,11 +251,11 @@ def test_second_user(shared_place: Path) -> None:
         assert said.endswith("let the owner run chmod g+rwxs on it for a common group, and all its users set umask 002")
 
     (shared_place / "r/a").chmod(0o600)
-    for act in (lambda: read(store, "r/a"), lambda: store.peek("r/a", 1), lambda: [*store.fetch(["r/a"])]):
-        assert as_user(1002, act).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r/a, which belongs to uid 1001")
+    for look in (lambda: read(store, "r/a"), lambda: store.peek("r/a", 1), lambda: [*store.fetch(["r/a"])]):
+        assert as_user(1002, look).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r/a, which belongs to uid 1001")
     (shared_place / "r").chmod(0o700)
-    for act in (lambda: store.head("r/a"), lambda: [*store.list("r/")]):
-        assert as_user(1002, act).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r, which belongs to uid 1001")
+    for seek in (lambda: store.head("r/a"), lambda: [*store.list("r/")]):
+        assert as_user(1002, seek).startswith(f"StoreRefused: uid 1002 may not use {shared_place}/r, which belongs to uid 1001")
 
 
 @contextmanager
