@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import Arithmetic
@@ -42,7 +42,7 @@ class Limits(Value):
     """Functions that may run at once; None where nothing bounds them."""
 
     def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
-        super().__init__(memory=some(size(memory) if isinstance(memory, str) else memory), concurrency=concurrency)
+        BaseModel.__init__(self, memory=some(size(memory) if isinstance(memory, str) else memory), concurrency=concurrency)
 
 
 class Stage(NamedTuple):

@@ -233,7 +233,7 @@ class Round:
 
         ``update`` is what ``inspect`` said of it, where that is known. Raise ChangedObject if the object is not at
         ``version``, DuplicateClient if the client gave another update, UserError if the round is sealed without the client, be it
-        meanwhile.
+        meanwhile. The manifest decides: a seal that had listed the receipts, and not yet written it, is seen by who asks again only.
         """
         check_id(client)
         weight = check_weight(weight, client)

@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")
 """Signals that end a command as Ctrl-C does: it cleans up."""
@@ -25,7 +25,7 @@ class _Outlet(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: "memoryview | bytes") -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         try:
             return os.write(self._descriptor, data)
         except BrokenPipeError:

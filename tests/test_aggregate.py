@@ -105,12 +105,12 @@ def test_done_round_asked_again(asked: str) -> None:
     """A round that is done gives its result, whatever is asked for now; the report has an earlier call's work, and projects nothing."""
     round_ = submitted(MemoryStore(), SMALL)
     first = aggregate(round_, topology=into(4))
-    how: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "less memory": {"limits": Limits(memory="1MiB")},
         "other shards": {"topology": into(1)},
         "another topology": {"topology": lambda_fl},
-    }[asked]
-    again = aggregate(Round(round_.store, "r"), **how)
+    }
+    again = aggregate(Round(round_.store, "r"), **ways[asked])
     report = again.report()
 
     assert first.record == again.record
