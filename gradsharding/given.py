@@ -185,7 +185,8 @@ def _check_writable(path: Path, taken: Sequence[Path]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing; one that is there gives its mode and its owner to the new one."""
+    """Write a file, all of it or nothing; a link stays, and a file that is there gives its mode and its owner to the new one."""
+    path = path.resolve()
     draft = path.with_name(f".gradsharding-{uuid.uuid4().hex}")
     try:
         draft.touch(0o600 if path.exists() else 0o666)

@@ -210,6 +210,20 @@ def test_refresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert "→" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("served", "capsys")
+def test_refresh_through_a_link(tmp_path: Path) -> None:
+    """A user's file that is a link, to where all such files are kept say, stays one; what it leads to keeps its mode."""
+    kept = tmp_path / "kept.toml"
+    assert 0 == cli.main(["prices", "--refresh"])
+    user_file().rename(kept)
+    kept.chmod(0o600)
+    user_file().symlink_to(kept)
+    assert 0 == cli.main(["prices", "--refresh", "--region", "eu-west-1"])
+
+    assert (True, 0o600) == (user_file().is_symlink(), kept.stat().st_mode & 0o7777)
+    assert '[region."eu-west-1"]' in kept.read_text()
+
+
 @pytest.mark.usefixtures("served")
 def test_refresh_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
     """Other regions name their products with a prefix; what was known of the first region stays."""

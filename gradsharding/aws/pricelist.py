@@ -4,7 +4,6 @@ import json
 import os
 import re
 import tomllib
-import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding.errors import StoreFailed, UserError
+from gradsharding.given import replace
 from gradsharding.prices import HOME_REGION, load_prices, price_file, user_file
 
 LIST = "https://pricing.us-east-1.amazonaws.com"
@@ -179,12 +179,7 @@ def _write(path: Path, known: dict[str, Any], region: str, figures: Mapping[str,
         if boxes := values.get("box"):
             lines += ["", f"[region.{_text(name)}.box]", *(f"{_text(key)} = {_inline(value)}" for key, value in boxes.items())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        draft.write_text("\n".join(lines) + "\n")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace(path, "\n".join(lines) + "\n")
 
 
 def _text(value: str) -> str:
