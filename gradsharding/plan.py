@@ -42,7 +42,8 @@ class Limits(Value):
     """Functions that may run at once; None where nothing bounds them."""
 
     def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
-        BaseModel.__init__(self, memory=some(size(memory) if isinstance(memory, str) else memory), concurrency=concurrency)
+        BaseModel.__init__(self, memory=size(memory) if isinstance(memory, str) else memory, concurrency=concurrency)
+        some(self.memory)
 
 
 class Stage(NamedTuple):

@@ -11,10 +11,12 @@ ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")
 
 
 class _Outlet(io.RawIOBase):
-    """A stream whose reader may leave: what nobody reads goes nowhere."""
+    """A stream whose reader may leave: what nobody reads goes nowhere. Another failure is raised, once."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._lost = False
+        """An error was raised for it, once."""
 
     def fileno(self) -> int:
         return self._descriptor
@@ -25,11 +27,19 @@ class _Outlet(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Any, /) -> int:
+    def write(self, data: Any, /) -> int | None:
+        if self._lost:
+            return len(data)
         try:
             return os.write(self._descriptor, data)
+        except BlockingIOError:
+            return None
         except BrokenPipeError:
+            self._lost = True
             return len(data)
+        except OSError:  # such as a full disk
+            self._lost = True
+            raise
 
 
 def settle() -> None:

@@ -435,6 +435,15 @@ def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, execut
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "out"}
 
 
+def test_full_disk_for_what_is_said(tmp_path: Path) -> None:
+    """What cannot be written to standard output is a mistake, told in one line; a reader who leaves is none."""
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run([COMMAND, "--version"], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+
+    assert (2, 1) == (run.returncode, run.stderr.count("\n"))
+    assert "No space left on device; check the path" in run.stderr
+
+
 def test_nobody_listens_to_a_mistake(tmp_path: Path) -> None:
     """A mistake that nobody can be told of still ends with its status."""
     for streams in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
