@@ -5,7 +5,6 @@ the header, JSON: name → dtype, shape, data_offsets; then the data section. Of
 """
 
 import hashlib
-import json
 import math
 import threading
 from bisect import bisect_right
@@ -172,28 +171,14 @@ class Layout:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """In JSON a layout is the text of its header; the first releases wrote a list of its tensors."""
-        text = core_schema.no_info_after_validator_function(lambda text: cls.parse(text.encode()), core_schema.str_schema())
-        listed = core_schema.no_info_after_validator_function(cls._of_list, core_schema.dict_schema())
+        """In JSON a layout is the text of its header."""
         return core_schema.json_or_python_schema(
-            json_schema=core_schema.union_schema([text, listed]),
+            json_schema=core_schema.no_info_after_validator_function(lambda text: cls.parse(text.encode()), core_schema.str_schema()),
             python_schema=core_schema.is_instance_schema(cls),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda layout: layout.header()[8:].rstrip(b" ").decode(), return_schema=core_schema.str_schema(), when_used="json"
             ),
         )
-
-    @classmethod
-    def _of_list(cls, record: Mapping[str, Any]) -> "Layout":
-        """Read what the first releases wrote; raise ValueError or InvalidUpdate if it is anything else."""
-        try:
-            entries = {
-                name: {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-                for name, dtype, shape, start, stop in record["tensors"]
-            }
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("a layout is the text of a header, or a list of tensors") from None
-        return cls.parse(json.dumps(entries).encode())
 
 
 _in_use = WeakValueDictionary[bytes | str, Layout]()

@@ -188,7 +188,7 @@ def test_rounds_of_earlier_releases() -> None:
         },
         "result": {
             "source": "rounds/r/result.safetensors", "version": stat.version, "clients": ["ann"], "weight": 2, "arithmetic": "float64",
-            "layout": {"tensors": layout.tensors}, "digest": None,
+            "layout": json.loads(layout.model_dump_json()), "digest": None,
         },
     }  # fmt: skip
     for name, fields in said.items():
