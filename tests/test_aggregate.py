@@ -182,7 +182,7 @@ def test_again() -> None:
 
 def test_refused_before_any_data() -> None:
     """A round that is too small, or a plan that is too large, reads no data and writes no part."""
-    store = CountingStore(MemoryStore(), only=lambda key: "updates" in key or "result" in key)
+    store = CountingStore(MemoryStore(), only=lambda key: "updates" in key or key.startswith("results/"))
     with pytest.raises(TooFewClients):
         aggregate(Round.create(store, "empty"))
     round_ = submitted(store, SMALL)
