@@ -5,6 +5,7 @@ the header, JSON: name → dtype, shape, data_offsets; then the data section. Of
 """
 
 import hashlib
+import json
 import math
 import threading
 from bisect import bisect_right
@@ -173,12 +174,31 @@ class Layout:
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """In JSON a layout is the text of its header."""
         return core_schema.json_or_python_schema(
-            json_schema=core_schema.no_info_after_validator_function(lambda text: cls.parse(text.encode()), core_schema.str_schema()),
+            json_schema=core_schema.no_info_after_validator_function(
+                lambda told: cls.parse(_header_of(told).encode()), core_schema.any_schema()
+            ),
             python_schema=core_schema.is_instance_schema(cls),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda layout: layout.header()[8:].rstrip(b" ").decode(), return_schema=core_schema.str_schema(), when_used="json"
             ),
         )
+
+
+def _header_of(told: object) -> str:
+    """Give the header that a record's JSON tells: as its text, or, as the first releases wrote it, as a list of tensors."""
+    match told:
+        case str():
+            return told
+        case {"tensors": [*tensors]}:
+            return f"{{{','.join(map(_entry_of, tensors))}}}"
+    raise InvalidUpdate("a layout is told as the text of a header")
+
+
+def _entry_of(told: object) -> str:
+    match told:
+        case {"name": str(name), "dtype": dtype, "shape": shape, "start": start, "stop": stop}:
+            return f"{json.dumps(name)}:{json.dumps({'dtype': dtype, 'shape': shape, 'data_offsets': [start, stop]})}"
+    raise InvalidUpdate("a tensor of a layout is told without its name, dtype, shape, start or stop")
 
 
 _in_use = WeakValueDictionary[bytes | str, Layout]()

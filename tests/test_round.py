@@ -188,7 +188,7 @@ def test_rounds_of_earlier_releases() -> None:
         },
         "result": {
             "source": "rounds/r/result.safetensors", "version": stat.version, "clients": ["ann"], "weight": 2, "arithmetic": "float64",
-            "layout": json.loads(layout.model_dump_json()), "digest": None,
+            "layout": {"tensors": [{"name": "w", "dtype": "F32", "shape": [3], "start": 0, "stop": 12}]}, "digest": None,
         },
     }  # fmt: skip
     for name, fields in said.items():
@@ -198,7 +198,7 @@ def test_rounds_of_earlier_releases() -> None:
 
     assert "rounds/r/result.safetensors" == round_.output
     assert record
-    assert (stat.version, ("ann",), 1) == (record.version, record.clients, record.format)
+    assert (stat.version, ("ann",), 1, layout) == (record.version, record.clients, record.format, record.layout)
     assert ["ann"] == [term.client for term in round_.seal().terms]
     assert W["w"].tolist() == aggregate(round_).arrays()["w"].tolist()
 
@@ -266,6 +266,24 @@ def test_records_that_are_none(name: str, scribble: bytes) -> None:
     with pytest.raises(InvalidRecord, match=re.escape(f"rounds/r/{name}.json' in memory://")) as caught:
         reads(round_, name)()
     assert len(caught.value.message) < 600
+
+
+TENSOR = {"name": "w", "dtype": "F32", "shape": [3], "start": 0, "stop": 12}
+LAYOUTS: list[Any] = [
+    7, None, [], {}, {"tensors": 7}, {"tensors": [7]}, {"tensors": [{}]}, {"tensors": [TENSOR | {"stop": 13}]},
+    {"tensors": [TENSOR | {"shape": "x"}]}, {"tensors": [TENSOR | {"name": 7}]}, "", "{", "[]", "\ud800", '{"w":7}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=json.dumps)
+def test_layouts_that_are_none(layout: Any) -> None:
+    """A record whose layout is none, in the form of today or of the first releases, is told to be no record."""
+    round_ = done_round()
+    ((_, data),) = round_.store.fetch([round_.key("manifest.json")])
+    rewritten(round_, "manifest", json.dumps(json.loads(data) | {"layout": layout}).encode())
+
+    with pytest.raises(InvalidRecord, match=r"rounds/r/manifest.json' in memory://"):
+        round_.sealed()
 
 
 def test_foreign_receipt(round_: Round) -> None:
