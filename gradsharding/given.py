@@ -231,15 +231,21 @@ def asked_around(given: Sequence[Given], round_: Round, *, emptied: bool) -> dic
 
 def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:
     """Say in which file, tensor and element the values are."""
-    found, updates = error.details["found"], {update.client: update for update in given}
-    if not found:  # finite values whose sum is not
-        return error
-    places = []
+    found, finite = error.details["found"], {*error.details.get("overflowing", ())}
+    bad, overflowing = (_places([one for one in found if (one[0] in finite) is which], given) for which in (False, True))
+    said = [f"NaN or infinity in {bad}; mend or leave out the update"] if bad else []
+    if overflowing:
+        said.append(f"finite values overflow when summed, in {overflowing}; scale them down")
+    return NonFinite("; ".join(said), **error.details) if said else error
+
+
+def _places(found: Sequence[tuple[str, int]], given: Sequence[Given]) -> str:
+    """Name the files and elements of the first values, and say how many more files there are."""
+    updates, places = {update.client: update for update in given}, []
     for client, byte in found[:3]:
         tensor, index = updates[client].header.layout.locate(byte)
         places.append(f"{updates[client].place.text} at {tensor.name!r}{list(index)}")
-    more = f", and in {len(found) - 3} more" if len(found) > 3 else ""
-    return NonFinite(f"NaN or infinity in {', '.join(places)}{more}; mend or leave out the update", **error.details)
+    return ", ".join(places) + (f", and in {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _read_update(text: str) -> Given:
