@@ -9,7 +9,7 @@ import json
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -158,17 +158,15 @@ class Layout:
 
     @cached_property
     def _header(self) -> bytes:
-        text = "".join(self._entries()).encode()
+        text = bytearray(8) + b"{"  # one entry after another: a list of all would take several times their bytes
+        for name, dtype, shape, start, stop in zip(self.names, self.dtypes, self.shapes, self._edges, self._edges[1:], strict=False):
+            extents = str([*shape]).replace(" ", "")
+            entry = f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":{extents},"data_offsets":[{start},{stop}]}},'
+            text += entry.encode()
+        text[len(text) - bool(self.names) :] = b"}"
         text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    def _entries(self) -> Iterator[str]:
-        before = "{"
-        for name, dtype, shape, start, stop in self.tensors:
-            extents = ",".join(map(str, shape))
-            yield f'{before}{encode_basestring(name)}:{{"dtype":"{dtype}","shape":[{extents}],"data_offsets":[{start},{stop}]}}'
-            before = ","
-        yield "}" if self.names else "{}"
+        text[:8] = (len(text) - 8).to_bytes(8, "little")
+        return bytes(text)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
