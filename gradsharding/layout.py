@@ -172,9 +172,7 @@ class Layout:
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """In JSON a layout is the text of its header."""
         return core_schema.json_or_python_schema(
-            json_schema=core_schema.no_info_after_validator_function(
-                lambda told: cls.parse(_header_of(told).encode()), core_schema.any_schema()
-            ),
+            json_schema=core_schema.no_info_plain_validator_function(_of_record),
             python_schema=core_schema.is_instance_schema(cls),
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda layout: layout.header()[8:].rstrip(b" ").decode(), return_schema=core_schema.str_schema(), when_used="json"
@@ -182,27 +180,22 @@ class Layout:
         )
 
 
-def _header_of(told: object) -> str:
-    """Give the header that a record's JSON tells: as its text, or, as the first releases wrote it, as a list of tensors."""
-    match told:
-        case str():
-            return told
-        case {"tensors": [*tensors]}:
-            return f"{{{','.join(map(_entry_of, tensors))}}}"
-    raise InvalidUpdate("a layout is told as the text of a header")
-
-
-def _entry_of(told: object) -> str:
-    match told:
-        case {"name": str(name), "dtype": dtype, "shape": shape, "start": start, "stop": stop}:
-            return f"{json.dumps(name)}:{json.dumps({'dtype': dtype, 'shape': shape, 'data_offsets': [start, stop]})}"
-    raise InvalidUpdate("a tensor of a layout is told without its name, dtype, shape, start or stop")
-
-
 _in_use = WeakValueDictionary[bytes | str, Layout]()
 """Layouts by the SHA-256 of each header that was read for them, and by their own digest."""
 
 _reading = threading.Lock()
+
+
+def _of_record(said: Any) -> Layout:
+    """Read what a record says of a layout: the text of its header, or, in records of the first releases, a list of tensors."""
+    if isinstance(said, str):
+        return Layout.parse(said.encode())
+    try:
+        tensors = [Tensor(**tensor) for tensor in said["tensors"]]
+        entries = {t.name + "": {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.start, t.stop]} for t in tensors}
+        return Layout.parse(json.dumps(entries).encode())
+    except (TypeError, KeyError):
+        raise InvalidUpdate("a layout is the text of a header") from None
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:

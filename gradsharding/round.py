@@ -159,7 +159,9 @@ class Published(NamedTuple):
 
     record: ResultRecord | None
     stale: bool = False
-    """Whether there was one, whose object is gone or was replaced."""
+    """Whether there was one, whose object is gone, was replaced, or was altered."""
+    altered: bool = False
+    """Whether that object is of the version that was published, and its header is not the one that was."""
 
 
 @dataclass(frozen=True)
@@ -378,18 +380,19 @@ class Round:
         return self._create("result.json", record)
 
     def result(self) -> ResultRecord | None:
-        """The published result; None if there is none, or its object is gone or was replaced since."""
+        """The published result; None if there is none, or its object is gone, or was replaced or has another header since."""
         return self.published().record
 
     def published(self) -> "Published":
-        """What the round has published, and whether that is gone."""
-        record = self._find("result.json", ResultRecord)
-        if record:
-            target, key = locate(record.source, self.store)
-            with contextlib.suppress(MissingObject):
-                if target.head(key).version == record.version:
-                    return Published(record)
-        return Published(None, stale=record is not None)
+        """What the round has published, and whether that is gone: its version is looked at, and its header is read."""
+        if not (record := self._find("result.json", ResultRecord)):
+            return Published(None)
+        (target, key), header = locate(record.source, self.store), record.layout.header()
+        with contextlib.suppress(MissingObject, ChangedObject):
+            if target.head(key).version == record.version:
+                there = b"".join(map(bytes, target.get(key, 0, len(header), version=record.version)))
+                return Published(record) if there == header else Published(None, stale=True, altered=True)
+        return Published(None, stale=True)
 
     @property
     def output(self) -> str:

@@ -17,7 +17,7 @@ from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import locate
 from gradsharding.task import Term
-from gradsharding.update import data_digest, inspect
+from gradsharding.update import data_digest
 
 SLICE = 4_096
 """Elements of a slice that is computed again."""
@@ -55,16 +55,16 @@ class Verified(NamedTuple):
 
 
 def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
-    """Check the digest of an exact round's result, and ``sample`` slices of it, drawn at random; all, if there are not so many.
+    """Check an exact round's result: its header, the digest of its data, and ``sample`` slices, drawn at random; all, if there are fewer.
 
-    Raise VerificationFailed, naming the element, if a bit differs; UserError if the round has no exact result; MissingObject or
+    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no exact result; MissingObject or
     ChangedObject if its updates are not what they were.
     """
     record, manifest = _published(round)
-    found = data_digest(record.source, round.store, version=record.version)
+    found = data_digest(record.source, round.store, version=record.version, layout=record.layout)
     if found != record.digest:
         raise VerificationFailed(f"round {round.id}: the result's data have SHA-256 {found}, and {record.digest} was published")
-    base, counts = inspect(record.source, round.store).base, _counts(manifest.layout.runs)
+    base, counts = len(record.layout.header()), _counts(manifest.layout.runs)
     chosen = [*_chosen(manifest.layout.runs, counts, sample)]
     with ThreadPoolExecutor(READERS) as readers:
         for start, run in chosen:
@@ -86,7 +86,12 @@ def mean(dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -
 
 def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
     """Give what a round has published, if it can be verified."""
-    record, manifest = round_.result(), round_.sealed()
+    (record, _, altered), manifest = round_.published(), round_.sealed()
+    if altered:
+        raise VerificationFailed(
+            f"round {round_.id}: the result's header is not the one that was published: names, dtypes or shapes of its tensors were altered; "
+            "aggregate into another place"
+        )
     if not record or not manifest:
         raise UserError(
             f"round {round_.id} has no result in {round_.store.url}, or it was replaced since; aggregate it first{_others(round_)}"

@@ -482,7 +482,7 @@ def test_publish(round_: Round) -> None:
     round_.submit("ann", W, 2)
     round_.submit("bob", W, 3)
     assert None is round_.result()
-    version = round_.store.put(round_.output, [b"the result"]).version
+    version = round_.store.put(round_.output, encode(W)[1]).version
     record = round_.publish(round_.seal(), version)
 
     assert (("ann", "bob"), 5, version) == (record.clients, record.weight, record.version)
