@@ -168,11 +168,15 @@ class OutOfMemory(TaskFailed, MemoryError):
 
 @contextlib.contextmanager
 def naming(client: str) -> Iterator[None]:
-    """Add the client to whatever error of ours its update leads to: to the sentence, and as ``details["client"]``."""
+    """Add the client to whatever error of ours its update leads to: to the sentence, and as ``details["client"]``, unless one is there."""
     try:
         yield
     except GradShardingError as error:
-        raise type(error)(f"client {client}: {error.message}", **(error.details | {"client": client})) from error
+        if "client" in error.details:
+            raise
+        named = type(error)(f"client {plain(client)}: {error.message}", **error.details, client=client)
+        named.usage = error.usage
+        raise named from error
 
 
 def _few(clients: Sequence[str]) -> str:
@@ -200,6 +204,11 @@ def quoted(foreign: object, most: int = 80) -> str:
         return quoted(str(foreign), most)
     except Exception:  # noqa: BLE001 - whatever a foreign type does when it is written
         return f"a value of type {type(foreign).__name__}"
+
+
+def plain(foreign: str, most: int = 200) -> str:
+    """Write an id or a reference for a message: as it is, if that is short and on one line; else quoted."""
+    return foreign if foreign.isprintable() and len(foreign) <= most else quoted(foreign, most)
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradsharding.dtypes import ITEM_SIZE, NUMPY, Buffer, widen
-from gradsharding.errors import ChangedObject, InvalidUpdate, quoted
+from gradsharding.errors import ChangedObject, InvalidUpdate, plain, quoted
 from gradsharding.header import unsupported
 from gradsharding.layout import MAX_HEADER, Layout, header_length
 from gradsharding.reading import divided, read_ahead
@@ -104,12 +104,7 @@ def data_digest(reference: str, store: ObjectStore, *, version: str | None = Non
 
 def load(reference: str, store: Source) -> dict[str, npt.NDArray[Any]]:
     """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32."""
-    return {
-        name: widen(np.frombuffer(raw.data, NUMPY["BF16"]), "BF16").reshape(raw.shape)
-        if raw.dtype == "BF16"
-        else np.frombuffer(raw.data, NUMPY[raw.dtype]).reshape(raw.shape)
-        for name, raw in load_raw(reference, store).items()
-    }
+    return {name: _array(name, raw) for name, raw in load_raw(reference, store).items()}
 
 
 def load_raw(reference: str, store: Source, *, version: str | None = None) -> dict[str, Raw]:
@@ -120,7 +115,7 @@ def load_raw(reference: str, store: Source, *, version: str | None = None) -> di
     update, first = _inspected(reference, store)
     source, key = locate(reference, store)
     if version not in (None, update.stat.version):
-        raise ChangedObject(f"{reference} is at version {update.stat.version}, not {version}: it was written again")
+        raise ChangedObject(f"{plain(reference)} is at version {update.stat.version}, not {version}: it was written again")
     arrays = {t.name: Raw(t.dtype, t.shape, bytearray(t.stop - t.start)) for t in update.layout.tensors}
     spaces = iter([memoryview(arrays[t.name].data) for t in update.layout.tensors if t.stop > t.start])
     space = memoryview(b"")
@@ -132,8 +127,19 @@ def load_raw(reference: str, store: Source, *, version: str | None = None) -> di
             count = min(len(space), len(view))
             space[:count], space, view = view[:count], space[count:], view[count:]
     if space or next(spaces, memoryview(b"")):
-        raise InvalidUpdate(f"{reference}: the data ended early; the object was cut short")
+        raise InvalidUpdate(f"{plain(reference)}: the data ended early; the object was cut short")
     return arrays
+
+
+def _array(name: str, raw: Raw) -> npt.NDArray[Any]:
+    elements = np.frombuffer(raw.data, NUMPY[raw.dtype])
+    try:
+        return (widen(elements, "BF16") if raw.dtype == "BF16" else elements).reshape(raw.shape)
+    except (ValueError, OverflowError):
+        raise InvalidUpdate(
+            f"tensor {quoted(name)} has shape {quoted(raw.shape)}, and numpy's arrays have at most 64 dimensions, "
+            "and fewer than 2**63 bytes: load_raw gives its bytes"
+        ) from None
 
 
 def _inspected(reference: str, store: Source, peeked: Peeked | None = None, largest: int = MAX_HEADER) -> tuple[Update, bytes]:
@@ -148,7 +154,7 @@ def _inspected(reference: str, store: Source, peeked: Peeked | None = None, larg
             first = b"".join([first, *map(bytes, source.get(key, len(first), base, version=stat.version))])
             return Update(Layout.parse(first[8:], stat.size - base), base, stat), first
     except InvalidUpdate as error:
-        raise InvalidUpdate(f"{reference}: {error.message}", **error.details) from None
+        raise InvalidUpdate(f"{plain(reference)}: {error.message}", **error.details) from None
 
 
 class _Room:

@@ -8,6 +8,7 @@ import pytest
 
 from gradsharding import errors
 from gradsharding.errors import GradShardingError, OutOfMemory, TaskFailed, from_wire, to_wire
+from gradsharding.usage import Usage
 
 
 def tree(kind: type[GradShardingError], depth: int = 0) -> Iterator[tuple[int, type[GradShardingError]]]:
@@ -69,3 +70,33 @@ def test_builtin_parents() -> None:
     assert issubclass(OutOfMemory, MemoryError)
     assert issubclass(errors.MissingObject, FileNotFoundError)
     assert issubclass(errors.UserError, ValueError)
+
+
+def test_naming() -> None:
+    """An error gets the client's name once, keeps what it knows, and a name that is no id comes in quotes."""
+    first = errors.MissingObject("gone", key="k")
+    first.usage = {"s3": Usage(gets=3)}
+    with pytest.raises(errors.MissingObject) as caught, errors.naming("bob"), errors.naming("ann"):
+        raise first
+    assert ("client ann: gone", {"key": "k", "client": "ann"}) == (caught.value.message, caught.value.details)
+    assert {"s3": Usage(gets=3)} == caught.value.usage
+
+    with pytest.raises(errors.UserError) as other, errors.naming("x\nERROR: y"):
+        raise errors.UserError("no")
+    assert r"client 'x\nERROR: y': no" == other.value.message
+
+
+HUGE = 10**5_000
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    ["x\n\x1b[2J\u202e" * 99, HUGE, -HUGE, [HUGE] * 5, ("a" * 10**6,) * 99, b"\0" * 999, None, 1.5],
+    ids=["text", "huge", "-huge", "huge numbers", "texts", "bytes", "none", "float"],
+)
+def test_quoted(foreign: object) -> None:
+    """Whatever others have chosen comes into a message on one line, and short."""
+    text = errors.quoted(foreign)
+
+    assert text.isprintable()
+    assert len(text) < 1_000

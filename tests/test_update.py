@@ -1,5 +1,6 @@
 """An update is one safetensors object: what we write the library reads, what it writes we read."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +116,16 @@ def test_refuses_a_name(name: str, says: str) -> None:
     """A name that a header cannot hold raises InvalidUpdate before anything is written."""
     with pytest.raises(InvalidUpdate, match=says):
         encode({name: np.zeros(1)})
+
+
+@pytest.mark.parametrize("shape", [(0, 2**64 - 1), (1,) * 65, (0, 2**62, 2)])
+def test_shapes_that_numpy_lacks(shape: tuple[int, ...]) -> None:
+    """A shape that the format allows and numpy does not is read as bytes, and refused as an array."""
+    store = stored(written({"w": Raw("U8", shape, bytes(math.prod(shape)))}))
+
+    assert shape == load_raw("a", store)["w"].shape
+    with pytest.raises(InvalidUpdate, match=r"tensor 'w' has shape \[.*load_raw gives its bytes"):
+        load("a", store)
 
 
 @pytest.mark.parametrize(("names", "gets"), [(10, 1), (3_000, 2)])
