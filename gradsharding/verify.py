@@ -55,10 +55,10 @@ class Verified(NamedTuple):
 
 
 def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
-    """Check an exact round's result: its header, the digest of its data, and ``sample`` slices, drawn at random; all, if there are fewer.
+    """Check an exact round's result: its header, its data's digest, and ``sample`` slices, drawn at random; all, if there are fewer.
 
-    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no exact result; MissingObject or
-    ChangedObject if its updates are not what they were.
+    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no exact result;
+    MissingObject or ChangedObject if its updates are not what they were.
     """
     record, manifest = _published(round)
     found = data_digest(record.source, round.store, version=record.version, layout=record.layout)
@@ -89,8 +89,8 @@ def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
     (record, _, altered), manifest = round_.published(), round_.sealed()
     if altered:
         raise VerificationFailed(
-            f"round {round_.id}: the result's header is not the one that was published: names, dtypes or shapes of its tensors were altered; "
-            "aggregate into another place"
+            f"round {round_.id}: the result's header is not the one that was published: "
+            "names, dtypes or shapes of its tensors were altered; aggregate again, into another place"
         )
     if not record or not manifest:
         raise UserError(

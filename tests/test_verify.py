@@ -1,7 +1,9 @@
 """Verification computes an exact result again by Python's integers, and finds every bit that is not what it should be."""
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding import MemoryStore, Round, aggregate
-from gradsharding.dtypes import FORMATS
-from gradsharding.errors import ChangedObject, MissingObject, UserError, VerificationFailed
+from gradsharding import DirectoryStore, MemoryStore, Round, aggregate
+from gradsharding.dtypes import FORMATS, Buffer
+from gradsharding.errors import ChangedObject, MissingObject, ObjectExists, UserError, VerificationFailed
 from gradsharding.round import ResultRecord
 from gradsharding.testing import read
 from gradsharding.verify import SLICE, mean, verify
@@ -87,6 +89,60 @@ def test_other_clients_are_found() -> None:
 
     with pytest.raises(VerificationFailed, match="was not published for the clients and tensors that are sealed"):
         verify(round_)
+
+
+ALTERED = [(b'"float32"', b'"FLOAT32"'), (b'"F32"', b'"U32"'), (b'"shape":[7]', b'"shape":[8]'), (b"}}", b"} ")]
+"""What is in a header, and something else of its length."""
+
+
+class Altered(MemoryStore):
+    """A store that gives the published result with something else in its header, at the version that it had."""
+
+    change: tuple[bytes, bytes] | None = None
+
+    def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
+        """Give bytes of the altered object."""
+        data = b"".join(map(bytes, super().get(key, 0, self.head(key).size, version=version)))
+        if self.change and key.startswith("results/"):
+            assert self.change[0] in data
+            data = data.replace(*self.change, 1)
+        yield data[start:stop]
+
+
+@pytest.mark.parametrize("change", ALTERED)
+def test_altered_header_is_found(change: tuple[bytes, bytes]) -> None:
+    """A result whose header was altered, its data and version being what they were, is not verified, and not given out."""
+    store = Altered()
+    round_ = submitted(narrow(3), store)
+    aggregate(round_, arithmetic="exact")
+    assert verify(round_).slices
+    store.change = change
+
+    assert None is round_.result()
+    with pytest.raises(VerificationFailed, match="header is not the one that was published"):
+        verify(round_)
+    with pytest.raises(ObjectExists, match="is there already"):
+        aggregate(round_, arithmetic="exact")
+    store.change = None
+    aggregate(round_, arithmetic="exact", overwrite=True)
+    assert verify(round_).slices
+
+
+def test_altered_file_is_found(tmp_path: Path) -> None:
+    """A file that was altered in place, its time of change set back, is not verified, and not given out."""
+    round_ = submitted(narrow(3), DirectoryStore(tmp_path))
+    aggregate(round_, arithmetic="exact")
+    path = tmp_path / round_.output
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(path.read_bytes().replace(b'"F32"', b'"U32"', 1))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    assert None is round_.result()
+    with pytest.raises((VerificationFailed, UserError), match=r"header is not the one|was replaced since"):
+        verify(round_)
+    with pytest.raises(ObjectExists, match="is there already"):
+        aggregate(round_, arithmetic="exact")
 
 
 @pytest.mark.parametrize(("replaced", "kind"), [(True, ChangedObject), (False, MissingObject)])
