@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 from urllib.parse import unquote
 
-from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, MissingObject, NonFinite, UserError
+from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, MissingObject, NonFinite, UserError, quoted
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.projection import commanded
@@ -244,7 +244,7 @@ def _places(found: Sequence[tuple[str, int]], given: Sequence[Given]) -> str:
     updates, places = {update.client: update for update in given}, []
     for client, byte in found[:3]:
         tensor, index = updates[client].header.layout.locate(byte)
-        places.append(f"{updates[client].place.text} at {tensor.name!r}{list(index)}")
+        places.append(f"{updates[client].place.text} at {quoted(tensor.name)}{quoted(index)}")
     return ", ".join(places) + (f", and in {len(found) - 3} more" if len(found) > 3 else "")
 
 

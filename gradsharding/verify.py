@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
-from gradsharding.errors import UserError, VerificationFailed, naming
+from gradsharding.errors import UserError, VerificationFailed, naming, quoted
 from gradsharding.layout import ITEM_SIZE, Layout, Run
 from gradsharding.round import Manifest, ResultRecord, Round
 from gradsharding.store import locate
@@ -159,7 +159,7 @@ def _elements(dtype: str, data: bytes) -> Iterator[int]:
 
 def _place(layout: Layout, byte: int) -> str:
     tensor, index = layout.locate(byte)
-    return f"{tensor.name!r}{list(index)}"
+    return f"{quoted(tensor.name)}{quoted(index)}"
 
 
 def _shown(dtype: str, element: int) -> str:

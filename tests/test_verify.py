@@ -73,6 +73,17 @@ def test_wrong_bit_is_found(name: str) -> None:
         verify(round_, sample=EVERYTHING)
 
 
+def test_long_name_is_cut_short() -> None:
+    """A name that a client has chosen comes into the message in quotes, on one line, and cut."""
+    name = "w\nERROR: " + "x" * 10_000
+    round_ = published({"a": ({name: np.ones(3, "f4")}, 1)})
+    publish_instead(round_, lambda data, _: data.__setitem__(-1, data[-1] ^ 1))
+
+    with pytest.raises(VerificationFailed, match=r"'w..?nERROR: x{71}'…\[2\] is") as caught:
+        verify(round_)
+    assert caught.value.message.isprintable()
+
+
 def test_wrong_digest_is_found() -> None:
     """A digest that is not that of the object is found before anything is computed."""
     round_ = published()
