@@ -176,10 +176,10 @@ RECEIPTS: dict[str, tuple[Change, list[str]]] = {
     "deleted": (deleted, ["there is no object 'rounds/", f"{client_id(BAD)}.safetensors'"]),
     "altered": (altered, ["is at version", "as in its receipt"]),
     "garbage": (garbage, [f"{client_id(BAD)}.safetensors: ", "safetensors"]),
-    "another version": (point_at(version="1"), ["not 1 as in its receipt"]),
-    "another's key": (point_at_another, [f"updates/{client_id(1)}.safetensors, where", f"updates/{client_id(BAD)}.safetensors is due"]),
-    "passwords": (point_at(source="file:///etc/passwd"), ["its receipt is for file:///etc/passwd, where", "is due"]),
-    "upwards": (point_at(source="../../etc/passwd"), ["its receipt is for ../../etc/passwd, where", "is due"]),
+    "another version": (point_at(version="1"), ["not '1' as in its receipt"]),
+    "another's key": (point_at_another, [f"updates/{client_id(1)}.safetensors', where", f"updates/{client_id(BAD)}.safetensors is due"]),
+    "passwords": (point_at(source="file:///etc/passwd"), ["its receipt is for 'file:///etc/passwd', where", "is due"]),
+    "upwards": (point_at(source="../../etc/passwd"), ["its receipt is for '../../etc/passwd', where", "is due"]),
     "other names": (point_at(names=("a", "b", "c")), ["its receipt names 3 tensors, others than the 3"]),
     "fewer names": (point_at(names=("a", "b")), ["its receipt names 2 tensors"]),
     "a name twice": (point_at(names=("a", "b", "b")), ["its receipt names 3 tensors"]),
@@ -446,7 +446,7 @@ def test_extreme_weight(flower_log: pytest.LogCaptureFixture, weight: float) -> 
     app = answering(model_of, lambda node: {"num-examples": weight if node == 2 else 1.5})
     _, warnings, nodes = federation(app, flower_log)
     assert (1, 3) == nodes
-    assert any("node 2 is left out" in line and "the weights sum to" in line for line in warnings)
+    assert any("node 2 is left out" in line and "does not go together with those of 2 other nodes" in line for line in warnings)
 
 
 def test_set_up_that_cannot_work_ends_the_run() -> None:

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord
 from gradsharding import Raw
 from gradsharding.dtypes import NUMPY
 from gradsharding.errors import InvalidUpdate
+from gradsharding.layout import ITEM_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -21,32 +22,47 @@ NPY = "numpy.ndarray"
 RAW = "gradsharding.raw.v1"
 """Ours, for what numpy does not have: the plain bytes, little-endian, in C order."""
 
+MAX_DIMS = 64
+"""Dimensions of an array, as in numpy."""
+
 _NAMES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16"}
 
 
 def to_raw(name: str, array: Array) -> Raw:
     """View a Flower array as bytes, without a copy where they are little-endian and in C order; raise InvalidUpdate."""
     if array.stype == RAW:
+        _check(name, array.dtype, array.shape, len(array.data))
         return Raw(array.dtype, tuple(array.shape), array.data)
     if array.stype != NPY:
-        raise InvalidUpdate(f"tensor {name!r} is serialized as {array.stype!r}; send numpy arrays, or from_state_dict()'s")
+        raise InvalidUpdate(f"tensor {name!r} is serialized as {array.stype[:80]!r}; send numpy arrays, or from_state_dict()'s")
     stream = BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except Exception as error:  # noqa: BLE001 - numpy's parser lets errors of many kinds through
-        raise InvalidUpdate(f"tensor {name!r} is not an .npy array ({error}); send numpy arrays") from None
-    shape, little = tuple(map(int, shape)), dtype.newbyteorder("<")
+        raise InvalidUpdate(f"tensor {name!r} is not an .npy array ({type(error).__name__}); send numpy arrays") from None
+    little = dtype.newbyteorder("<")
     if dtype.hasobject or little not in _NAMES:
-        raise InvalidUpdate(f"tensor {name!r} has dtype {dtype}; supported are {', '.join(NUMPY)}")
-    data, needed = memoryview(array.data)[stream.tell() :], math.prod(shape) * dtype.itemsize
-    if len(data) != needed or min(shape, default=0) < 0:
-        raise InvalidUpdate(f"tensor {name!r} has {len(data)} bytes where {dtype}{list(shape)} needs {needed}; send it again")
+        raise InvalidUpdate(f"tensor {name!r} has dtype {str(dtype)[:80]}; supported are {', '.join(NUMPY)}")
+    data = memoryview(array.data)[stream.tell() :]
+    _check(name, _NAMES[little], shape, len(data))
     if data and (fortran or dtype != little):
         loaded = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
         data = np.ascontiguousarray(loaded, little).reshape(-1).view(np.uint8).data
     return Raw(_NAMES[little], shape, data)
+
+
+def _check(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
+    """Raise InvalidUpdate unless an array of this dtype and shape has ``nbytes``; extents are bounded before they are multiplied."""
+    if dtype not in ITEM_SIZE:
+        raise InvalidUpdate(f"tensor {name!r} has dtype {dtype[:80]!r}; supported are {', '.join(ITEM_SIZE)}")
+    if len(shape) > MAX_DIMS or not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in shape):
+        raise InvalidUpdate(f"tensor {name!r} has {len(shape)} extents; at most {MAX_DIMS} may be, each an integer from 0 to below 2**63")
+    needed = math.prod(shape) * ITEM_SIZE[dtype]
+    if nbytes != needed:
+        due = str(needed) if needed < 1 << 63 else "more than 2**63"
+        raise InvalidUpdate(f"tensor {name!r} has {nbytes} bytes where {dtype}{list(shape)[:8]} needs {due}; send it again")
 
 
 def from_raw(raw: Raw) -> Array:

@@ -18,7 +18,8 @@ from gradsharding.errors import InvalidUpdate, UserError
 from gradsharding.plan import MAX_PARTS
 from gradsharding.round import check_id
 from gradsharding.store.private import private_directory
-from gradsharding.update import Update, encode, inspect
+from gradsharding.store.protocol import Peeked
+from gradsharding.update import encode
 from gradsharding.usage import Usage
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
@@ -42,6 +43,9 @@ WIDEST = 8
 ROOM = 64 << 20
 """Bytes that an update may take beside its tensors' data."""
 
+A_PIECE = 100
+"""Bytes of a piece in an offer, at most."""
+
 
 class Offered(Value):
     """What a node says of the update that it would write: its bytes, and the order in which its record names the tensors."""
@@ -54,15 +58,20 @@ class Offered(Value):
         return ArrayRecord({KEY: Array("offer", (), STYPE, self.model_dump_json().encode())})
 
 
-def find_offer(record: ArrayRecord) -> Offered | None:
-    """Read the offer that ``record`` is, or None if it is none; raise InvalidUpdate if it is malformed."""
+def find_offer(record: ArrayRecord, names: int) -> Offered | None:
+    """Read the offer that ``record`` is, or None if it is none; raise InvalidUpdate if it is malformed.
+
+    ``names`` bounds the bytes that the names of its tensors take.
+    """
     array = record.get(KEY)
     if array is None or array.stype != STYPE:
         return None
+    if len(array.data) > (most := names + A_PIECE * MAX_PARTS):
+        raise InvalidUpdate(f"its offer takes {len(array.data)} bytes, where {most} are enough for {MAX_PARTS} pieces")
     try:
         return Offered.model_validate_json(array.data)
     except ValidationError as error:
-        raise InvalidUpdate(f"a malformed offer: {error.errors()[0]['msg']}; use the same gradsharding on all nodes") from None
+        raise InvalidUpdate(f"a malformed offer: {error.errors()[0]['msg'][:80]}; use the same gradsharding on all nodes") from None
 
 
 class ByUrl:
@@ -128,26 +137,31 @@ class Lender:
         url = readable(self._store, model.source, self._seconds)
         return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
+    def check(self, offered: Offered, model: Reference) -> None:
+        """Raise InvalidUpdate if no update of the model can be so large, or if it is not cut as nodes are told to."""
+        pieces, most, piece = offered.update.pieces, most_bytes(model.nbytes), self._piece_for(model)
+        if any(one.size > most for one in pieces) or offered.update.nbytes > most:  # each before their sum: any number may be in an offer
+            offers = sum(min(one.size, most + 1) for one in pieces)
+            raise InvalidUpdate(f"it offers {offers} bytes or more, where the model has {model.nbytes} and {most} are permitted")
+        if any(one.size != piece for one in pieces[:-1]) or not 0 < pieces[-1].size <= piece:
+            raise InvalidUpdate(f"it offers {len(pieces)} pieces that are not of {piece} bytes each, and one for the rest")
+
     def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
-        """Permit what a node offers, under ``key``; raise InvalidUpdate if an update cannot be so large, or is not cut as it was told."""
+        """Permit what a node offers, under ``key``; raise InvalidUpdate if it may not be."""
         from gradsharding.aws.presign import grant  # noqa: PLC0415
 
-        update, most, piece = offered.update, _most(model), self._piece_for(model)
-        if update.nbytes > most:
-            raise InvalidUpdate(f"it offers {update.nbytes} bytes, where the model has {model.nbytes} and {most} are permitted")
-        if any(one.size != piece for one in update.pieces[:-1]) or not 0 < update.pieces[-1].size <= piece:
-            raise InvalidUpdate(f"it offers {len(update.pieces)} pieces that are not of {piece} bytes each, and one for the rest")
+        self.check(offered, model)
         self._withdraw(key)
-        self._open[key] = granted = grant(self._store, key, update, self._seconds)
+        self._open[key] = granted = grant(self._store, key, offered.update, self._seconds)
         return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
 
-    def settle(self, key: str) -> Update:
-        """See that what was permitted under ``key`` has arrived, and give what its header says; raise InvalidUpdate if it has not."""
+    def settle(self, key: str) -> Peeked:
+        """See that what was permitted under ``key`` has arrived, and give its first bytes; raise InvalidUpdate if it has not."""
         from gradsharding.aws.presign import settle  # noqa: PLC0415
 
         peeked = settle(self._store, self._open[key])
         del self._open[key]
-        return inspect(key, self._store, peeked)
+        return peeked
 
     def settling(self, offered: Offered, header_bytes: int) -> Usage:
         """What permitting and settling an offer asks of the store, at most."""
@@ -167,9 +181,9 @@ class Lender:
             withdraw(self._store, granted)
 
     def _piece_for(self, model: Reference) -> int:
-        return max(self._piece, -(-_most(model) // MAX_PARTS))
+        return max(self._piece, -(-most_bytes(model.nbytes) // MAX_PARTS))
 
 
-def _most(model: Reference) -> int:
-    """Bytes that an update of a model may have."""
-    return WIDEST * model.nbytes + ROOM
+def most_bytes(nbytes: int) -> int:
+    """Bytes that an update of a model of ``nbytes`` may have."""
+    return WIDEST * nbytes + ROOM

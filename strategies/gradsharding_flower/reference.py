@@ -8,7 +8,9 @@ from flwr.app import Array, ArrayRecord
 from pydantic import ValidationError
 
 from gradsharding import ObjectStore, Raw
+from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate
+from gradsharding.layout import Layout
 from gradsharding.store import Source, file_reference
 from gradsharding.update import Update, encode, inspect, load_raw
 from gradsharding.value import Value
@@ -44,15 +46,20 @@ class Reference(Value):
         return to_record(load_raw(self.source, store, version=self.version), self.names)
 
 
-def find(record: ArrayRecord) -> Reference | None:
-    """Read the reference that ``record`` is, or None if it holds arrays; raise InvalidUpdate if it is malformed."""
+def find(record: ArrayRecord, most: int | None = None) -> Reference | None:
+    """Read the reference that ``record`` is, or None if it holds arrays.
+
+    Raise InvalidUpdate if it is malformed, or has more than ``most`` bytes.
+    """
     array = record.get(KEY)
     if array is None or array.stype != STYPE:
         return None
+    if most is not None and len(array.data) > most:
+        raise InvalidUpdate(f"its receipt takes {len(array.data)} bytes, where {most} are a few times what the model takes")
     try:
         return Reference.model_validate_json(array.data)
     except ValidationError as error:
-        raise InvalidUpdate(f"a malformed reference: {error.errors()[0]['msg']}; use the same gradsharding on all nodes") from None
+        raise InvalidUpdate(f"a malformed reference: {error.errors()[0]['msg'][:80]}; use the same gradsharding on all nodes") from None
 
 
 def write(key: str, arrays: ArrayRecord, store: ObjectStore) -> Reference:
@@ -62,9 +69,14 @@ def write(key: str, arrays: ArrayRecord, store: ObjectStore) -> Reference:
 
 def put(key: str, arrays: ArrayRecord, store: ObjectStore) -> Update:
     """Do the same; give what a reader of the header would find."""
-    raws: Mapping[str, Raw] = {name: to_raw(name, array) for name, array in arrays.items()}
-    layout, buffers = encode(raws)
+    layout, buffers = encoded(arrays)
     return Update(layout, memoryview(buffers[0]).nbytes, store.put(key, buffers))
+
+
+def encoded(arrays: ArrayRecord) -> tuple[Layout, list[Buffer]]:
+    """Lay out the arrays of a record as one object: its buffers, in order; raise InvalidUpdate."""
+    raws: Mapping[str, Raw] = {name: to_raw(name, array) for name, array in arrays.items()}
+    return encode(raws)
 
 
 def describe(source: str, store: ObjectStore, names: tuple[str, ...] | None = None) -> Reference:

@@ -3,8 +3,7 @@
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
-from gradsharding.errors import GradShardingError, InvalidUpdate, PlanTooLarge, StoreRefused, UserError
+from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import mib
@@ -24,15 +23,18 @@ from gradsharding.round import Manifest
 from gradsharding.store import locate
 from gradsharding.task import Term
 from gradsharding.topology import Topology
-from gradsharding.update import Update, inspect, inspection, loading
-from gradsharding.usage import Usage, counting
+from gradsharding.update import inspect, loading
+from gradsharding.usage import counting
 from gradsharding_flower.books import Books
-from gradsharding_flower.contributions import collect, mean
-from gradsharding_flower.grid import FollowUp, Traffic, WatchedGrid
-from gradsharding_flower.mod import ORDERS, asked_by, orders
-from gradsharding_flower.permits import Lender, Offered, find_offer
-from gradsharding_flower.reference import KEY, Reference, client_id, find, put
+from gradsharding_flower.contributions import mean
+from gradsharding_flower.evaluations import Evaluations
+from gradsharding_flower.grid import Step, Traffic, WatchedGrid
+from gradsharding_flower.intake import Intake
+from gradsharding_flower.mod import ORDERS, orders
+from gradsharding_flower.permits import Lender
+from gradsharding_flower.reference import Reference, find, put
 from gradsharding_flower.result import LazyResult, RoundReport
+from gradsharding_flower.tidy import tidying
 from gradsharding_flower.wrapped import needs_arrays
 
 log = logging.getLogger("flwr")
@@ -115,10 +117,9 @@ class GradSharding(Strategy):
         self._direct_nodes: set[int] = set()
         self._traffic = self._before = Traffic()
         self._server_round = 0
-        self._refused: dict[int, str] = {}
-        self._arrived: dict[str, Update] = {}
-        """Updates of this round whose headers the server knows, by key."""
         self._books = Books()
+        self._intake: Intake | Evaluations | None = None
+        """What takes in replies, as they come."""
 
     def summary(self) -> None:
         """Log the configuration, then the wrapped strategy's."""
@@ -171,7 +172,7 @@ class GradSharding(Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Let the wrapped strategy choose nodes and settings; references go where the model would."""
         self._note_evaluation()
-        self._server_round, self._refused, self._arrived = server_round, {}, {}
+        self._server_round = server_round
         self._before = replace(self._traffic)
         self._books.open()
         shown = self._load(arrays) if self._needs_arrays else arrays
@@ -180,10 +181,21 @@ class GradSharding(Strategy):
         if reference := find(arrays):
             direct = sum(reference == find(message.content.array_records[self.inner.arrayrecord_key]) for message in messages)
             self._books.nodes_planned += loading(len(self._layout.header()), reference.nbytes) * direct
+        assert self._model
+        self._intake = Intake(
+            round_=self._round(server_round),
+            model=self._model,
+            layout=self._layout,
+            weighted_by_key=self.inner.weighted_by_key,
+            lender=self._lender,
+            books=self._books,
+            direct=self._direct_nodes,
+        )
         return messages
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """The same, for evaluation on the clients."""
+        self._intake = Evaluations(server_round, self.inner.weighted_by_key, self._books)
         return self._address(self.inner.configure_evaluate(server_round, arrays, config, grid), arrays)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -194,22 +206,21 @@ class GradSharding(Strategy):
         """
         if not self._asked:
             return None, None
+        intake = self._intake
+        assert isinstance(intake, Intake)
         left_out: dict[int, str] = {}
 
         def leave_out(node: int, reason: str) -> None:
-            left_out[node] = self._refused.get(node, reason)
-            log.warning("aggregate_train: node %d is left out of round %d: %s", node, server_round, left_out[node])
+            left_out[node] = reason
+            log.warning("aggregate_train: node %d is left out of round %d: %s", node, server_round, reason)
 
-        round_, answers = self._round(server_round), list(replies)
-        for node in sorted(self._asked - {answer.metadata.src_node_id for answer in answers}):
+        answered = {answer.metadata.src_node_id for answer in replies}
+        for node in sorted(self._asked - answered - intake.refused.keys()):
             leave_out(node, "it did not answer in time")
-        kept = collect(answers, round_, self.inner.weighted_by_key, self._layout, self._arrived, leave_out)
-        self._books.plan(
-            self.store,
-            *(inspection(one.update.base, one.update.layout.nbytes) for one in kept if one.reference.source not in self._arrived),
-        )
+        kept = intake.contributions(leave_out)
+        intake.plan_headers(kept)
         try:
-            averaged = mean(kept, round_, self._aggregate, self.min_replies, leave_out)
+            averaged = mean(kept, intake.round_, self._aggregate, self.min_replies, leave_out)
         except GradShardingError as error:
             if (
                 isinstance(error, PlanTooLarge | StoreRefused) or type(error) is UserError
@@ -221,8 +232,7 @@ class GradSharding(Strategy):
         kept = [one for one in kept if one.node not in left_out]
         log.info("aggregate_train: averaged %d updates in %d slices", len(kept), averaged.plan.functions)
         record = averaged.record
-        names = self._names(kept[0].reference.names)
-        model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=names)
+        model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=self._names(record.layout.names))
         self._layout = record.layout
         if self._needs_arrays:
             model = self._server_step(server_round, model)
@@ -234,8 +244,9 @@ class GradSharding(Strategy):
         return model.record(), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The wrapped strategy's."""
-        return self.inner.aggregate_evaluate(server_round, replies)
+        """The wrapped strategy's, of the replies whose metrics can be averaged."""
+        assert isinstance(self._intake, Evaluations)
+        return self.inner.aggregate_evaluate(server_round, self._intake.usable(replies))
 
     def _note_evaluation(self) -> None:
         """Enter the evaluation of the last round, which is over, into its report."""
@@ -259,10 +270,10 @@ class GradSharding(Strategy):
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
-    def _names(self, received: tuple[str, ...]) -> tuple[str, ...]:
-        """Order the result's tensors as the model does; a client's order holds only for names the model does not have."""
+    def _names(self, found: tuple[str, ...]) -> tuple[str, ...]:
+        """Order the result's tensors as the model does; tensors that it does not have, as their bytes lie."""
         assert self._model
-        return self._model.names if sorted(self._model.names) == sorted(received) else received
+        return self._model.names if sorted(self._model.names) == sorted(found) else found
 
     def _load(self, arrays: ArrayRecord) -> ArrayRecord:
         reference = find(arrays)
@@ -295,64 +306,9 @@ class GradSharding(Strategy):
         name = self._round(self._server_round).id
         return self._lender.orders(name, self._model) if self._lender else orders(self.store, name)
 
-    def _received(self, reply: Message) -> FollowUp | None:
-        """Take a reply in: permit what it offers; write arrays that came with it to the store, so that the server lets go of them."""
-        if not reply.has_content():
-            return None
-        node, content = reply.metadata.src_node_id, reply.content
-        self._books.told(asked_by(content))
-        if not reply.metadata.message_type.startswith(MessageType.TRAIN):
-            return None
-        records = list(content.array_records.items())
-        for key, record in records:
-            if KEY in record:
-                self._direct_nodes.add(node)
-                self._books.nodes_planned += self.store.charges.put(self._layout.nbytes + len(self._layout.header()))
-                continue
-            if len(records) > 1:  # no update: it will be refused for that
-                content[key] = ArrayRecord()
-                continue
-            place = self._round(self._server_round).update_key(client_id(node))
-            with self._refusing(node, content, key):
-                if self._lender and (offered := find_offer(record)):
-                    self._direct_nodes.add(node)
-                    return self._permitted(self._lender, reply, key, place, offered)
-                self._arrived[place] = update = put(place, record, self.store)
-                self._books.plan(self.store, self.store.charges.put(update.stat.size))
-                content[key] = Reference.to(place, update, tuple(record)).record()
-        return None
-
-    def _permitted(self, lender: Lender, reply: Message, key: str, place: str, offered: Offered) -> FollowUp:
-        """Permit a node to write what it offers; when it says that it has, its receipt takes the offer's place."""
-        node, content = reply.metadata.src_node_id, reply.content
-        assert self._model
-        permit = lender.permit(self._round(self._server_round).id, place, offered, self._model)
-        self._refused[node] = "it was permitted to write its update, and has not said in time that it did"
-
-        def told(answer: Message) -> None:
-            with self._refusing(node, content, key):
-                if answer.has_error():
-                    raise InvalidUpdate(f"it could not write its update: {answer.error.reason}")
-                self._books.told(asked_by(answer.content))
-                self._arrived[place] = update = lender.settle(place)
-                self._books.nodes_planned += Usage(puts=len(offered.update.pieces), bytes_written=offered.update.nbytes)
-                self._books.plan(self.store, lender.settling(offered, update.base))
-                content[key] = Reference.to(place, update, offered.names).record()
-                del self._refused[node]
-
-        group, kind = reply.metadata.group_id, reply.metadata.message_type
-        return FollowUp(Message(RecordDict({ORDERS: permit}), dst_node_id=node, message_type=kind, group_id=group), told)
-
-    @contextmanager
-    def _refusing(self, node: int, content: RecordDict, key: str) -> Iterator[None]:
-        """Leave a node out of the round, with the reason, if its update cannot be had."""
-        try:
-            yield
-        except StoreRefused:  # ours, not the node's: so would every update end
-            raise
-        except GradShardingError as error:
-            self._refused[node] = error.message
-            content[key] = ArrayRecord()
+    def _received(self, asked: Message, reply: Message) -> Step:
+        """Take a reply in; one to a message that a wrapped strategy sends by itself is kept as it is."""
+        return self._intake.take(asked, reply) if self._intake else reply
 
     def _aggregate(self, round_: Round) -> Averaged:
         return aggregate(round_, topology=self.topology, arithmetic=self.arithmetic, limits=self.limits, executor=self.executor)
@@ -375,15 +331,17 @@ class GradSharding(Strategy):
 
     def _forget(self) -> None:
         """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
-        if self._lender:
-            self._lender.close()
+        with tidying("what nodes were permitted to write, and have not"):
+            if self._lender:
+                self._lender.close()
         if self.keep:
             return
         needed = {model.source for model in (self._model, self._previous) if model}
-        for place in ("rounds", "results"):
-            found = [key for key, _ in self.store.list(f"{place}/{self._run}-")]
-            self._books.plan(self.store, self.store.charges.list(len(found)))
-            self.store.delete(key for key in found if key not in needed)
+        with tidying("updates and models of past rounds"):
+            for place in ("rounds", "results"):
+                found = [key for key, _ in self.store.list(f"{place}/{self._run}-")]
+                self._books.plan(self.store, self.store.charges.list(len(found)))
+                self.store.delete(key for key in found if key not in needed)
 
 
 class LambdaFL(GradSharding):

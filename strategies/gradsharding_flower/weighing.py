@@ -1,0 +1,66 @@
+"""The weights of a round must fit together below 2**53: the largest group of nodes whose weights do is kept.
+
+Weights are compared as amounts, never by whose they are, and equal ones stay or go together; of groups of one size the lightest is kept.
+So a node that claims 2**53 goes, whoever else is there, and so does one that claims 1e-12 among hundreds.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from fractions import Fraction
+from itertools import accumulate
+
+from gradsharding.errors import InvalidWeight
+from gradsharding.weights import MAX_WEIGHT, integral_weights
+
+_BITS = 29
+"""Non-integral weights are scaled so that the smallest has this many bits (``gradsharding.weights``)."""
+
+
+def too_far(weights: Mapping[int, float]) -> dict[int, str]:
+    """Name the nodes whose weights do not go together with those of the largest group, and say why; none, if all fit together.
+
+    >>> list(too_far({1: 100, 2: 2**53})), list(too_far({1: 1.5, 2: 1e-12, 3: 1.5})), too_far({1: 100, 2: 0.5})
+    ([2], [2], {})
+    """
+    if _all_fit(weights):
+        return {}
+    counts = Counter(weights.values())
+    low, high = _largest([(amount, counts[amount]) for amount in sorted(counts)])
+    kept = sum(low <= weight <= high for weight in weights.values())
+    return {
+        node: f"its weight {weight:.17g} does not go together with those of {kept} other nodes, {low:.17g} to {high:.17g}: "
+        "as integers they would sum to more than 2**53; use numbers of examples"
+        for node, weight in weights.items()
+        if not low <= weight <= high
+    }
+
+
+def _all_fit(weights: Mapping[int, float]) -> bool:
+    try:
+        integral_weights({str(node): weight for node, weight in weights.items()})
+    except InvalidWeight:
+        return False
+    return True
+
+
+def _largest(amounts: list[tuple[float, int]]) -> tuple[float, float]:
+    """Find the run of neighbouring amounts, given with how many nodes have each, that fit together and belong to most nodes."""
+    sums = list(accumulate((Fraction(amount) * count for amount, count in amounts), initial=Fraction(0)))
+    nodes = list(accumulate((count for _, count in amounts), initial=0))
+    broken = list(accumulate((amount != int(amount) for amount, _ in amounts), initial=0))
+
+    def fits(first: int, end: int) -> bool:
+        total = sums[end] - sums[first]
+        if broken[end] > broken[first]:  # they are scaled, and each is rounded
+            total = total * Fraction(2) ** (_BITS - math.frexp(amounts[first][0])[1]) + nodes[end] - nodes[first]
+        return total <= MAX_WEIGHT
+
+    best, end = (0, 1), 0
+    for first in range(len(amounts)):
+        end = max(end, first + 1)
+        while end < len(amounts) and fits(first, end + 1):
+            end += 1
+        if nodes[end] - nodes[first] > nodes[best[1]] - nodes[best[0]] and fits(first, end):
+            best = first, end
+    return amounts[best[0]][0], amounts[best[1] - 1][0]
