@@ -109,12 +109,13 @@ def _write_model(directory: Path, layers: Shapes) -> Path:
 
 def _run(rival: str, model: Path, directory: Path, rounds: int) -> dict[str, Any]:
     """One federation from start to end."""
-    directory.mkdir()
-    report = directory / "report.json"
+    (directory / "store").mkdir(parents=True)
+    first, report = directory / "store" / "initial.safetensors", directory / "report.json"
+    first.hardlink_to(model)  # nodes open what lies in their store
     with Loopback(directory / "flower") as loopback:
         census, wire = Census(), _loopback_bytes()
         census.start()
-        loopback.run(APP, rival=rival, model=str(model), store=str(directory / "store"), report=str(report), rounds=rounds)
+        loopback.run(APP, rival=rival, model=str(first), store=str(directory / "store"), report=str(report), rounds=rounds)
         peaks, wire = census.stop(), _loopback_bytes() - wire
     for file in (directory / "store").rglob("*.safetensors"):
         file.unlink()

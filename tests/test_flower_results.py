@@ -17,6 +17,8 @@ from gradsharding.errors import ChangedObject
 from gradsharding.testing import CountingStore, assert_same
 from gradsharding_flower import from_state_dict, refer, upload_mod
 from gradsharding_flower.reference import find
+from gradsharding_flower.testing import LocalGrid
+from gradsharding_flower.trust import ALLOW_KEY
 
 
 @pytest.mark.parametrize("inner", [FedAvg, FedAdam])
@@ -83,6 +85,14 @@ def test_result_is_a_safetensors_file(tmp_path: Path) -> None:
         assert torch.equal(torch.full_like(tensor, 1.5), loaded[name])
 
 
+def allowing(directory: Path) -> LocalGrid:
+    """Make a grid of nodes that may read models below a directory."""
+    grid = grid_of()
+    for context in grid._contexts.values():
+        context.node_config[ALLOW_KEY] = directory.as_uri()
+    return grid
+
+
 def test_initial_model_by_reference(tmp_path: Path) -> None:
     """A safetensors file can be the initial model: it is not copied to the store, and the server never reads its data."""
     path = tmp_path / "first model.safetensors"
@@ -97,7 +107,7 @@ def test_initial_model_by_reference(tmp_path: Path) -> None:
     untouched = sharding(store).start(grid_of(), reference, num_rounds=0)
     assert 0 == store.puts
     assert_same(initial(), state_of(untouched.arrays))
-    result = sharding(store).start(grid_of(), reference, num_rounds=2)
+    result = sharding(store).start(allowing(tmp_path), reference, num_rounds=2)
     assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
     assert path.exists()
     assert ["results"] * 2 == [name.partition("/")[0] for name in files(elsewhere.root)]
@@ -110,7 +120,7 @@ def test_a_model_that_changed_is_not_loaded(tmp_path: Path, flower_log: pytest.L
     reference = refer(path, store := MemoryStore())
     path.unlink()
     safetensors.numpy.save_file({**initial(), "n": np.array(6)}, path)
-    result = sharding(store, FedAvg(fraction_evaluate=0.0)).start(grid_of(), reference, num_rounds=1)
+    result = sharding(store, FedAvg(fraction_evaluate=0.0)).start(allowing(tmp_path), reference, num_rounds=1)
     assert len(NODES) == flower_log.text.count("ChangedObject: file://")
     with pytest.raises(ChangedObject, match="it was written again"):
         _ = result.arrays

@@ -6,6 +6,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from gradsharding import ObjectStore, Round, open_store
 from gradsharding.errors import ObjectExists
 from gradsharding.usage import FIGURES, Usage, counting, total
+from gradsharding_flower import trust
 from gradsharding_flower.permits import PERMIT, PIECE, ByUrl
 from gradsharding_flower.reference import Reference, client_id, describe, find, write
 
@@ -70,12 +71,13 @@ class ByStore:
     """What the mod of a node that reaches the store does with a model and an update."""
 
     def __init__(self, orders: ConfigRecord, context: Context) -> None:
+        self._config = context.node_config
         self._store = open_store(str(context.node_config.get(STORE_KEY, orders["store"])))
         self._key = Round(self._store, str(orders["round"])).update_key(client_id(context.node_id))
 
     def load(self, reference: Reference) -> ArrayRecord:
         """Read the model."""
-        return reference.load(self._store)
+        return trust.load(reference, self._store, self._config)
 
     def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
         """Write the update; give its receipt."""

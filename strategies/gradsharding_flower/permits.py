@@ -24,6 +24,7 @@ from gradsharding.usage import Usage
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
 from gradsharding_flower.reference import Reference, client_id
+from gradsharding_flower.trust import pinned
 
 if TYPE_CHECKING:
     from gradsharding.aws.presign import Grant
@@ -87,7 +88,7 @@ class ByUrl:
 
     def load(self, reference: Reference) -> ArrayRecord:
         """Read the model."""
-        return reference.load(UrlSource(reference.source, str(self._orders[MODEL])))
+        return pinned(reference, UrlSource(reference.source, str(self._orders[MODEL])), reference.source)
 
     def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
         """Keep the update in its spool; give the offer of it. What this node kept of other rounds is deleted."""
