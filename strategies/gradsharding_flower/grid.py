@@ -148,7 +148,7 @@ class _Exchange:
     def run(self, timeout: float | None) -> list[Message]:
         """Take replies in until all are here or ``timeout`` seconds are over."""
         end, pause = None if timeout is None else time.monotonic() + timeout, _FIRST_WAIT
-        while self._asked or self._working:
+        while self._asked or self._working or self._outbox:
             self._look()
             self._end(wait([*self._working], 0).done)
             if self._outbox:
