@@ -36,7 +36,7 @@ from gradsharding_flower.testing import LocalGrid
 
 REPLIES = int(os.environ.get("GRADSHARDING_FUZZ", "400"))
 SEEDS = [20261128, int(os.environ.get("GRADSHARDING_FUZZ_SEED") or secrets.randbits(32))]
-MODEL = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(5, np.int64)}
+MODEL: State = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(5, np.int64)}
 HONEST = (7, 1_000, 2_000)
 AT_ONCE = 40
 """Fuzzed nodes in a round."""
@@ -192,7 +192,7 @@ class Draw(random.Random):
 
     def settings(self) -> ConfigRecord:
         """Settings, usage among them."""
-        values = [self.text(), b"", [], [""], 2**63, -1, True, self.text(), [self.text()]]
+        values: list[Any] = [self.text(), b"", [], [""], 2**63, -1, True, self.text(), [self.text()]]
         keys = ["gets", "puts", "deletes", "bytes_read", "bytes_written", self.text()]
         return ConfigRecord({key: self.choice(values) for key in self.sample(keys, self.randrange(len(keys)))})
 
@@ -230,7 +230,8 @@ class Fuzzed(LocalGrid):
         self.replies += 1
         draw, node = self.draw, message.metadata.dst_node_id
         orders = message.content.config_records.get(ORDERS, ConfigRecord({"round": "none"}))
-        places = [f"rounds/{orders.get('round', 'none')}/updates/{client_id(one)}.safetensors" for one in (node, *HONEST)]
+        round_id = str(orders.get("round", "none"))
+        places = [f"rounds/{round_id}/updates/{client_id(one)}.safetensors" for one in (node, *HONEST)]
         if draw.random() < 0.1:
             return Message(Error(draw.choice([0, 7]), draw.choice([None, draw.text()])), reply_to=message)
         made = Message(draw.content(places), reply_to=message)

@@ -62,7 +62,8 @@ def main(what: str, directory: Path) -> None:
 
         def _answer(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
-            source = f"rounds/{message.content.config_records[ORDERS]['round']}/updates/{client_id(node)}.safetensors"
+            round_id = str(message.content.config_records[ORDERS]["round"])
+            source = f"rounds/{round_id}/updates/{client_id(node)}.safetensors"
             path = store.root / source
             path.parent.mkdir(parents=True, exist_ok=True)
             path.hardlink_to(store.root / (f"hostile-{node}" if node < hostile else "honest"))

@@ -13,9 +13,8 @@ from gradsharding import DirectoryStore, MemoryStore
 from gradsharding.errors import ChangedObject, UserError
 from gradsharding.testing import assert_same
 from gradsharding_flower import refer
-from gradsharding_flower.permits import pinned
 from gradsharding_flower.reference import Reference, find, write
-from gradsharding_flower.trust import ALLOW_KEY, load
+from gradsharding_flower.trust import ALLOW_KEY, load, pinned
 
 
 @pytest.fixture

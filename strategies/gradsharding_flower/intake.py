@@ -28,7 +28,7 @@ class Receipt(NamedTuple):
     """What is kept of a receipt until its update's header is read."""
 
     version: str
-    count: int
+    tensors: int
     """Of its tensors."""
     names: str
     """A digest of its tensors' names, in no order."""
@@ -190,7 +190,9 @@ class Intake:
                 if update.stat.version != receipt.version:
                     raise ChangedObject(f"{place} is at version {update.stat.version}, not {quoted(receipt.version)} as in its receipt")
                 if receipt.names != self._naming(frozenset(update.layout.names)):
-                    raise InvalidUpdate(f"its receipt names {receipt.count} tensors, others than the {len(update.layout.names)} in {place}")
+                    raise InvalidUpdate(
+                        f"its receipt names {receipt.tensors} tensors, others than the {len(update.layout.names)} in {place}"
+                    )
                 return self._ballot.enter(update)
         except GradShardingError as error:
             return error.message
