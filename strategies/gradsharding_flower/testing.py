@@ -35,7 +35,7 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             ids.append(uuid.uuid4().hex)
-            message.metadata.__dict__["_message_id"] = ids[-1]
+            message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do: nothing public sets it
             self._messages[ids[-1]] = copy.deepcopy(message)
         return ids
 
@@ -66,6 +66,9 @@ class LocalGrid(Grid):
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         try:
-            return copy.deepcopy(self.apps[node](message, self._contexts[node]))
+            reply = copy.deepcopy(self.apps[node](message, self._contexts[node]))
+            if reply.metadata.reply_to_message_id != message.metadata.message_id:  # a SuperLink takes no other
+                raise ValueError("what the ClientApp gave is no reply to its message")
         except Exception as error:  # noqa: BLE001 - whatever a client does wrong is its answer
             return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
+        return reply
