@@ -100,6 +100,11 @@ class Result:
             return None
         return next((report.unmeasured for report in self.reports), "nothing was left to do")
 
+    @property
+    def held_by(self) -> list[str]:
+        """What stopped, or would have stopped, a task that outgrows its memory; several, if tasks ran in unlike places."""
+        return sorted({report.held_by for report in self.reports})
+
     def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
         """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
         plan = self.planned
@@ -145,6 +150,7 @@ class Result:
                 **total(self.usage).model_dump(),
                 "peak_memory": self.peak_memory,
                 "unmeasured": self.unmeasured,
+                "held_by": self.held_by,
                 "seconds": sum(report.seconds for report in self.reports),
                 "wall_seconds": self.seconds,
                 "stores": _by_kind(self.usage),
@@ -167,8 +173,11 @@ def _projected(plan: Plan) -> dict[str, Any]:
 
 
 def observed_memory(result: Result) -> str:
-    """Say what the tasks of a result took at most, or why that is not known."""
-    return f"not observed ({result.unmeasured})" if result.peak_memory is None else f"{mib(result.peak_memory)} observed"
+    """Say what the tasks of a result took at most, or why that is not known, and what held them to it, if anything did."""
+    if result.peak_memory is None:
+        return f"not observed ({result.unmeasured})"
+    held = "" if result.held_by == ["nothing"] else f", held by {' and '.join(result.held_by)}"
+    return f"{mib(result.peak_memory)} observed{held}"
 
 
 def aggregate(

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol, Self
 
 from gradsharding import worker
-from gradsharding.cgroup import MemoryCgroup
+from gradsharding.cgroup import Hold, MemoryCgroup, usable_cpus
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.plan import Limits, mib
 from gradsharding.store import ObjectStore
@@ -117,8 +117,8 @@ class ProcessExecutor(_Local):
     """
 
     def __init__(self, count: int | None = None, *, attempts: int = 3, use_cgroup: bool = True) -> None:
-        """Use ``count`` processes, by default one for each CPU that this one may use."""
-        self.count = count or len(os.sched_getaffinity(0))
+        """Use ``count`` processes, by default one for each CPU that this one may use: those it may run on, or fewer by its cgroup's quota."""
+        self.count = count or usable_cpus()
         self.attempts = attempts
         self.use_cgroup = use_cgroup
 
@@ -209,7 +209,7 @@ class _Worker:
             raise self._death(task)
         wire: dict[str, Any] = json.loads(answer)
         if "error" not in wire:
-            return TaskReport.model_validate_json(answer)
+            return TaskReport.model_validate_json(answer).model_copy(update={"held_by": self._hold})
         error = from_wire(wire)
         raise self._too_small(task, error.message, error.usage) if isinstance(error, OutOfMemory) else error
 
@@ -241,6 +241,10 @@ class _Worker:
             else:
                 stopped = 0
         return bytes(answer)
+
+    @property
+    def _hold(self) -> Hold:
+        return self._cgroup.hold if self._cgroup else "RLIMIT_DATA"
 
     def dismiss(self) -> None:
         """Let the process end: there is nothing more to ask."""
@@ -321,7 +325,7 @@ def open_executor(spec: str) -> Executor:
         count = int(number) if number else None
         if name == "processes":
             return ProcessExecutor(count)
-        return FuturesExecutor(ThreadPoolExecutor(count)) if name == "threads" else InlineExecutor()
+        return FuturesExecutor(ThreadPoolExecutor(count or usable_cpus())) if name == "threads" else InlineExecutor()
     if name in ELSEWHERE and number:
         try:
             kind = resolve_name(ELSEWHERE[name])

@@ -195,6 +195,8 @@ class TaskReport(Value):
     """Of a process that is the task's own while it runs; None where it is not, as ``unmeasured`` says."""
     unmeasured: str | None = None
     """Why there is no peak."""
+    held_by: str = "nothing"
+    """What stops its process if it outgrows the allowed memory: ``cgroup.Hold``, or ``AWS Lambda``."""
     seconds: float
     read_seconds: float
     write_seconds: float

@@ -236,7 +236,8 @@ class _Run:
     def _answered(self, found: dict[str, Any], tasks: Sequence[Task], told: Invocation | None, vain: dict[str, _Vain]) -> list[Outcome]:
         """Read what the handler said."""
         reports: list[Outcome] = [
-            TaskReport.model_validate_json(json.dumps(report)).model_copy(update={"invocation": told}) for report in found["reports"]
+            TaskReport.model_validate_json(json.dumps(report)).model_copy(update={"invocation": told, "held_by": "AWS Lambda"})
+            for report in found["reports"]
         ]
         if "error" not in found:
             return reports
