@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,8 @@ settings.load_profile("gradsharding")
 def pytest_configure(config: pytest.Config) -> None:
     """Let Flower's own dependencies be as they are: typer uses what click 8.2 deprecates."""
     config.addinivalue_line("filterwarnings", r"ignore:'click\.:DeprecationWarning:typer")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; all that tests start would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
