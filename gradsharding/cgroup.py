@@ -14,7 +14,8 @@ Hold = Literal["cgroup v1", "cgroup v2", "RLIMIT_DATA", "nothing"]
 """What stops a process that outgrows its memory.
 
 cgroup v1, cgroup v2: at the limit the kernel kills it. It counts each page that the process was the first to touch, those of shared
-memory and of files too; pages of files are given back before anything is killed. What it held before it was moved in is not counted.
+memory and of files too; pages of files on a disk are given back before anything is killed, those of files on a tmpfs are not.
+What it held before it was moved in is not counted.
 RLIMIT_DATA: at the limit an allocation fails. The kernel counts the private writable memory that is mapped, whether it is used or not,
 but neither shared memory, nor mapped files, nor what child processes take.
 nothing: no limit is set.
