@@ -123,7 +123,8 @@ def boot(kernel: Path) -> None:
         busybox.write_bytes(Path("/bin/busybox").read_bytes())
         environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
         command = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), sys.executable, __file__, "--inside"])
-        (root / "init").write_text(INIT.format(command=shlex.quote(f"cd {TREE}; {command}; echo o > /proc/sysrq-trigger; while :; do :; done")))
+        whole = f"cd {TREE}; {command}; echo o > /proc/sysrq-trigger; while :; do :; done"
+        (root / "init").write_text(INIT.format(command=shlex.quote(whole)))
         for program in (busybox, root / "init"):
             program.chmod(0o755)
         names = "".join(f"{path.relative_to(root)}\n" for path in root.rglob("*"))
