@@ -5,9 +5,11 @@ import gc
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -337,6 +339,43 @@ def test_other_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way
     contract.test_complete_at_once(store, False)
     assert store.put("b", [b"x"]) == store.head("b")
     assert [] == [*(tmp_path / ".gradsharding").rglob("*.*")]
+
+
+@pytest.fixture(scope="module")
+def exfat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Mount a file system."""
+    if os.geteuid() or not all(shutil.which(tool) for tool in ("mkfs.exfat", "mount.exfat-fuse", "losetup")):
+        pytest.skip("exFAT needs root, and the packages exfatprogs and exfat-fuse")
+    directory = tmp_path_factory.mktemp("exfat")
+    (place := directory / "mount").mkdir()
+    with (image := directory / "image").open("wb") as file:
+        file.truncate(300_000_000)
+    subprocess.run(["mkfs.exfat", image], check=True, capture_output=True)
+    attached = subprocess.run(["losetup", "--find", "--show", image], check=False, capture_output=True, text=True)
+    if attached.returncode:
+        pytest.skip(f"no loop device can be had here: {attached.stderr.strip()}")
+    try:
+        subprocess.run(["mount.exfat-fuse", attached.stdout.strip(), place], check=True, capture_output=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", place], check=True)
+    finally:
+        subprocess.run(["losetup", "--detach", attached.stdout.strip()], check=True)
+
+
+class TestExFat(TestDirectoryStore):
+    """The contract on exFAT, which has no hard links, by its FUSE driver, which cannot rename without replacing."""
+
+    @pytest.fixture
+    def store(self, exfat: Path) -> ObjectStore:
+        """Give a store of its own."""
+        return DirectoryStore(exfat / uuid.uuid4().hex)
+
+    @pytest.mark.parametrize("key", ["a", "a/b/c", "ä ö/100%+1#&=", "a.b/..c", "%2e%2e/x"])
+    def test_put(self, store: ObjectStore, key: str) -> None:
+        """Put joins its buffers, whatever the key that exFAT has letters for: it has no "?"."""
+        StoreContract.test_put(self, store, key)
 
 
 def test_directory_that_cannot_be_synced() -> None:
