@@ -119,8 +119,8 @@ def test_done_round_asked_again(asked: str) -> None:
     assert [first.report()[name] for name in ("arithmetic", "clients", "bytes", "digest")] == [
         report[name] for name in ("arithmetic", "clients", "bytes", "digest")
     ]
-    # the result's record is read, and the result looked at
-    assert (2, 0) == (again.asked["memory"].gets, again.asked["memory"].puts)
+    # the result's record is read, the result looked at, and its header read
+    assert (3, 0) == (again.asked["memory"].gets, again.asked["memory"].puts)
     assert None is again.cost()
     with pytest.raises(UserError, match="round r was done before this call, which has planned nothing"):
         _ = again.plan
