@@ -67,8 +67,8 @@ class LocalGrid(Grid):
         node = message.metadata.dst_node_id
         try:
             reply = copy.deepcopy(self.apps[node](message, self._contexts[node]))
-            if reply.metadata.reply_to_message_id != message.metadata.message_id:  # a SuperLink takes no other
-                raise ValueError("what the ClientApp gave is no reply to its message")
         except Exception as error:  # noqa: BLE001 - whatever a client does wrong is its answer
             return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
+        if reply.metadata.reply_to_message_id != message.metadata.message_id:  # a SuperLink takes no other
+            return Message(Error(code=0, reason="what the ClientApp gave is no reply to its message"), reply_to=message)
         return reply
