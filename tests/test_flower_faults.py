@@ -453,3 +453,16 @@ def test_set_up_that_cannot_work_ends_the_run() -> None:
     """A store that the executor cannot share is said, instead of giving up each round."""
     with pytest.raises(UserError, match="cannot be shared with worker processes"):
         sharding(MemoryStore(), executor="processes:1").start(grid_of(), record(initial()), num_rounds=2)
+
+
+def test_values_that_overflow_cost_their_own_node_the_round() -> None:
+    """A node whose finite float64 values make the sum overflow is named and left out; the others are averaged."""
+
+    def answer(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:  # noqa: ARG001
+        return reply({"w": np.full(2, 1.7e308 if node == 2 else float(node))}, 10)
+
+    strategy = sharding(MemoryStore(), FedAvg(fraction_evaluate=0.0), shards=1)
+    grid = grid_of({node: client(answer) for node in (1, 2, 3)}, nodes=())
+    result = strategy.start(grid, record({"w": np.zeros(2)}), num_rounds=1)
+    assert ["tensor 'w' holds a value so large that sums overflow at [0]"] == [*strategy.history[0].left_out.values()]
+    assert_same({"w": np.full(2, 2.0)}, state_of(result.arrays))

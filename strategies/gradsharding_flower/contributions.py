@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flwr.app import RecordDict
 
 from gradsharding import Result, Round
-from gradsharding.errors import GradShardingError, NonFinite, TooFewClients
+from gradsharding.errors import GradShardingError, NonFinite, TooFewClients, quoted
 from gradsharding.layout import Layout
 from gradsharding.projection import commanded
 from gradsharding.round import RECORD, Manifest
@@ -79,10 +79,12 @@ def mean(
 def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:
     """Which clients an error is the fault of, and how; by tensor and index where it says a byte."""
     if isinstance(error, NonFinite):
-        return {client: _place(layout, byte) for client, byte in error.details["found"]}
+        overflowing = {*error.details.get("overflowing", ())}
+        return {client: _place(layout, byte, finite=client in overflowing) for client, byte in error.details["found"]}
     return {error.details["client"]: error.message} if "client" in error.details else {}
 
 
-def _place(layout: Layout, byte: int) -> str:
+def _place(layout: Layout, byte: int, *, finite: bool) -> str:
     tensor, index = layout.locate(byte)
-    return f"tensor {tensor.name!r} holds NaN or infinity at {list(index)}"
+    what = "a value so large that sums overflow" if finite else "NaN or infinity"
+    return f"tensor {quoted(tensor.name)} holds {what} at {list(index)}"
