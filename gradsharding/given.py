@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
-from urllib.parse import unquote
 
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, MissingObject, NonFinite, UserError, quoted
 from gradsharding.kernel import Arithmetic
@@ -261,7 +260,7 @@ def _read_update(text: str) -> Given:
         raise header
     assert header
     try:
-        name = check_id(Path(place.path or unquote(place.text)).stem if client is None else client)
+        name = check_id(Path(place.path or place.text).stem if client is None else client)
         return Given(name, place, _weight(weight, name), header, sum(not place.path for _, place, *_ in readings))
     except InvalidId as error:
         raise InvalidId(f"{text!r}: {error.message}; name the client with ID=PATH") from None

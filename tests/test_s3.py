@@ -24,6 +24,7 @@ from gradsharding.aws.body import Body
 from gradsharding.aws.direct import UrlSource, offer, write
 from gradsharding.aws.presign import grant, readable, settle
 from gradsharding.aws.s3 import S3Store
+from gradsharding.cli import cli
 from gradsharding.compose import LARGE, MINIMUM, Composed, compose, is_kept
 from gradsharding.errors import (
     ChangedObject,
@@ -84,22 +85,86 @@ class TestCeph(_OnS3):
         return ceph_store
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://A", "s3://ab", "s3://a_b/c", "s3:/abc"])
+@pytest.mark.parametrize("url", ["s3://", "s3:///a", "s3://A", "s3://ab", "s3://a b/c", "s3://arn:aws:s3:::bucket/a", "s3://-ab"])
 def test_bad_urls(url: str) -> None:
     """A URL without a bucket's name is refused with an example."""
-    with pytest.raises(UserError, match="write s3://bucket or s3://bucket/prefix"):
-        S3Store(url)
+    for name in (S3Store, open_store, lambda url: locate(url, DirectoryStore("."))):
+        with pytest.raises(UserError, match="names no bucket; write s3://bucket or s3://bucket/prefix"):
+            name(url)
 
 
-def test_urls() -> None:
-    """A store is found again by its URL, by a reference into it, and after a journey to another process."""
-    store = open_store("s3://bucket/some%20prefix/")
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        "bucket",
+        "My_Bucket",
+        "tenant:bucket",
+        "arn:aws:s3:us-east-1:123456789012:accesspoint/ap1",
+        "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint:ap1",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/ap1",
+    ],
+)
+def test_urls(bucket: str) -> None:
+    """A store is found again by its URL, by a reference into it, and after a journey to another process; a URL is plain text."""
+    store = open_store(f"s3://{bucket}/some %20prefix/")
     assert isinstance(store, S3Store)
 
-    assert ("bucket", "some prefix/", "s3://bucket/some%20prefix") == (store.bucket, store.prefix, store.url)
+    assert (bucket, "some %20prefix/", f"s3://{bucket}/some %20prefix") == (store.bucket, store.prefix, store.url)
     assert store.url == pickle.loads(pickle.dumps(store)).url  # noqa: S301 - our own bytes
-    other, key = locate("s3://bucket/some%20prefix/a%20b", DirectoryStore("."))
-    assert (store.url, "a b") == (other.url, key)
+    other, key = locate(f"{store.url}/a%20b", DirectoryStore("."))
+    assert (store.url, "a%20b") == (other.url, key)
+    assert (bucket, "") == (S3Store(f"s3://{bucket}").bucket, S3Store(f"s3://{bucket}/").prefix)
+
+
+@given(st.text(min_size=1, max_size=20) | st.text("a%/+ \\.:=#?&2F", min_size=1, max_size=20))
+def test_any_key_has_a_url(key: str) -> None:
+    """Any key of S3's is found by its URL, which is the key behind the bucket's name; what HTTP would change on its way is refused."""
+    url = f"s3://bucket/{key}"
+    if {".", ".."} & {*key.split("/")} or "\0" in key:
+        with pytest.raises(InvalidId, match="copy the object to another key"):
+            locate(url, DirectoryStore("."))
+        return
+    store, last = locate(url, DirectoryStore("."))
+    assert isinstance(store, S3Store)
+    assert key == store.prefix + last
+    assert not key.endswith("/") or last == ""
+
+
+ODD_KEYS = ("drop50%41.safetensors", "a//b.safetensors", "/c.safetensors", "back\\slash.safetensors", "é=1:2+ ?#&.safetensors", "%2e%2e/d")
+
+
+def test_keys_as_aws_prints_them(ceph_store: S3Store, tmp_path: Any) -> None:
+    """Updates are read under keys that no other store takes, by the URLs that AWS's tools print; a result goes below a plain prefix."""
+    bucket = f"s3://{ceph_store.bucket}"
+    for i, key in enumerate(ODD_KEYS):
+        ceph_store.client.put_object(Bucket=ceph_store.bucket, Key=key, Body=b"".join(encode({"w": np.full(2 * MIB, i, "f4")})[1]))
+    given = [f"c{i}={bucket}/{key}" for i, key in enumerate(ODD_KEYS)]
+    for output in (f"{bucket}/x/mean%20.safetensors", str(tmp_path / "mean.safetensors")):
+        command = ["aggregate", *given, "-o", output, "--executor", "processes:1", "--shards", "2"]
+        cli.main(command, standalone_mode=False)
+
+    found = ceph_store.client.get_object(Bucket=ceph_store.bucket, Key="x/mean%20.safetensors")["Body"].read()
+    assert (tmp_path / "mean.safetensors").read_bytes() == found
+    assert np.full(2 * MIB, 2.5, "f4").tobytes() == found[-8 * MIB :]
+    with pytest.raises(UserError, match=r"is no place for new objects; choose a prefix without '//'"):
+        open_store(f"{bucket}/a//b")
+
+
+def test_buckets_of_ceph(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenant's bucket is read, and written in parts, by the name that Ceph gives it."""
+    owner = ceph.user(f"u{uuid.uuid4().hex}", tenant="tenant")
+    for name, value in owner.environment().items():
+        monkeypatch.setenv(name, value)
+    store = S3Store(f"s3://tenant:{owner.make_bucket()}/prefix")
+    upload = store.begin("a")
+    store.put_part("a", upload, 1, 0, b"kept")
+    store.put_part("a", upload, 2, 4, b"x" * 6 * MIB)
+    store.complete("a", upload, {1: 4, 2: 6 * MIB})
+
+    assert b"kept" + b"x" * 6 * MIB == read(store, "a")
+    assert ["a"] == [key for key, _ in store.list("")]
+    store.put("b", [b"y"])
+    assert [("b", b"y")] * 9 == [*store.fetch(["b"] * 9)]
 
 
 @pytest.mark.parametrize("key", ["x" * 1025, "\ud800"])
@@ -462,3 +527,81 @@ def test_limits_shape_the_plan(ceph_store: S3Store) -> None:
     result = aggregate(round_, limits=Limits(memory=192 * MIB), executor=ProcessExecutor(1))
 
     assert peak(result) <= result.plan.memory <= 192 * MIB
+
+
+DEMANDS = {
+    "GRADSHARDING_S3_SSE": "aws:kms",
+    "GRADSHARDING_S3_SSE_KMS_KEY_ID": "alias/updates",
+    "GRADSHARDING_S3_REQUEST_PAYER": "requester",
+    "GRADSHARDING_S3_EXPECTED_BUCKET_OWNER": "123456789012",
+    "GRADSHARDING_S3_ACL": "bucket-owner-full-control",
+}
+
+
+def test_demands(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """What the environment demands goes with each request, into all that is written, and with URLs that are lent."""
+    for name, value in DEMANDS.items():
+        monkeypatch.setenv(name, value)
+    before, updates = len(moto.seen()), sample_updates(3)
+    round_ = Round.create(moto_store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    result = aggregate(round_, topology=_into(3), executor=ProcessExecutor(1))
+    spool = tmp_path / "spool"
+    spool.write_bytes(b"x" * (6 * MIB))
+    for key, piece in (("one", 64 * MIB), ("several", 5 * MIB)):
+        granted = grant(moto_store, key, offer(spool, piece), 60)
+        write(spool, granted.offer, granted.permit)
+        settle(moto_store, granted)
+        assert b"xxx" == b"".join(bytes(chunk) for chunk in UrlSource(key, readable(moto_store, key, 60)).get(key, 7, 10))
+    [*moto_store.fetch(["one"] * 9)]
+
+    assert_same(reference_mean(updates), result.arrays())
+    seen = moto.seen()[before:]
+    assert {("requester", "123456789012")} == {
+        (one.headers.get("x-amz-request-payer"), one.headers.get("x-amz-expected-bucket-owner")) for one in seen
+    }
+    creating = [one for one in seen if (one.method == "PUT" and "partNumber=" not in one.target) or one.target.endswith("?uploads")]
+    assert {("aws:kms", "alias/updates", "bucket-owner-full-control")} == {
+        tuple(one.headers.get(f"x-amz-{name}") for name in ("server-side-encryption", "server-side-encryption-aws-kms-key-id", "acl"))
+        for one in creating
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("SSE", "kms", "GRADSHARDING_S3_SSE is 'kms'; set it to AES256, aws:kms or aws:kms:dsse, or unset it"),
+        ("REQUEST_PAYER", "me", "GRADSHARDING_S3_REQUEST_PAYER is 'me'; set it to requester"),
+        ("EXPECTED_BUCKET_OWNER", "12", "set it to the 12 digits of an account"),
+        ("ACL", "public-read", "GRADSHARDING_S3_ACL is 'public-read'; set it to private"),
+        ("SSE_KMS_KEY_ID", "key", "GRADSHARDING_S3_SSE_KMS_KEY_ID names a key, and GRADSHARDING_S3_SSE does not say what for"),
+        ("SEE", "aws:kms", "GRADSHARDING_S3_SEE is set, and no such setting is known; use GRADSHARDING_S3_SSE"),
+    ],
+)
+def test_demands_without_sense(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str) -> None:
+    """A demand that makes no sense is refused in a sentence before anything is asked of S3."""
+    monkeypatch.setenv(f"GRADSHARDING_S3_{name}", value)
+    with pytest.raises(UserError, match=problem):
+        moto_store.head("a")
+
+
+def test_addressing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Buckets are addressed by paths, or as the profile says; access points by their hosts, as boto3 does. So are URLs that are lent."""
+    config = tmp_path / "config"
+    for name, value in {"AWS_CONFIG_FILE": str(config), "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    point = "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/ap1"
+    found = {}
+    for style in ("", "virtual", "path"):
+        config.write_text(
+            f"[default]\nregion = us-east-1\ns3 =\n    addressing_style = {style}\n" if style else "[default]\nregion = us-east-1\n"
+        )
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"https://{style or 'none'}.example.com")  # a client is kept for each environment
+        found[style] = readable(S3Store("s3://bkt"), "k", 60).partition("?")[0]
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+
+    expected = {"": "none.example.com/bkt/k", "virtual": "bkt.virtual.example.com/k", "path": "path.example.com/bkt/k"}
+    assert {style: f"https://{place}" for style, place in expected.items()} == found
+    assert readable(S3Store(point), "k", 60).startswith("https://ap1-123456789012.s3-accesspoint.us-east-1.amazonaws.com/k?")

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -16,7 +17,9 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
 )
+from botocore.handlers import validate_bucket_name
 
+from gradsharding.aws.demands import meet_demands
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.usage import count
 
@@ -28,8 +31,6 @@ CONNECTIONS = 64
 """Connections that one client keeps open at most."""
 
 S3_CONFIG: dict[str, Any] = {
-    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and a CRC-32C that we send protect it.
-    "s3": {"addressing_style": "path", "payload_signing_enabled": False},
     "signature_version": "s3v4",
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
@@ -72,11 +73,6 @@ DELETES = {"DeleteObjects"}
 and HTTP knows as POST."""
 
 
-def count_requests(client: Any) -> None:
-    """Have an S3 client, boto3's or aiobotocore's, count each request as it is sent, its retries too."""
-    client.meta.events.register("before-send.s3", _count_sent)
-
-
 def _count_sent(request: Any, event_name: str, **_: Any) -> None:
     operation, method = event_name.rpartition(".")[2], request.method
     if operation in DELETES or method == "DELETE":
@@ -90,10 +86,34 @@ def _count_sent(request: Any, event_name: str, **_: Any) -> None:
         count("s3", puts=1, bytes_written=int(request.headers.get("Content-Length") or 0) if objects else 0)
 
 
-def s3_client(signer: str | None = None) -> "S3Client":
-    """Give the S3 client of the environment as it is now; threads may share it. ``signer`` names another signature than botocore's own."""
+def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
+    """Give the S3 client of the environment as it is now, for a bucket; threads may share it.
+
+    ``signer`` names another signature than botocore's own. Raise UserError for a demand of the environment's that makes no sense.
+    """
     with _MAKING:
-        return _s3_client(environment(), signer)
+        return _s3_client(environment(), _is_arn(bucket), signer)
+
+
+def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
+    """Give the settings of an S3 client of a session of botocore's or aiobotocore's, for a bucket.
+
+    Buckets are addressed by paths, which all servers know, unless the profile says otherwise; an access point has no path.
+    """
+    style = "auto" if _is_arn(bucket) else (session.get_scoped_config().get("s3") or {}).get("addressing_style", "path")
+    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and a CRC-32C that we send protect it.
+    return S3_CONFIG | {"s3": {"addressing_style": style, "payload_signing_enabled": False}}
+
+
+def prepare(client: Any) -> None:
+    """Have an S3 client, boto3's or aiobotocore's, count what it sends, send what is demanded, and take Ceph's names of buckets, too."""
+    client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)  # it refuses tenant:bucket; S3Store checks names
+    client.meta.events.register("before-send.s3", _count_sent)
+    meet_demands(client)
+
+
+def _is_arn(bucket: str) -> bool:
+    return bucket.startswith("arn:")
 
 
 def lambda_client(read_timeout: float = 60) -> "LambdaClient":
@@ -139,9 +159,11 @@ def _refused(error: ClientError, doing: str) -> GradShardingError:
 
 
 @lru_cache(maxsize=8)
-def _s3_client(_: Environment, signer: str | None) -> "S3Client":
-    client = boto3.session.Session().client("s3", config=Config(**S3_CONFIG))
-    count_requests(client)
+def _s3_client(_: Environment, arn: bool, signer: str | None) -> "S3Client":  # noqa: FBT001 - where lru_cache is used
+    session = botocore.session.get_session()
+    config = Config(**s3_settings(session, "arn:" if arn else ""))
+    client = boto3.session.Session(botocore_session=session).client("s3", config=config)
+    prepare(client)
     if signer:
         client.meta.events.register("choose-signer.s3", lambda **_: signer)  # type: ignore[arg-type]  # what it gives is used
     return client

@@ -1,6 +1,7 @@
 """Who holds no credentials reads an object by a URL, offers what it would write, and writes just that by the URLs it is given.
 
-A URL is as good as a password while it lasts: it appears in no error and in no log.
+A URL is as good as a password while it lasts: it appears in no error and in no log. Headers that are signed with it, because the store's
+owner demands them, stand behind its "#", which is not sent.
 """
 
 import base64
@@ -8,11 +9,12 @@ import hashlib
 import logging
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, cast
+from urllib.parse import parse_qsl, urlencode
 
 import urllib3
 from pydantic import Field
@@ -147,9 +149,18 @@ def _bound(piece: Piece) -> dict[str, str]:
     return {"Content-Length": str(piece.size), "Content-MD5": piece.md5}
 
 
+def with_headers(url: str, headers: Mapping[str, str]) -> str:
+    """Say behind a URL which ``x-amz-*`` headers must be sent with it."""
+    return f"{url}#{urlencode(headers)}" if headers else url
+
+
 def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: Body | None = None) -> urllib3.BaseHTTPResponse:
+    url, _, more = url.partition("#")
+    headers = {name: value for name, value in parse_qsl(more) if name.lower().startswith("x-amz-")} | headers
     try:
-        return _HTTP.request(method, url, headers=headers, body=cast("IO[bytes] | None", body), preload_content=False, redirect=False)
+        return _HTTP.request(
+            method, url, headers=headers, body=cast("IO[bytes] | None", body), preload_content=False, decode_content=False, redirect=False
+        )
     except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
         raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
 

@@ -8,7 +8,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.client import CONNECTIONS, S3_CONFIG, count_requests
+from gradsharding.aws.client import CONNECTIONS, prepare, s3_settings
 from gradsharding.usage import carried, count
 
 
@@ -20,8 +20,9 @@ def read_all(bucket: str, places: Sequence[str]) -> list[bytes | BotoCoreError |
 
 async def _read_all(bucket: str, places: Sequence[str]) -> list[bytes | BotoCoreError | ClientError]:
     free = asyncio.Semaphore(CONNECTIONS)
-    async with get_session().create_client("s3", config=AioConfig(**S3_CONFIG)) as client:
-        count_requests(client)
+    session = get_session()
+    async with session.create_client("s3", config=AioConfig(**s3_settings(session, bucket))) as client:
+        prepare(client)
 
         async def read(place: str) -> bytes | BotoCoreError | ClientError:
             async with free:

@@ -24,7 +24,8 @@ from botocore.auth import AUTH_TYPE_MAPS, S3SigV4QueryAuth
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.client import Environment, environment, explained, s3_client
-from gradsharding.aws.direct import Offer, Permit, Piece, attempt
+from gradsharding.aws.demands import TRUST, demanded, headers_of
+from gradsharding.aws.direct import Offer, Permit, Piece, attempt, with_headers
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import InvalidUpdate, MissingObject, ObjectExists, StoreRefused
 from gradsharding.store.protocol import Peeked
@@ -39,9 +40,6 @@ EXPIRES = 900
 
 PIECE = 64 << 20
 """Bytes of a piece: an object of no more is written by one request."""
-
-TRUST = "GRADSHARDING_S3_TRUST_NODES"
-"""Set to 1, it says that every node may do what the server's keys can, so that URLs are lent on any server."""
 
 SEALED = "gradsharding-sealed"
 """Botocore's name for the signature of sealed URLs."""
@@ -61,7 +59,8 @@ class Grant:
 
 def readable(store: S3Store, key: str, seconds: int) -> str:
     """Give a URL by which anyone may read the object under ``key`` for so many seconds."""
-    return store.client.generate_presigned_url("get_object", Params={"Bucket": store.bucket, "Key": store.place(key)}, ExpiresIn=seconds)
+    url = store.client.generate_presigned_url("get_object", Params={"Bucket": store.bucket, "Key": store.place(key)}, ExpiresIn=seconds)
+    return with_headers(url, headers_of(store.client, "GetObject"))
 
 
 def grant(store: S3Store, key: str, offer: Offer, seconds: int) -> Grant:
@@ -113,10 +112,13 @@ def etag(offer: Offer) -> str:
 def settling(store: S3Store, offer: Offer, header_bytes: int) -> Usage:
     """What permitting and settling an offer of an update, and reading its header, asks of the store at most.
 
-    Where a bucket encrypts by default with a key of KMS's, each update is read once more, to compare its digest.
+    Where it is encrypted with a key of KMS's, it is read once more, to compare its digest; this knows of that only if the environment
+    demands it, and not if the bucket does it by default.
     """
     count = len(offer.pieces)
     upload = Usage(puts=1) + store.charges.whole(count) if count > 1 else Usage()
+    if demanded().get("ServerSideEncryption", "").startswith("aws:kms"):
+        upload += Usage(gets=count, bytes_read=offer.nbytes)
     return upload + inspection(header_bytes, offer.nbytes - header_bytes)
 
 
@@ -138,10 +140,10 @@ def try_out(store: S3Store) -> "S3Client":
 
 @lru_cache(maxsize=64)
 def _try_out(url: str, _: Environment) -> "S3Client":
-    plain = s3_client()
+    store = S3Store(url)
+    plain, sealed = store.client, s3_client(store.bucket, SEALED)
     if os.environ.get(TRUST) == "1":
         return plain
-    store, sealed = S3Store(url), s3_client(signer=SEALED)
     own, *others = (f"{store.prefix}.gradsharding/signing/{secrets.token_hex(16)}" for _ in range(6))
     unsigned, free = ({"x-amz-copy-source": quote(f"/{store.bucket}/{own}")}, {"x-amz-acl": "public-read"}), iter(others)
 
@@ -170,9 +172,9 @@ _EMPTY = Piece(size=0, md5=b64encode(hashlib.md5(b"", usedforsecurity=False).dig
 
 def _writable(signer: "S3Client", store: S3Store, place: str, piece: Piece, seconds: int, **bound: Any) -> str:
     """Give a URL for writing a piece: as an object, or as a part, if ``bound`` says of which upload."""
-    verb = "upload_part" if "UploadId" in bound else "put_object"
+    verb, operation = ("upload_part", "UploadPart") if "UploadId" in bound else ("put_object", "PutObject")
     what = {"Bucket": store.bucket, "Key": place, "ContentLength": piece.size, "ContentMD5": piece.md5}
-    return signer.generate_presigned_url(verb, Params=what | bound, ExpiresIn=seconds)
+    return with_headers(signer.generate_presigned_url(verb, Params=what | bound, ExpiresIn=seconds), headers_of(signer, operation))
 
 
 def _as_offered(store: S3Store, key: str, offer: Offer, version: str) -> bool:

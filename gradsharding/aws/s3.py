@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, cast
-from urllib.parse import quote, unquote
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
@@ -33,9 +32,21 @@ LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
 """What completing an upload must say of each part."""
 
 
+_BUCKET = re.compile(
+    r"""s3://(
+        arn:aws[a-z-]*:s3:[a-z0-9-]*:[0-9]{12}:accesspoint[/:][A-Za-z0-9.-]{1,63} |
+        arn:aws[a-z-]*:s3-outposts:[a-z0-9-]+:[0-9]{12}:outpost[/:][A-Za-z0-9-]{1,63}[/:]accesspoint[/:][A-Za-z0-9-]{1,63} |
+        (?:[A-Za-z0-9_]+:)? [A-Za-z0-9] [A-Za-z0-9._-]{1,253} [A-Za-z0-9]
+    )(?:/(.*))?""",
+    re.VERBOSE | re.DOTALL,
+)
+"""A bucket's name, and what follows. Ceph allows capitals and "_", and a tenant before a ":"."""
+
+
 class S3Store:
     """Objects in a bucket, below a prefix: ``s3://bucket/prefix``. Endpoint, region and credentials come from the AWS environment.
 
+    A URL is plain text after the bucket, as ``aws s3 ls`` prints it: nothing in it is decoded. A bucket may be an access point's ARN.
     Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads.
     """
 
@@ -44,13 +55,30 @@ class S3Store:
     charges = CHARGES
 
     def __init__(self, url: str) -> None:
-        """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket."""
-        bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
-        if not url.startswith("s3://") or not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
-            raise UserError(f"{url!r} names no bucket; write s3://bucket or s3://bucket/prefix")
-        self.bucket = bucket
-        self.prefix = f"{check_key(unquote(prefix))}/" if prefix else ""
-        self.url = f"s3://{bucket}/{quote(self.prefix)}".rstrip("/")
+        """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket, or an odd prefix."""
+        self.bucket, prefix = _parsed(url)
+        prefix = prefix.removesuffix("/")
+        try:
+            self.prefix = f"{check_key(prefix)}/" if prefix else ""
+        except InvalidId:
+            raise UserError(f"{url!r} is no place for new objects; choose a prefix without '//', backslashes, '.' and '..'") from None
+        self._check: Callable[[str], object] = check_key
+        self.url = f"s3://{self.bucket}/{self.prefix}".removesuffix("/")
+
+    @classmethod
+    def holding(cls, url: str) -> "tuple[S3Store, str]":
+        """Give the store that an object lies in, and its key there: "" if the URL names none. Any key will do that HTTP can carry.
+
+        Raise UserError for a URL that names no bucket, InvalidId for "." and "..", which HTTP clients resolve.
+        """
+        bucket, whole = _parsed(url)
+        head, slash, key = whole.rpartition("/")
+        if {".", ".."} & {*whole.split("/")} or "\0" in whole:
+            raise InvalidId(f"{url!r} cannot be asked for as it is, for HTTP resolves '.' and '..'; copy the object to another key")
+        store = cls(f"s3://{bucket}")
+        store.prefix, store._check = head + slash, str
+        store.url = f"s3://{bucket}/{head}".removesuffix("/")
+        return store, key
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
         """Another process opens it anew."""
@@ -59,12 +87,13 @@ class S3Store:
     @property
     def client(self) -> "S3Client":
         """boto3's client of the environment as it is now."""
-        return s3_client()
+        return s3_client(self.bucket)
 
     def place(self, key: str) -> str:
         """S3's own key for a key of this store; raise InvalidId."""
+        self._check(key)
         with contextlib.suppress(UnicodeEncodeError):
-            if len((self.prefix + check_key(key)).encode()) <= 1024:
+            if len((self.prefix + key).encode()) <= 1024:
                 return self.prefix + key
         raise InvalidId(f"{key!r} is not a key for S3; with its prefix it must be UTF-8 of at most 1,024 bytes")
 
@@ -321,6 +350,13 @@ def _translating(translate: Callable[[BotoCoreError | ClientError], Exception]) 
         yield
     except (BotoCoreError, ClientError) as error:
         raise translate(error) from error
+
+
+def _parsed(url: str) -> tuple[str, str]:
+    """Give the bucket of a URL, and what follows it; raise UserError."""
+    if not (found := _BUCKET.fullmatch(url)):
+        raise UserError(f"{url!r} names no bucket; write s3://bucket or s3://bucket/prefix")
+    return found[1], found[2] or ""
 
 
 def _quoted(etag: str) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, WaiterError
 
 from gradsharding.aws.bundle import build
-from gradsharding.aws.client import S3_CONFIG, code_of, explained
+from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Account:
             self.region = session.client("s3").meta.region_name
             self.formation: CloudFormationClient = session.client("cloudformation")
             self.logs = session.client("logs")
-            self.s3: S3Client = session.client("s3", config=Config(**S3_CONFIG))
+            self.s3: S3Client = s3_client()
         except (BotoCoreError, ClientError) as error:
             raise explained(error, "looking up the account") from error
         self.code_bucket = f"gradsharding-code-{self.number}-{self.region}"

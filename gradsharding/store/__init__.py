@@ -1,15 +1,16 @@
 """Stores, and how a text names one.
 
 Keys are relative paths with "/" between their segments. A *reference* is a key of the store at hand, or a URL
-that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` resolves both.
+that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` resolves both. URLs of files are percent-encoded, as
+everywhere; those of S3 are plain text, as AWS's own tools print and take them.
 """
 
 import os
 from functools import lru_cache
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TypeVar
-from urllib.parse import unquote_to_bytes, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.store.directory import DirectoryStore, SharedMemory
@@ -44,7 +45,7 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
     text = os.fspath(url)
     if "://" not in text:
         return DirectoryStore(text)
-    scheme = urlsplit(text).scheme
+    scheme = text.partition("://")[0]
     if scheme == "file":
         return DirectoryStore(file_path(text))
     if scheme == SHARED:
@@ -55,11 +56,7 @@ def open_store(url: str | os.PathLike[str]) -> ObjectStore:
         except KeyError:
             raise UserError(f"{text} lives in another process, or is gone; use a file:// store to share between processes") from None
     if scheme in ELSEWHERE:
-        try:
-            kind = resolve_name(ELSEWHERE[scheme])
-        except ImportError as error:
-            raise UserError(f"{text} needs more than is installed here ({error}); install gradsharding[aws]") from error
-        store: ObjectStore = kind(text)
+        store: ObjectStore = _elsewhere(text)(text)
         return store
     raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name, s3://bucket/prefix or a directory's path")
 
@@ -77,6 +74,9 @@ def locate(reference: str, home: S) -> tuple[S | ObjectStore, str]:
     """Resolve a reference to a store and a key in it; keys belong to ``home``."""
     if "://" not in reference:
         return home, reference
+    if reference.partition("://")[0] in ELSEWHERE:
+        found: tuple[ObjectStore, str] = _elsewhere(reference).holding(reference)
+        return found
     base, _, key = reference.rpartition("/")
     return (open_store if base.startswith("memory:") else _open_once)(base), os.fsdecode(unquote_to_bytes(key))
 
@@ -92,6 +92,14 @@ def file_path(url: str) -> str:
 def file_reference(path: str | os.PathLike[str]) -> str:
     """Name a local file as a reference that any store resolves."""
     return Path(path).absolute().as_uri()
+
+
+def _elsewhere(url: str) -> Any:
+    """Give the class of a store that the core does not import."""
+    try:
+        return resolve_name(ELSEWHERE[url.partition("://")[0]])
+    except ImportError as error:
+        raise UserError(f"{url} needs more than is installed here ({error}); install gradsharding[aws]") from error
 
 
 @lru_cache(maxsize=256)

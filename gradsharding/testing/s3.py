@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,6 +37,8 @@ class Request(NamedTuple):
     method: str
     target: str
     """Path and query."""
+    headers: Mapping[str, str] = {}
+    """In small letters, where the server tells them: moto does."""
 
     @property
     def billed(self) -> Literal["gets", "puts", "deletes"]:
@@ -119,7 +121,8 @@ def moto_server() -> Iterator[S3Server]:
     app = server._server.app  # type: ignore[union-attr]  # noqa: SLF001 - there is no other way in
 
     def logging_app(environ: dict[str, Any], start_response: Any) -> Any:
-        seen.append(Request(environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}"))
+        headers = {name[5:].replace("_", "-").lower(): str(value) for name, value in environ.items() if name.startswith("HTTP_")}
+        seen.append(Request(environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}", headers))
         return app(environ, start_response)
 
     server._server.app = logging_app  # type: ignore[union-attr]  # noqa: SLF001
@@ -147,10 +150,10 @@ class Ceph:
     secure: str | None
     """The TLS endpoint, if it has one."""
 
-    def user(self, name: str) -> S3Server:
-        """Make another user, who owns nothing and may do what bucket policies allow."""
+    def user(self, name: str, tenant: str = "") -> S3Server:
+        """Make another user, maybe of a tenant, who owns nothing and may do what bucket policies allow."""
         keys = replace(self.server, access_key=_key(), secret_key=secrets.token_urlsafe(24))
-        _add_user(self.configuration, name, keys)
+        _add_user(self.configuration, f"{tenant}${name}" if tenant else name, keys)
         return keys
 
 
