@@ -24,6 +24,10 @@ PREFIX = "some prefix"
 TEMPLATE = Path(__file__).parent.parent / "deploy/template.yaml"
 
 
+WRITES = ("rounds/*/partials/*", "rounds/*/result.safetensors", "results/*", ".gradsharding/*")
+"""Where the function may write, below the prefix."""
+
+
 class _Loader(yaml.SafeLoader):
     """Reads CloudFormation's short forms as what stands after them."""
 
@@ -51,7 +55,7 @@ def test_text() -> None:
     """The role names single actions, on objects below the prefix alone: nothing lists, nothing deletes, nothing is a wildcard action."""
     allowed = {(action, place) for one in statements() if one["Effect"] == "Allow" for action in several(one["Action"])
                for place in several(one["Resource"])}  # fmt: skip
-    below = {f"${{Bucket.Arn}}/${{Prefix}}/{place}" for place in ("rounds/*", "results/*", ".gradsharding/*")}
+    below = {f"${{Bucket.Arn}}/${{Prefix}}/{place}" for place in WRITES}
 
     assert {
         ("s3:GetObject", "${Bucket.Arn}/${Prefix}/*"),
@@ -77,6 +81,7 @@ def test_bucket() -> None:
     rules = {rule["Id"]: rule for rule in bucket["LifecycleConfiguration"]["Rules"]}
     assert {"rounds", "unfinished", "uploads"} == {name for name, rule in rules.items() if rule["Status"] == "Enabled"}
     assert "DaysAfterInitiation" in rules["uploads"]["AbortIncompleteMultipartUpload"]
+    assert not [rule["Id"] for rule in rules.values() if "ExpirationInDays" in rule and "results" in str(rule.get("Prefix", "results"))]
     assert "Prefix" not in rules["uploads"]  # of the whole bucket: results are written in parts, too
 
 
@@ -117,7 +122,7 @@ def test_enough(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.Mon
 
 
 def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
-    """Ceph refuses it to list, to delete, to change an update, to write elsewhere, and to read or write another prefix."""
+    """Ceph refuses it to list, to delete, to change an update or a record of a round, to write elsewhere, and to reach another prefix."""
     bucket, owner, theirs = ceph_store.bucket, ceph_store.client, function.client()
     update, result = (f"{PREFIX}/rounds/r/{name}.safetensors" for name in ("updates/a", "result"))
     for key in (update, "another/x"):
@@ -125,6 +130,9 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
     upload = owner.create_multipart_upload(Bucket=bucket, Key="another/y")["UploadId"]
     assert b"x" == theirs.get_object(Bucket=bucket, Key=update)["Body"].read()
     theirs.put_object(Bucket=bucket, Key=result, Body=b"x")
+    for name in ("rounds/r/partials/u/level-0.1", "results/r.safetensors", ".gradsharding/uploads/u/00001"):
+        theirs.put_object(Bucket=bucket, Key=f"{PREFIX}/{name}", Body=b"x")
+    records = ("round.json", "manifest.json", "result.json", "receipts/a.json", "updates/result.safetensors", "partials")
 
     refused: dict[str, Any] = {
         "list": lambda: theirs.list_objects_v2(Bucket=bucket),
@@ -139,6 +147,8 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
         "write a part there": lambda: theirs.upload_part(Bucket=bucket, Key="another/y", UploadId=upload, PartNumber=1, Body=b"y"),
         "change the policy": lambda: theirs.put_bucket_policy(Bucket=bucket, Policy="{}"),
     }
+    for name in records:
+        refused[f"write {name}"] = lambda name=name: theirs.put_object(Bucket=bucket, Key=f"{PREFIX}/rounds/r/{name}", Body=b"y")
     for what, ask in refused.items():
         with pytest.raises(ClientError) as caught:
             ask()

@@ -221,7 +221,7 @@ def _seen_by_ceph(log: Path, port: int) -> list[Request]:
             raise RuntimeError(f"the gateway has not logged a request for 30 s: {log}")
         time.sleep(0.02)
         text, before = log.read_text(), text
-    found = (Request(*line.groups()) for line in re.finditer(r'beast: .*?"([A-Z]+) (\S+) HTTP/', text))
+    found = (Request(line[1], line[2]) for line in re.finditer(r'beast: .*?"([A-Z]+) (\S+) HTTP/', text))
     return [request for request in found if not request.target.startswith("/mark-")]
 
 
