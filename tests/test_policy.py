@@ -14,6 +14,7 @@ from gradsharding import worker
 from gradsharding.aws.client import code_of
 from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.stack import parameters_of
 from gradsharding.round import Round
 from gradsharding.store import MemoryStore
 from gradsharding.testing import assert_same, reference_mean
@@ -153,6 +154,13 @@ def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
         with pytest.raises(ClientError) as caught:
             ask()
         assert "AccessDenied" == code_of(caught.value), what
+
+
+def test_parameters_are_those_that_the_template_takes() -> None:
+    """What ``deploy`` hands on of a stack's parameters are those that the template has, as a YAML reader sees them."""
+    text = TEMPLATE.read_text()
+    assert {*yaml.load(text, _Loader)["Parameters"]} == parameters_of(text)  # noqa: S506 - a loader of safe values
+    assert frozenset() == parameters_of("Resources:\n  Bucket:\n")
 
 
 def test_alarms_are_as_many_as_are_billed() -> None:

@@ -5,6 +5,7 @@ below the stack's name; the last stack that is taken down takes that bucket alon
 """
 
 import hashlib
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -88,9 +89,11 @@ def put_up(account: Account, name: str, parameters: Mapping[str, str], tell: Tel
             "wait until it is done" if found.status.endswith("_IN_PROGRESS") else f"take it down first: gradsharding destroy --name {name}"
         )
         raise UserError(f"stack {name} is in state {found.status}; {advice}")
-    known = {**(found.parameters if found else {}), **parameters}
+    text = next(path for path in TEMPLATES if path.exists()).read_text()
+    takes = parameters_of(text)  # an older template's may be gone, and CloudFormation refuses what it does not know
+    known = {name: value for name, value in {**(found.parameters if found else {}), **parameters}.items() if name in takes}
     code = _upload_code(account, name, known.get("Architecture", "arm64"), known.get("Runtime", "python3.13"), tell)
-    body = next(path for path in TEMPLATES if path.exists()).read_text().replace("CodeUri: function/", f"CodeUri: {code}")
+    body = text.replace("CodeUri: function/", f"CodeUri: {code}")
     tell(f"{'changing' if found else 'making'} stack {name}")
     change = f"gradsharding-{int(time.time())}"
     given: Any = [{"ParameterKey": key, "ParameterValue": value} for key, value in known.items()]
@@ -116,6 +119,12 @@ def put_up(account: Account, name: str, parameters: Mapping[str, str], tell: Tel
     done = account.find(name)
     assert done
     return done
+
+
+def parameters_of(template: str) -> frozenset[str]:
+    """Give the names of a template's parameters."""
+    section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", template, re.MULTILINE)
+    return frozenset(re.findall(r"^  (\w+):$", section[1], re.MULTILINE)) if section else frozenset()
 
 
 def contents(account: Account, name: str) -> Contents:
