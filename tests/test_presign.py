@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import urllib3
 
+from gradsharding.aws.demands import TRUST
 from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
-from gradsharding.aws.presign import TRUST, etag, grant, readable, settle, try_out, withdraw
+from gradsharding.aws.presign import etag, grant, readable, settle, try_out, withdraw
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidUpdate, MissingObject, StoreFailed, StoreRefused
 from gradsharding.testing import read
