@@ -22,8 +22,9 @@ from gradsharding import worker
 from gradsharding.cgroup import Hold, MemoryCgroup, usable_cpus
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.plan import Limits, mib
-from gradsharding.store import ObjectStore
-from gradsharding.task import Job, Task, TaskReport
+from gradsharding.store import DirectoryStore, ObjectStore, locate
+from gradsharding.store.files import is_memory
+from gradsharding.task import PARTIAL, Job, Task, TaskReport
 from gradsharding.usage import Spent, together
 
 ELSEWHERE = {"lambda": "gradsharding.aws.invoke:LambdaExecutor"}
@@ -117,7 +118,7 @@ class ProcessExecutor(_Local):
     """
 
     def __init__(self, count: int | None = None, *, attempts: int = 3, use_cgroup: bool = True) -> None:
-        """Use ``count`` processes, by default one for each CPU that this one may use: those it may run on, or fewer by its cgroup's quota."""
+        """Use ``count`` processes, by default one for each CPU that this one may run on, or as many as its cgroup's quota is worth."""
         self.count = count or usable_cpus()
         self.attempts = attempts
         self.use_cgroup = use_cgroup
@@ -128,8 +129,8 @@ class ProcessExecutor(_Local):
         count = min(self.count, len(tasks))
         with contextlib.ExitStack() as stack:
             shared = job.model_dump_json().encode() + b"\n"
-            # what a process writes into shared memory is charged to its cgroup, though it is not the process's
-            held = limits.memory + job.shared_bytes if self.use_cgroup else None
+            # what a process writes into memory that is shared, or taken for files, is charged to its cgroup, though it is not the process's
+            held = limits.memory + job.shared_bytes + _left_in_memory(tasks, job, store) if self.use_cgroup else None
             workers = [stack.enter_context(_Worker(shared, limits.memory, held)) for _ in range(count)]
             pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
             idle = workers.copy()
@@ -316,6 +317,13 @@ def _is_stopped(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
+
+
+def _left_in_memory(tasks: Sequence[Task], job: Job, store: ObjectStore) -> int:
+    """Bytes, at most, that a worker may leave in files on a tmpfs, as ``/tmp`` often is."""
+    places = {part: locate(reference, store)[0] for part, reference in ((True, job.output), (False, f"{job.partials}/-"))}
+    kept = {part for part, place in places.items() if isinstance(place, DirectoryStore) and is_memory(place.root)}
+    return sum(task.bytes_written for task in tasks if not task.written_to_memory and (task.part != PARTIAL) in kept)
 
 
 def open_executor(spec: str) -> Executor:

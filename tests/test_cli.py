@@ -277,7 +277,10 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
     assert {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
-    assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "lost_attempts"}) == (set(projected), set(observed))
+    assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "held_by", "lost_attempts"}) == (
+        set(projected),
+        set(observed),
+    )
     assert ("sharded", 3, 5) == (report["topology"], report["clients"], len(report["stages"][0]["tasks"]))
     # gets: 3 headers, 15 slices, is there a result or a plan, the digest; puts: 4 records, begin, header, 5 slices, end
     assert (

@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding import Round, executor, lambda_fl, worker
+from gradsharding import Round, executor, lambda_fl, sharded, worker
 from gradsharding.cgroup import MemoryCgroup, usable_cpus
 from gradsharding.errors import MissingObject, OutOfMemory, TaskFailed, UserError
 from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
-from gradsharding.plan import Limits
+from gradsharding.plan import Limits, Plan
 from gradsharding.store import DirectoryStore, MemoryStore
 from gradsharding.task import TaskReport
 from gradsharding.testing import ExecutorContract, SlowStore, Started, assert_same, peak, reference_mean, sample_updates
@@ -176,6 +178,19 @@ def test_enough_memory(tmp_path: Path, use_cgroup: bool) -> None:
 
     assert report.held_by == "RLIMIT_DATA" or (use_cgroup and report.held_by.startswith("cgroup v"))
     assert peak(report) <= ready.plan.memory
+
+
+@pytest.mark.parametrize("topology", [partial(sharded, shards=1), lambda_fl], ids=["sharded", "lambda-fl"])
+def test_enough_memory_on_a_tmpfs(topology: Callable[..., Plan]) -> None:
+    """A store whose files are memory takes none of what a worker is allowed, though the kernel charges it with what it writes there."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-executor-") as root:
+        updates = {client: ({"w": np.full(16 * MIB, i, "f4")}, 1) for i, client in enumerate("abc")}
+        ready = Started.of(DirectoryStore(root), updates, make=topology)
+        limits = Limits(memory=ready.plan.memory)
+        reports = ProcessExecutor(1).run(ready.plan.tasks, ready.job, ready.round.store, limits, lambda _: None)
+
+        assert max(peak(report) for report in reports) <= ready.plan.memory
+        assert_same({"w": np.ones(16 * MIB, "f4")}, ready.complete())
 
 
 def test_no_cgroup_stays(tmp_path: Path) -> None:

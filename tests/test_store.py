@@ -321,7 +321,7 @@ def test_below_an_object(tmp_path: Path) -> None:
     store.put("a", [b"x"])
     store.put("b/c", [b"x"])
     for key in ("a/b", "a/b/c", "b"):
-        with pytest.raises(StoreRefused, match="a file is in a directory's place, or the reverse; use another key"):
+        with pytest.raises(StoreRefused, match="a file is in a directory's place, or the reverse; check the path, or use another key"):
             store.put(key, [b"y"])
 
 

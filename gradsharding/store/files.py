@@ -160,3 +160,11 @@ def inside(directory: Path, act: Callable[[], T]) -> T:
             if last:
                 raise
     raise AssertionError("unreachable")
+
+
+def is_memory(path: Path) -> bool:
+    """Whether files there are memory (tmpfs, ramfs): their pages cannot be given back. False where that cannot be told."""
+    found = ctypes.create_string_buffer(256)  # struct statfs; its first field is the file system's magic number, see statfs(2)
+    if ctypes.CDLL(None).statfs(os.fsencode(path), found):
+        return False
+    return ctypes.c_ulong.from_buffer(found).value & 0xFFFFFFFF in (0x01021994, 0x858458F6)

@@ -48,7 +48,7 @@ def refused(error: OSError, *places: Path, nbytes: int = 0, need: int = os.W_OK)
         case errno.EXDEV:
             problem = f"{path} is on another file system than {places[0].parent}; open a store in that file system"
         case errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
-            problem = f"{path} cannot be written: a file is in a directory's place, or the reverse; use another key"
+            problem = f"{path} cannot be written: a file is in a directory's place, or the reverse; check the path, or use another key"
         case errno.ENAMETOOLONG:
             problem = f"{path} is a longer name than its file system takes; use a shorter key"
         case _:
