@@ -288,7 +288,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS, ids=["fixed", "fresh"])
 def test_replies(seed: int, record_property: Callable[[str, object], None]) -> None:
     """In every mode, fuzzed replies end no run; the mean is numpy's of the honest updates and of those others that are sound."""
     print(f"GRADSHARDING_FUZZ_SEED={seed}")  # noqa: T201 - to draw the same again
@@ -316,7 +316,7 @@ def test_replies(seed: int, record_property: Callable[[str, object], None]) -> N
         done += grid.replies
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS, ids=["fixed", "fresh"])
 def test_readers(seed: int) -> None:
     """What reads arrays, receipts, offers and whole replies gives a value, or raises an error of ours whose message is short."""
     print(f"GRADSHARDING_FUZZ_SEED={seed}")  # noqa: T201 - to draw the same again
