@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,20 +14,31 @@ from urllib.parse import urlsplit
 import numpy.typing as npt
 
 from gradsharding.cost import Bill, Cost, bill, forecast
-from gradsharding.errors import GradShardingError, IncompleteUpload, MissingObject, NonFinite, ObjectExists, PlanTooLarge, UserError
+from gradsharding.errors import (
+    ChangedObject,
+    GradShardingError,
+    IncompleteUpload,
+    MissingObject,
+    NonFinite,
+    ObjectExists,
+    PlanTooLarge,
+    UserError,
+    naming,
+)
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits, Plan, mib
 from gradsharding.prices import HOME_REGION, load_prices
-from gradsharding.projection import HEADER_PART
+from gradsharding.projection import HEADER_PART, READERS
 from gradsharding.reading import Reading, combined
 from gradsharding.round import RECORD, Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, locate
 from gradsharding.store.private import private_directory
-from gradsharding.task import Job, NonFinitePolicy, TaskReport
+from gradsharding.store.protocol import changed
+from gradsharding.task import Job, NonFinitePolicy, TaskReport, Term
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
-from gradsharding.usage import Spent, Usage, counting, together, total
+from gradsharding.usage import Spent, Usage, carried, counting, together, total
 from gradsharding.worker import blame
 
 FREE = {"deletes"}
@@ -202,7 +214,8 @@ def aggregate(
 
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
     of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
-    OutOfMemory or TaskFailed from a task, with nothing published. Such an error's ``usage`` is what the call has asked of stores in vain,
+    OutOfMemory or TaskFailed from a task, with nothing published. Where an update is missing or was written again, ``details["clients"]``
+    says why of each client of whom that is so. Such an error's ``usage`` is what the call has asked of stores in vain,
     as far as it is known: workers that were killed tell nothing.
     """
     reports: list[TaskReport] = []
@@ -211,6 +224,8 @@ def aggregate(
         try:
             record, plan = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as error:
+            if "client" in error.details:
+                error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
             error.usage = together(error.usage, ledger.spent, *(report.usage for report in reports))
             raise
     return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started)
@@ -280,6 +295,28 @@ def _aggregated(
         left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
         round_.forget_partials(begun.upload, left)
     return round_.publish(manifest, stat.version, plan.arithmetic), plan
+
+
+def _lost(round: Round) -> dict[str, str]:  # noqa: A002
+    """Look at each update of a round once; say of whose are not what was sealed why, so that who goes on without them tries once."""
+    manifest = round.sealed()
+    places = [(term, *locate(term.source, round.store)) for term in manifest.terms if term.version] if manifest else []
+
+    def look(place: tuple[Term, ObjectStore, str]) -> str | None:
+        term, store, key = place
+        try:
+            with naming(term.client):
+                if (found := store.head(key).version) != term.version:
+                    raise changed(key, term.version, found)
+        except (MissingObject, ChangedObject) as error:
+            return error.message
+        except GradShardingError:  # the store's fault, not the client's
+            return None
+        return None
+
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = readers.map(carried(look), places)
+        return {term.client: why for (term, *_), why in zip(places, looked, strict=True) if why}
 
 
 def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:

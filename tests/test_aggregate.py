@@ -224,6 +224,24 @@ def test_overflow() -> None:
         aggregate(submitted(MemoryStore(), updates))
 
 
+@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
+def test_all_lost_updates_at_once(tmp_path: Path, executor: Executor) -> None:
+    """Of all clients whose updates are gone, or were written again, the first error says so; those that are well are not among them."""
+    store = DirectoryStore(tmp_path)
+    round_ = submitted(store, {f"c{i}": ({"w": np.ones(4, "f4")}, 1) for i in range(6)})
+    round_.seal()
+    store.delete([round_.update_key(client) for client in ("c1", "c4")])
+    (tmp_path / round_.update_key("c3")).write_bytes(b"another")
+
+    with pytest.raises((MissingObject, ChangedObject)) as caught:
+        aggregate(round_, executor=executor)
+    why = caught.value.details["clients"]
+    assert ["c1", "c3", "c4"] == sorted(why)
+    assert all(text.startswith(f"client {client}: ") for client, text in why.items())
+    assert "written again" in why["c3"]
+    assert "there is no object" in why["c1"]
+
+
 def test_all_nonfinite_at_once() -> None:
     """Ten clients with NaN in ten slices are all named by the first attempt; the second one succeeds."""
     rows = {f"c{i:02d}": np.array([np.nan if i == j < 10 else 1.0 for j in range(16)], "f4") for i in range(16)}

@@ -81,7 +81,7 @@ def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:
     if isinstance(error, NonFinite):
         overflowing = {*error.details.get("overflowing", ())}
         return {client: _place(layout, byte, finite=client in overflowing) for client, byte in error.details["found"]}
-    return {error.details["client"]: error.message} if "client" in error.details else {}
+    return {**error.details.get("clients", {})}
 
 
 def _place(layout: Layout, byte: int, *, finite: bool) -> str:
