@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, model_validator
 from gradsharding.errors import PlanTooLarge
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Run, join_runs
+from gradsharding.platform import FIGURES
 from gradsharding.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.reading import Reading
 from gradsharding.sharding import Slice, cut
@@ -24,8 +25,8 @@ from gradsharding.task import PARTIAL, Task, Term
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
 
-MAX_PARTS = 10_000
-"""Parts of one object, at most: S3's limit (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html)."""
+MAX_PARTS = FIGURES["parts"].value
+"""Parts of one object, at most: S3's limit, which every store keeps to."""
 
 
 class Limits(Value):

@@ -20,7 +20,7 @@ from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
 from gradsharding.plan import MAX_PARTS, mib
 from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend
-from gradsharding.platform import ACCOUNT_CONCURRENCY, MEMORY
+from gradsharding.platform import ACCOUNT_CONCURRENCY, DEPLOYED_TIMEOUT, MEMORY, TIMEOUT, Figure
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
 from gradsharding.sizes import size, some
@@ -82,6 +82,14 @@ exact_option = click.option("--exact", is_flag=True, help="Sum exactly: the same
 @click.option("--budget", type=dollars, metavar="USD", help="A round may cost this, all in all.")
 @click.option(
     "--memory", type=memory_size, metavar="SIZE", default=f"{MEMORY[-1] >> 20}MiB", show_default=True, help="That one function may have."
+)
+@click.option(
+    "--timeout",
+    type=click.IntRange(3, TIMEOUT),
+    metavar="SECONDS",
+    default=DEPLOYED_TIMEOUT,
+    show_default=True,
+    help=f"That one function may take: as it is deployed, at most {TIMEOUT}.",
 )
 @click.option(
     "--concurrency", type=click.IntRange(1), metavar="N", default=ACCOUNT_CONCURRENCY, show_default=True, help="Functions at once."
@@ -206,6 +214,8 @@ def _row(option: Option) -> dict[str, Any]:
         "fits": option.problem is None,
         "problem": option.problem,
         "binds": option.binds,
+        "limit": option.bound.limit if option.bound else None,
+        "figure": option.bound.figure._asdict() if option.bound and option.bound.figure else None,
     }
 
 
@@ -242,6 +252,9 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
         if option.problem:
             click.echo(f"{option.name} does not fit: {option.problem}.")
     click.echo(textwrap.fill(f"Take {advice.best.name}: {advice.why}." if advice.best else f"{_capital(advice.why)}.", 150))
+    shown = [option.bound for option in advice.options if option.bound and (option is advice.best or option.problem)]
+    for figure in dict.fromkeys(bound.figure for bound in shown if bound.figure):
+        click.echo(f"AWS allows {_figure(figure)}.")
     if advice.options[0].plan.arithmetic == "exact":
         click.echo("Exact sums: a tree's figures are upper bounds, and each takes in that the result is read once, for its digest.")
     if not needs.on_aws:
@@ -267,6 +280,12 @@ def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         name, nbytes = flower
         lines.append(f"Flower's own server would hold {_bytes(nbytes)}: {name}, ${prices.boxes[name].hour} an hour.")
     return lines
+
+
+def _figure(figure: Figure) -> str:
+    """Say what the platform allows, and who says so."""
+    most = {"bytes": mib, "seconds": "{:,} s".format}.get(figure.unit, "{:,}".format)(figure.value)
+    return f"{figure.of}: {most} at most ({figure.source}, {figure.date}{figure.note and f'; {figure.note}'})"
 
 
 def _capital(sentence: str) -> str:

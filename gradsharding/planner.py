@@ -7,19 +7,24 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
+from gradsharding.errors import UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.platform import (
     ACCOUNT_CONCURRENCY,
     CHARGES,
+    DEPLOYED_TIMEOUT,
+    FIGURES,
     GRAIN,
     LARGEST_OBJECT,
+    LARGEST_PUT,
     MEMORY,
     PAYLOAD,
     READING,
     RUNTIME,
     TIMEOUT,
     Architecture,
+    Figure,
 )
 from gradsharding.prices import Money, Prices, load_prices
 from gradsharding.projection import commanded
@@ -43,6 +48,9 @@ DEEP = 10_000
 WORTH = Decimal("1.1")
 """Up to so many times the least price is paid for the least time."""
 
+NEAR = 0.95
+"""What takes this share of a limit, or more, is bound by it."""
+
 
 NAMES = ("flat", "sharded", "lambda-fl", "lifl", "sharded-tree")
 """The topologies that are planned, as they are shown."""
@@ -60,12 +68,34 @@ class Needs(Value):
     """US dollars that a round may cost, all in all."""
     memory: int = MEMORY[-1]
     """Bytes that one function may have."""
+    timeout: int = DEPLOYED_TIMEOUT
+    """Seconds that one function may take: those that it is deployed with."""
     concurrency: int = ACCOUNT_CONCURRENCY
     """Functions that may run at once."""
     architecture: Architecture = "arm64"
     storage: Storage = "standard"
     on_aws: bool = False
     """Whether the clients are in the bucket's region; else their downloads are paid for."""
+
+
+class Bound(NamedTuple):
+    """A limit that a plan goes beyond, or comes next to."""
+
+    limit: str
+    """Its name: one of ``FIGURES``, or "deadline" or "budget"."""
+    says: str
+    """What the plan takes, and what there is."""
+    fits: bool
+    """Whether the plan keeps to it."""
+
+    @property
+    def figure(self) -> Figure | None:
+        """What the platform allows, whatever was asked for; None if the limit is not the platform's."""
+        return FIGURES.get(self.limit)
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.limit}: {self.says}"
 
 
 class Option(NamedTuple):
@@ -76,9 +106,20 @@ class Option(NamedTuple):
     """Bytes that its functions should have."""
     forecast: Forecast
     waves: int
-    problem: str | None
-    binds: str
-    """What keeps it from being faster or cheaper."""
+    bound: Bound | None
+    """The limit that it goes beyond, or else the one that it comes next to; None where there is neither."""
+    bottleneck: str
+    """What its functions wait for most."""
+
+    @property
+    def problem(self) -> str | None:
+        """The limit that it does not keep to, with the numbers."""
+        return str(self.bound) if self.bound and not self.bound.fits else None
+
+    @property
+    def binds(self) -> str:
+        """What keeps it from being done, or from being faster or cheaper."""
+        return str(self.bound or self.bottleneck)
 
     @property
     def name(self) -> str:
@@ -135,9 +176,15 @@ def recommend(
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
 
-    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. Raise UserError for exact sums of F64.
+    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. Raise UserError for exact sums of F64,
+    and for functions that Lambda does not offer.
     """
-    search = _Search(manifest, needs or Needs(), prices or load_prices(), speeds or Speeds(), arithmetic)
+    needs = needs or Needs()
+    if needs.memory > MEMORY[-1]:
+        raise UserError(f"a function cannot have {mib(needs.memory)}; Lambda gives it {mib(MEMORY[-1])} at most: allow no more")
+    if needs.timeout > TIMEOUT:
+        raise UserError(f"a function cannot take {needs.timeout:,} s; Lambda gives it {TIMEOUT:,} s at most: allow no more")
+    search = _Search(manifest, needs, prices or load_prices(), speeds or Speeds(), arithmetic)
     ways = _ways(manifest, shards)
     options = tuple(search.best_of(*ways[name]) for name in NAMES if name in topologies)
     fit = [option for option in options if option.problem is None]
@@ -210,7 +257,8 @@ class _Search:
 
     def distance(self, option: Option) -> tuple[bool, float, float]:
         """How far an option is from fitting: memory first, then time."""
-        return option.plan.memory > self.needs.memory - RUNTIME, max(option.forecast.seconds.longest, TIMEOUT), option.forecast.seconds.p95
+        seconds = option.forecast.seconds
+        return option.plan.memory > self.needs.memory - RUNTIME, max(seconds.longest, self.needs.timeout), seconds.p95
 
     def options(self, plan: Plan) -> Iterator[Option]:
         """Give the options of a plan: one for each size of function that is worth a try."""
@@ -227,42 +275,37 @@ class _Search:
                 clients=Clients(on_aws=self.needs.on_aws),
             )
             waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))
-            yield Option(
-                plan, memory, expected, waves, next(self.problems(plan, memory, expected), None), self.binds(plan, memory, expected, waves)
-            )
+            bound = min(self.bounds(plan, memory, expected, waves), key=lambda bound: bound.fits, default=None)
+            slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
+            yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds))
 
-    def problems(self, plan: Plan, memory: int, expected: Forecast) -> Iterator[str]:
-        """Say what stands against a plan, the first thing first."""
-        needs, seconds, cost = self.needs, expected.seconds, expected.cost.round_trip.usd
-        longest = unlucky(seconds.longest, self.speeds)
-        payload = int(max(kind.task.inputs for kind in plan.kinds[0]) * self.term_bytes)
-        if memory > needs.memory:
-            yield f"memory: a function needs {mib(memory)}, and may have {mib(needs.memory)}"
-        if len(plan.slices) >= MAX_PARTS:
-            yield f"parts: {len(plan.slices)} slices and a header are more than the {MAX_PARTS} parts that an object may have"
-        if plan.result_bytes > LARGEST_OBJECT:
-            yield f"object: the result takes {mib(plan.result_bytes)}, and an object {mib(LARGEST_OBJECT)} at most"
-        if payload > PAYLOAD:
-            yield f"payload: an invocation would name its updates in {mib(payload)}, and takes {mib(PAYLOAD)} at most"
-        if longest > TIMEOUT:
-            yield f"time limit: on a slow day its slowest function takes {longest:,.0f} s, and Lambda ends it after {TIMEOUT} s"
-        if needs.deadline is not None and seconds.p95 > needs.deadline:
-            yield f"deadline: 95 rounds of 100 take up to {seconds.p95:,.1f} s, and {needs.deadline:g} s are allowed"
-        if needs.budget is not None and cost > needs.budget:
-            yield f"budget: a round costs ${cost:.4f} all in all, and ${needs.budget} is allowed"
-
-    def binds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> str:
-        """Say which limit keeps a plan from being faster or cheaper."""
+    def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> Iterator[Bound]:
+        """Give the limits that a plan comes next to, or goes beyond; those that one can do less about first."""
         if waves > len(plan.fan_ins):
-            return f"concurrency: {plan.functions:,} functions run {self.needs.concurrency:,} at a time"
-        if len(plan.slices) == MAX_PARTS - 1:
-            return "parts: an object has no more"
-        if self.needs.deadline is not None and expected.seconds.p95 > 0.9 * self.needs.deadline:
-            return "the deadline"
-        if memory > 0.95 * self.needs.memory:
-            return "memory of a function"
-        slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
-        return bottleneck(slowest, memory, self.speeds)
+            yield Bound("concurrency", f"{plan.functions:,} functions run {self.needs.concurrency:,} at a time", fits=True)
+        for limit, taken, allowed, says in self.measured(plan, memory, expected):
+            if taken > NEAR * allowed:
+                yield Bound(limit, says, fits=taken <= allowed)
+
+    def measured(self, plan: Plan, memory: int, expected: Forecast) -> Iterator[tuple[str, float, float, str]]:
+        """Give each limit with what the plan takes of it, what there is, and the same in words."""
+        needs, seconds, cost = self.needs, expected.seconds, expected.cost.round_trip.usd
+        yield "memory", memory, needs.memory, f"a function needs {mib(memory)}, and may have {mib(needs.memory)}"
+        parts = len(plan.slices) + 1
+        yield "parts", parts, MAX_PARTS, f"{parts - 1:,} slices and a header are {parts:,} parts, and an object may have {MAX_PARTS:,}"
+        largest, result = max(kind.task.nbytes for kind in plan.kinds[-1]), plan.result_bytes
+        yield "object size", result, LARGEST_OBJECT, f"the result takes {mib(result)}, and an object {mib(LARGEST_OBJECT)} at most"
+        yield "part size", largest, LARGEST_PUT, f"a slice takes {mib(largest)}, and a part of an object {mib(LARGEST_PUT)} at most"
+        named = max(kind.task.inputs for kind in plan.kinds[0]) * self.term_bytes
+        yield "payload", named, PAYLOAD, f"an invocation would name its updates in {mib(int(named))}, and takes {mib(PAYLOAD)} at most"
+        longest = unlucky(seconds.longest, self.speeds)
+        more = "; give it more by --timeout, in deploy and in plan" if needs.timeout < longest <= TIMEOUT else ""
+        says = f"on a slow day its slowest function takes {longest:,.0f} s, and Lambda ends it after {needs.timeout} s{more}"
+        yield "time limit", longest, needs.timeout, says
+        if (deadline := needs.deadline) is not None:
+            yield "deadline", seconds.p95, deadline, f"95 rounds of 100 take up to {seconds.p95:,.1f} s, and {deadline:g} s are allowed"
+        if (budget := needs.budget) is not None:
+            yield "budget", float(cost), float(budget), f"a round costs ${cost:.4f} all in all, and ${budget} is allowed"
 
     def servers(self, best: Option | None) -> tuple[Server, ...]:
         """Hold the machines of the price list against the functions."""

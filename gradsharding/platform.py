@@ -1,27 +1,100 @@
-"""What AWS Lambda and S3 allow and take, as numbers. Nothing is computed here, and nothing of AWS needs to be installed.
+"""What AWS Lambda and S3 allow and take, as numbers; each limit of theirs with its source and its date.
 
-Quotas: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html and https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html.
+Nothing is computed here, and nothing of AWS needs to be installed.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 from gradsharding.charges import Charges
 from gradsharding.reading import Reading, connections
 
+_LAMBDA = "https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"
+_S3 = "https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"
+
+
+class Figure(NamedTuple):
+    """A limit that the platform sets, and who says so."""
+
+    value: int
+    unit: str
+    of: str
+    """What has so many at most."""
+    source: str
+    """URL of what says so."""
+    date: str
+    """The day of that source, or on which it was read; ISO 8601."""
+    note: str = ""
+    """What one should know beside it."""
+
+
+FIGURES: Mapping[str, Figure] = MappingProxyType(
+    {
+        "memory": Figure(
+            value=10_240 << 20,
+            unit="bytes",
+            of="memory of a function",
+            source=_LAMBDA,
+            date="2026-11-28",
+            note="the API's model takes 32,768 MB, which no page grants an ordinary function; new accounts are often held to 3,008 MB",
+        ),
+        "time limit": Figure(
+            value=1_800,
+            unit="seconds",
+            of="time of an invocation",
+            source="https://pypi.org/project/botocore/1.44.7/",
+            date="2026-11-19",
+            note="by the API's model; the page of quotas still says 900, and no account was tried",
+        ),
+        "payload": Figure(
+            value=6 << 20,
+            unit="bytes",
+            of="payload of a synchronous invocation",
+            source=_LAMBDA,
+            date="2026-11-28",
+            note="an asynchronous one takes 1 MB",
+        ),
+        "concurrency": Figure(
+            value=1_000,
+            unit="invocations",
+            of="invocations at once in a region",
+            source=_LAMBDA,
+            date="2026-11-28",
+            note="AWS raises it on request; new accounts often have 10",
+        ),
+        "code": Figure(value=250 << 20, unit="bytes", of="unzipped code of a function", source=_LAMBDA, date="2026-11-28"),
+        "parts": Figure(value=10_000, unit="parts", of="parts of an object", source=_S3, date="2026-11-28"),
+        "part size": Figure(value=5 << 30, unit="bytes", of="size of a part", source=_S3, date="2026-11-28", note="and of one PUT"),
+        "object size": Figure(
+            value=50_000 << 30,
+            unit="bytes",
+            of="size of an object",
+            source=_S3,
+            date="2026-11-28",
+            note="48.8 TiB: as many parts as there may be, each as large as it may be; older copies of the page say 5 TiB",
+        ),
+    }
+)
+"""The limits that a plan and a function's code must keep to. A page without a date has the day on which it was read."""
+
 Architecture = Literal["arm64", "x86_64"]
 """What a function's processor may be."""
 
-MEMORY = range(128 << 20, (10_240 << 20) + 1, 1 << 20)
-"""Bytes that a function may have. New accounts are often held to 3,008 MiB at first."""
+MEMORY = range(128 << 20, FIGURES["memory"].value + 1, 1 << 20)
+"""Bytes that a function may have."""
 
-TIMEOUT = 900
-"""Seconds that an invocation may take."""
+TIMEOUT = FIGURES["time limit"].value
+"""Seconds that a function may be given for an invocation, at most."""
 
-PAYLOAD = 6 << 20
+DEPLOYED_TIMEOUT = 900
+"""Seconds that ``gradsharding deploy`` gives a function, unless told otherwise: what every account is known to take."""
+
+PAYLOAD = FIGURES["payload"].value
 """Bytes of a synchronous invocation, at most."""
 
-ACCOUNT_CONCURRENCY = 1_000
-"""Invocations at once in a region, unless the account says otherwise; new accounts often have 10."""
+ACCOUNT_CONCURRENCY = FIGURES["concurrency"].value
+"""Invocations at once in a region, unless the account says otherwise."""
 
 VCPU = 1_769 << 20
 """Bytes of memory that come with one vCPU; fewer bring their share of it."""
@@ -44,11 +117,11 @@ READING = Reading(chunk=CHUNK, parallel=PARALLEL, resident=RESIDENT)
 GRAIN = 32 << 20
 """Bytes of a slice that suit S3."""
 
-LARGEST_PUT = 5 << 30
+LARGEST_PUT = FIGURES["part size"].value
 """Bytes that S3 takes in one PUT or one part."""
 
-LARGEST_OBJECT = 5 << 40
-"""Bytes of one object. (AWS has announced more; clients that know of it are rare.)"""
+LARGEST_OBJECT = FIGURES["object size"].value
+"""Bytes of one object."""
 
 CHARGES = Charges(kind="s3", page=1_000, largest=LARGEST_PUT, composes=True)
 """Requests that S3's verbs take: a thousand keys or parts a list, and small parts joined at the end."""

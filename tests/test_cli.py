@@ -915,6 +915,7 @@ def test_plan_shows_topologies_side_by_side(tmp_path: Path) -> None:
     assert ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"] == [row[0] for row in rows[1:]]
     assert "flat does not fit: memory: a function needs 1200.0 MiB, and may have 1024.0 MiB." in said
     assert "sharded does not fit" not in said
+    assert 1 == said.count("AWS allows memory of a function: 10240.0 MiB at most (https://docs.aws.amazon.com/lambda/")
     assert "Take sharded: the fastest of those that cost at most 1.1 of the least" in said
     assert "are downloads of the new model through the internet, whatever the topology" in said
     assert "An always-on m7g.large, $0.0816 an hour, takes" in said
@@ -954,6 +955,9 @@ def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
     assert named[hurried["recommended"]]["seconds"]["p95"] <= 30
     assert (30, "x86_64", 2000) == tuple(hurried["needs"][k] for k in ("deadline", "architecture", "concurrency"))
     assert "time limit" in named["flat"]["problem"]
+    assert ("time limit", 1_800, "seconds") == (named["flat"]["limit"], *(named["flat"]["figure"][k] for k in ("value", "unit")))
+    assert [None, None] == [free["topologies"][1][k] for k in ("limit", "figure")]
+    assert (900, 1_200) == (free["needs"]["timeout"], plan("--timeout", "1200")["needs"]["timeout"])
     assert plan("--budget", "0.001")["recommended"] is None
     assert plan("--clients-on-aws", "--budget", "5")["recommended"] == free["recommended"]
     assert plan("--deadline", "5m")["needs"]["deadline"] == 300

@@ -1,6 +1,7 @@
 """The template is sound, builds, goes up on an account that executes it, works there, and comes down without a rest."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import click
 import numpy as np
 import pytest
 
 from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, probe
+from gradsharding.aws.commands import deploy
 from gradsharding.aws.stack import Account, contents
 from gradsharding.errors import UserError
+from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.store import open_store
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.stack import account_missing, local_account, tool
@@ -88,6 +92,20 @@ def test_bundle_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build(tmp_path, *HERE)
     with pytest.raises(UserError, match=r"pip found no numpy and pydantic for arm64, Python 2\.7"):
         build(tmp_path / "old", "arm64", "2.7")
+
+
+@pytest.mark.parametrize(("option", "default", "most"), [("memory", 512, MEMORY[-1] >> 20), ("timeout", DEPLOYED_TIMEOUT, TIMEOUT)])
+def test_template_allows_what_plans_count_on(option: str, default: int, most: int) -> None:
+    """The template, the command line and the planner have one default and one maximum."""
+    section = re.search(rf"^  {option.capitalize()}:\n((?:    .*\n)*)", (DEPLOY / "template.yaml").read_text(), re.MULTILINE)
+    assert section
+    said = dict(re.findall(r"(Default|MinValue|MaxValue): (\d+)", section[1]))
+    (offered,) = (one for one in deploy.params if one.name == option)
+
+    assert {"Default": default, "MaxValue": most} == {name: int(said[name]) for name in ("Default", "MaxValue")}
+    assert isinstance(offered.type, click.IntRange)
+    assert (int(said["MinValue"]), most) == (offered.type.min, offered.type.max)
+    assert f"[default: {default}]" in (getattr(offered, "help", None) or "")
 
 
 @pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from decimal import Decimal
 
 import pytest
@@ -12,8 +13,9 @@ from gradsharding.errors import UserError
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan
 from gradsharding.planner import NAMES, Advice, Needs, Option, flower_server, recommend
-from gradsharding.platform import PAYLOAD, READING, RUNTIME, TIMEOUT
+from gradsharding.platform import DEPLOYED_TIMEOUT, FIGURES, PAYLOAD, READING, RUNTIME
 from gradsharding.prices import load_prices
+from gradsharding.round import Manifest
 from gradsharding.timing import Speeds, unlucky
 from modelled import MB, manifest
 
@@ -131,7 +133,75 @@ def test_time_limit() -> None:
 
     assert "sharded-tree" == advice.best.name
     assert "Lambda ends it after 900 s" in (found["sharded"].problem or "")
-    assert unlucky(advice.best.forecast.seconds.longest, Speeds()) <= TIMEOUT
+    assert unlucky(advice.best.forecast.seconds.longest, Speeds()) <= DEPLOYED_TIMEOUT
+
+
+def test_time_limit_is_that_of_the_deployed_function() -> None:
+    """A plan counts on what ``deploy`` gives a function; a function that is given more may take more, up to what Lambda allows."""
+    usual, long = (by_name(advise(10**9, 72, memory=8 * GB, **more))["flat"] for more in ({}, {"timeout": 1_800}))
+
+    assert (usual.problem or "").endswith("Lambda ends it after 900 s; give it more by --timeout, in deploy and in plan")
+    assert long.problem is None
+    with pytest.raises(UserError, match=r"a function cannot take 1,801 s; Lambda gives it 1,800 s at most"):
+        advise(GB, 2, timeout=1_801)
+    with pytest.raises(UserError, match=r"a function cannot have 10241\.0 MiB; Lambda gives it 10240\.0 MiB at most"):
+        advise(GB, 2, memory=10_241 << 20)
+
+
+def of_f64(nbytes: int) -> Manifest:
+    """Make up two updates of one tensor of F64, whose sums take no more memory than itself."""
+    return manifest(8, 2).model_copy(update={"layout": Layout.of({"w": ("F64", (nbytes // 8,))})})
+
+
+@pytest.mark.parametrize(
+    ("limit", "allowed", "advice"),
+    [
+        ("memory", 10_240 << 20, lambda: recommend(manifest(20 * GB, 3), topologies=["flat"])),
+        ("parts", 10_000, lambda: recommend(manifest(100 * GB, 3), topologies=["sharded"], shards=10_000)),
+        ("object size", 50_000 << 30, lambda: recommend(of_f64(49 << 40), topologies=["sharded"], shards=9_999)),
+        ("part size", 5 << 30, lambda: recommend(of_f64(6 << 30), topologies=["flat"])),
+        ("payload", 6 << 20, lambda: recommend(manifest(MB, 60_000), topologies=["flat"])),
+        ("time limit", 1_800, lambda: recommend(manifest(GB, 200), topologies=["flat"])),
+        ("deadline", None, lambda: recommend(manifest(GB, 20), Needs(deadline=0.5), topologies=["sharded"])),
+        ("budget", None, lambda: recommend(manifest(GB, 20), Needs(budget=Decimal("0.001")), topologies=["sharded"])),
+    ],
+)
+def test_refused_by_a_limit(limit: str, allowed: int | None, advice: Callable[[], Advice]) -> None:
+    """What does not fit names the limit that it does not keep to, and what the platform allows, if the limit is the platform's."""
+    (option,) = advice().options
+
+    assert option.bound
+    assert (limit, False) == (option.bound.limit, option.bound.fits)
+    assert option.problem == option.binds == f"{limit}: {option.bound.says}"
+    assert allowed == (option.bound.figure and option.bound.figure.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [
+        ("concurrency", lambda: recommend(manifest(GB, 300), Needs(concurrency=3), topologies=["sharded"])),
+        ("memory", lambda: recommend(manifest(5_000 << 20, 3), topologies=["flat"])),
+        ("parts", lambda: recommend(manifest(100 * GB, 3), Needs(concurrency=10_000), topologies=["sharded"], shards=9_999)),
+        ("payload", lambda: recommend(manifest(MB // 4, 40_500), Needs(timeout=1_800), topologies=["flat"])),
+        (None, lambda: recommend(manifest(GB, 20), topologies=["sharded"])),
+    ],
+)
+def test_bound_by_a_limit(limit: str | None, advice: Callable[[], Advice]) -> None:
+    """What fits, and comes next to a limit, names it; what comes next to none names what its functions wait for."""
+    said = advice()
+    assert said.best
+
+    assert limit == (said.best.bound and said.best.bound.limit)
+    assert said.best.problem is None
+    assert (said.best.bottleneck if limit is None else str(said.best.bound)) == said.best.binds
+    assert said.why.endswith(f"What binds it: {said.best.binds}")
+
+
+def test_figures_have_sources() -> None:
+    """Each limit of the platform says who says so, and when."""
+    for figure in FIGURES.values():
+        assert figure.source.startswith("https://")
+        assert date(2025, 1, 1) < date.fromisoformat(figure.date)
 
 
 def test_payload() -> None:

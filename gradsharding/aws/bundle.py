@@ -17,9 +17,10 @@ from typing import NamedTuple
 import click
 
 from gradsharding.errors import UserError
+from gradsharding.platform import FIGURES
 
-UNZIPPED = 250 << 20
-"""Bytes of an unzipped bundle, at most (https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html)."""
+UNZIPPED = FIGURES["code"].value
+"""Bytes of an unzipped bundle, at most."""
 
 WHEELS = {"arm64": "manylinux2014_aarch64", "x86_64": "manylinux2014_x86_64"}
 """What pip calls the platforms that Lambda offers; all of its Linuxes are new enough for these."""

@@ -15,6 +15,7 @@ from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_dow
 from gradsharding.cost import bill
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.plan import mib
+from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.round import Round
 from gradsharding.store import open_store
@@ -32,8 +33,8 @@ ALARMS = 2
 @click.command(short_help="Put the bucket and the function up on AWS.")
 @name_option
 @click.option("--architecture", type=click.Choice([*WHEELS]), help="[default: arm64]")
-@click.option("--memory", type=click.IntRange(192, 10_240), metavar="MIB", help="Memory of one function.  [default: 512]")
-@click.option("--timeout", type=click.IntRange(3, 900), metavar="SECONDS", help="[default: 900]")
+@click.option("--memory", type=click.IntRange(192, MEMORY[-1] >> 20), metavar="MIB", help="Memory of one function.  [default: 512]")
+@click.option("--timeout", type=click.IntRange(3, TIMEOUT), metavar="SECONDS", help=f"At most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]")
 @click.option("--concurrency", type=click.IntRange(-1), metavar="N", help="Invocations reserved for it; -1 for none.  [default: -1]")
 @click.option("--expire-days", type=click.IntRange(1), metavar="DAYS", help="Days until rounds are deleted.  [default: 7]")
 @click.option("--alarm-topic", metavar="ARN", help="SNS topic for alarms.")

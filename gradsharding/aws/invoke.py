@@ -21,7 +21,7 @@ from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
 from gradsharding.executor import Outcome, Progress, run_eagerly
 from gradsharding.plan import Limits, mib
-from gradsharding.platform import RUNTIME, Architecture
+from gradsharding.platform import RUNTIME, TIMEOUT, Architecture
 from gradsharding.store import ObjectStore
 from gradsharding.task import Invocation, Job, Task, TaskReport
 from gradsharding.usage import Spent, together
@@ -155,7 +155,7 @@ class _Run:
         self._executor = executor
         self._job = job
         self._limits = limits
-        self._client = lambda_client(read_timeout=(executor.settings.timeout or 900) + 30)
+        self._client = lambda_client(read_timeout=(executor.settings.timeout or TIMEOUT) + 30)
 
     def batch(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Run tasks, in as few invocations as it takes, until each has its outcome; raise what ended it."""
