@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from flower_federation import (
     NODES,
@@ -22,6 +23,7 @@ from flower_federation import (
     reply,
     sharding,
     state_of,
+    train,
     weight_of,
 )
 from gradsharding import DirectoryStore
@@ -35,8 +37,8 @@ from gradsharding.update import load
 from gradsharding_flower import refer, upload_mod
 from gradsharding_flower.loopback import Loopback
 from gradsharding_flower.mod import ORDERS
-from gradsharding_flower.permits import PERMIT, SPOOL_KEY, Lender, Offered
-from gradsharding_flower.reference import Reference
+from gradsharding_flower.permits import ABANDONED, PERMIT, SPOOL_KEY, Lender, Offered
+from gradsharding_flower.reference import Reference, client_id
 from gradsharding_flower.testing import LocalGrid
 from test_flower_processes import APP, CLIENTS, ROUNDS, assert_ends, assert_small_messages, expected
 
@@ -103,6 +105,42 @@ def test_same_model(ceph_store: S3Store, spool: Path) -> None:
     assert [] == left_in(spool)
     assert 0o700 == spool.stat().st_mode & 0o777
     assert {*NODES} == {*strategy.history[-1].clients}
+
+
+def test_two_runs_share_nodes(moto_store: S3Store) -> None:
+    """Two runs whose nodes have the same ids and the same spool, one of which begins and ends amid the other, take nothing from it."""
+    others = list[tuple[int, ...]]()
+
+    def amid(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        other = sharding(moto_store)
+        other.start(grid_of(), record(initial()), num_rounds=1)
+        others.append(other.history[0].clients)
+        return train(node, server_round, arrays)
+
+    strategy = sharding(moto_store)
+    strategy.start(grid_of({NODES[-1]: client(amid)}), record(initial()), num_rounds=2)
+
+    everyone = tuple(sorted(NODES))
+    assert [everyone] * 2 == others == [one.clients for one in strategy.history]
+
+
+def test_what_a_node_keeps(moto_store: S3Store, spool: Path) -> None:
+    """A node that begins a round deletes what it kept of rounds before, and what anyone has abandoned; all else may be needed."""
+    spool.mkdir(mode=0o700)
+    names = [f"{run}-000001.{client_id(node)}.{kind}" for run in ("young", "old") for node in (3, 99) for kind in ("safetensors", "ab.new")]
+    for name in [*names, "old notes.txt"]:
+        (spool / name).touch()
+        if name.startswith("old"):
+            os.utime(spool / name, (0, time.time() - ABANDONED - 60))
+
+    def leaving(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
+        (spool / f"{strategy._run}-000000.{client_id(node)}.cd.new").touch()
+        return train(node, server_round, arrays)
+
+    strategy = sharding(moto_store)
+    strategy.start(grid_of({3: client(leaving)}), record(initial()), num_rounds=1)
+
+    assert {*names[:4], "old notes.txt"} == {*left_in(spool)}
 
 
 def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:

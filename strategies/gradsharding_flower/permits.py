@@ -4,8 +4,11 @@ A node that has trained keeps its update in a file, its *spool*, and replies wit
 with a permit, in a message of its own, and the node writes. No update passes the server, and no credentials leave it.
 """
 
+import contextlib
 import os
+import secrets
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +40,9 @@ MODEL, PIECE, PERMIT = "model", "piece", "permit"
 
 KEY, STYPE = "gradsharding.offer", "gradsharding.offer.v1"
 """The one key of an ArrayRecord that is an offer, and its array's serialization type."""
+
+ABANDONED = 7 * 86_400
+"""Seconds after which an update in a spool is nobody's: no URL by which it could still be written is good for longer."""
 
 WIDEST = 8
 """No dtype is wider than so many times another: a larger update than the model would be in it is not permitted."""
@@ -91,16 +97,16 @@ class ByUrl:
         return pinned(reference, UrlSource(reference.source, str(self._orders[MODEL])), reference.source)
 
     def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Keep the update in its spool; give the offer of it. What this node kept of other rounds is deleted."""
-        for old in self._directory.glob(f"*.{self._client}.*"):
-            old.unlink(missing_ok=True)
-        new = self._path.with_suffix(".new")
-        with new.open("wb") as file:
-            file.writelines(encode({name: to_raw(name, array) for name, array in arrays.items()})[1])
-        new.replace(self._path)
+        """Keep the update in its spool; give the offer of it."""
+        self._tidy()
         piece = self._orders[PIECE]
         assert isinstance(piece, int)
-        return Offered(update=offer(self._path, piece), names=tuple(arrays)).record()
+        new = self._path.with_suffix(f".{secrets.token_hex(8)}.new")
+        with new.open("wb") as file:
+            file.writelines(encode({name: to_raw(name, array) for name, array in arrays.items()})[1])
+        offered = Offered(update=offer(new, piece), names=tuple(arrays))
+        new.replace(self._path)
+        return offered.record()
 
     def write(self) -> None:
         """Write what was offered; if it is not there any more, a permit has come twice: the server knows what has arrived."""
@@ -108,7 +114,16 @@ class ByUrl:
             return
         update, permit = (str(self._orders[name]) for name in ("update", PERMIT))
         write(self._path, Offer.model_validate_json(update), Permit.model_validate_json(permit))
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """Delete what this node kept of other rounds of this run, and what anyone has abandoned: other runs may use the same spool now."""
+        run = str(self._orders["round"]).rpartition("-")[0]
+        past = {*self._directory.glob(f"{run}-*.{self._client}.*")} - {*self._directory.glob(f"{self._path.stem}.*")}
+        for kept in self._directory.glob(f"*.{'[0-9]' * len(self._client)}.*"):
+            with contextlib.suppress(FileNotFoundError):  # another node tidies, too
+                if kept in past or time.time() - kept.stat().st_mtime > ABANDONED:
+                    kept.unlink()
 
 
 class Lender:
