@@ -23,8 +23,10 @@ settings.load_profile("gradsharding")
 def pytest_configure(config: pytest.Config) -> None:
     """Let Flower's own dependencies be as they are: typer uses what click 8.2 deprecates."""
     config.addinivalue_line("filterwarnings", r"ignore:'click\.:DeprecationWarning:typer")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; all that tests start would ignore it, too
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in a shell's background, or under nohup; all that tests start would ignore them, too.
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def main(what: str, directory: Path) -> None:
         store.put(f"hostile-{node}", [len(header).to_bytes(8, "little"), header])
 
     class Prepared(LocalGrid):
-        """Nodes whose updates are links to files, made when they are asked."""
+        """Nodes whose updates are copies of files, made when they are asked."""
 
         def _answer(self, message: Message) -> Message:
             node = message.metadata.dst_node_id
@@ -66,7 +67,7 @@ def main(what: str, directory: Path) -> None:
             source = f"rounds/{round_id}/updates/{client_id(node)}.safetensors"
             path = store.root / source
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.hardlink_to(store.root / (f"hostile-{node}" if node < hostile else "honest"))
+            shutil.copyfile(store.root / (f"hostile-{node}" if node < hostile else "honest"), path)
             receipt = update.model_copy(update={"source": source, "version": store.head(source).version})
             return Message(RecordDict({"arrays": receipt.record(), "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
 

@@ -15,7 +15,7 @@ from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.aws.ranged import ATTEMPTS, Answer, Ask, first_of, pause, stream
 from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.dtypes import Buffer
-from gradsharding.errors import InvalidId, MissingObject, StoreRefused, UserError
+from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
 from gradsharding.platform import CHARGES, GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
 from gradsharding.usage import carried, count
@@ -336,12 +336,19 @@ class S3Store:
 
     def _delete(self, places: Sequence[str]) -> None:
         for i in range(0, len(places), 1000):
-            batch: Any = {"Objects": [{"Key": place} for place in places[i : i + 1000]], "Quiet": True}
-            with self._asking("DeleteObjects", places[i]):
-                answer = self.client.delete_objects(Bucket=self.bucket, Delete=batch)
-            for failed in answer.get("Errors", []):
-                meta = {"Error": {"Code": failed.get("Code", ""), "Message": failed.get("Message", "")}, "ResponseMetadata": {}}
-                raise self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", failed.get("Key", ""))  # type: ignore[arg-type]
+            left = places[i : i + 1000]
+            for attempt in range(1, ATTEMPTS + 1):
+                batch: Any = {"Objects": [{"Key": place} for place in left], "Quiet": True}
+                with self._asking("DeleteObjects", left[0].removeprefix(self.prefix)):
+                    failed = self.client.delete_objects(Bucket=self.bucket, Delete=batch).get("Errors", [])
+                if not failed:
+                    break
+                left = [one.get("Key", "") for one in failed]
+                meta = {"Error": {name: failed[0].get(name, "") for name in ("Code", "Message")}, "ResponseMetadata": {}}
+                error = self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", left[0].removeprefix(self.prefix))  # type: ignore[arg-type]
+                if attempt == ATTEMPTS or not isinstance(error, StoreFailed):
+                    raise error
+                pause(attempt)  # Ceph fails where another deletes the same object at the same time
 
 
 @contextlib.contextmanager
