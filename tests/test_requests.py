@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import FedAvg
 
 import request_counts
-from flower_federation import grid_of, initial, record, sharding
+from flower_federation import client, grid_of, initial, record, sharding
 from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.aws.direct import UrlSource
 from gradsharding.aws.invoke import LambdaExecutor
@@ -41,8 +42,8 @@ MOTO, CEPH = 30, 12
 def submitted(store: ObjectStore, updates: Any, name: str = "r") -> Round:
     """Make a round of updates."""
     round_ = Round.create(store, name)
-    for client, (arrays, weight) in updates.items():
-        round_.submit(client, arrays, weight)
+    for who, (arrays, weight) in updates.items():
+        round_.submit(who, arrays, weight)
     return round_
 
 
@@ -212,6 +213,24 @@ def test_evaluation_is_told_too(moto: S3Server, moto_store: S3Store, mode: Any) 
         told = [(getattr(one, kind), getattr(one, f"nodes_{kind}") or 0, getattr(one, f"evaluation_{kind}")) for one in strategy.history]
         assert seen[kind] == first[kind] + sum(map(sum, told)), told
     assert strategy.history[0].evaluation_gets
+
+
+@pytest.mark.parametrize("presigned", [True, False])
+def test_nodes_that_fail_say_what_they_have_asked(moto: S3Server, moto_store: S3Store, presigned: bool) -> None:
+    """What a node that fails has asked before is told in the report, of training and of evaluation; so is why it failed."""
+
+    def failing(message: Message, context: Context, call_next: ClientAppCallable) -> Message:  # noqa: ARG001
+        raise OSError(f"node {context.node_id}: no space left")
+
+    strategy = sharding(moto_store, presigned=presigned)
+    with moto.counting() as seen:
+        strategy.start(grid_of({14: client(mods=(upload_mod, failing))}), record(initial()), num_rounds=2)
+
+    for kind, first in (("gets", 0), ("puts", 1)):  # the first model is written before there is a round
+        told = [(getattr(one, kind), getattr(one, f"nodes_{kind}"), getattr(one, f"evaluation_{kind}")) for one in strategy.history]
+        assert seen[kind] == first + sum(map(sum, told)), told
+    reasons = {14: "it answered with an error: OSError: node 14: no space left"}
+    assert [reasons] * 2 == [one.left_out for one in strategy.history]
 
 
 def test_threads_that_fail_say_what_they_have_asked(tmp_path: Path) -> None:

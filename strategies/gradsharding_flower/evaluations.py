@@ -7,7 +7,7 @@ from flwr.app import Error, Message
 
 from gradsharding.errors import GradShardingError
 from gradsharding_flower.books import Books
-from gradsharding_flower.mod import asked_by
+from gradsharding_flower.mod import heard
 from gradsharding_flower.replies import Kinds, common, others, read_evaluation
 
 log = logging.getLogger("flwr")
@@ -25,7 +25,8 @@ class Evaluations:
     def take(self, asked: Message, reply: Message) -> Message:
         """Take a reply in; give it, without arrays, or an error in its place."""
         node = asked.metadata.dst_node_id
-        self._books.told(asked_by(reply.content) if reply.has_content() else None)
+        usage, reply = heard(asked, reply)
+        self._books.told(usage)
         try:
             self._kinds[node], content = read_evaluation(reply, self._weighted_by_key)
         except GradShardingError as error:

@@ -17,7 +17,7 @@ from gradsharding_flower.ballot import Ballot, Seen
 from gradsharding_flower.books import Books
 from gradsharding_flower.contributions import Contribution, LeaveOut
 from gradsharding_flower.grid import AT_ONCE, FollowUp, Step, Work
-from gradsharding_flower.mod import ORDERS, asked_by
+from gradsharding_flower.mod import ORDERS, heard
 from gradsharding_flower.permits import Lender, Offered
 from gradsharding_flower.reference import Reference, client_id, encoded
 from gradsharding_flower.replies import Kinds, Most, Said, blaming, common, line, others, read_training
@@ -74,7 +74,8 @@ class Intake:
     def take(self, asked: Message, reply: Message) -> Step:
         """Take a reply in: write arrays that came with it to the store, permit what it offers, note its receipt."""
         node = asked.metadata.dst_node_id
-        self.books.told(_usage(reply))
+        usage, reply = heard(asked, reply)
+        self.books.told(usage)
         try:
             said = read_training(reply, self.weighted_by_key, self._most)
             match said.update:
@@ -155,7 +156,8 @@ class Intake:
             return FollowUp(message, told)
 
         def told(answer: Message) -> Step:
-            self.books.told(_usage(answer))
+            usage, answer = heard(asked, answer)
+            self.books.told(usage)
             if answer.has_error():
                 return self._refuse(asked, InvalidUpdate(f"it could not write its update: {line(str(answer.error.reason))}"))
             return Work(lambda: self._arrived(lender, place), arrived)
@@ -227,8 +229,3 @@ def without(fitting: dict[int, tuple[Entry, Seen]], reasons: Mapping[int, str], 
     for node, reason in reasons.items():
         leave_out(node, reason)
         del fitting[node]
-
-
-def _usage(reply: Message) -> Usage | None:
-    """What a reply says that its node has asked."""
-    return asked_by(reply.content) if reply.has_content() else None
