@@ -250,7 +250,8 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
     strategy = watched(kind, server, note)(inner(fraction_evaluate=0.0), store=store, executor="inline", mode=mode, **options)
     initial = ArrayRecord({name: Array(array) for name, array in model.items()})
     strategy.start(LocalGrid({node: client(node) for node in nodes}), initial, num_rounds=2)
-    assert 2 == len(found), f"{mode}: a round was given up"
+    left_out = [f"{mode}: node {node}: {why}" for report in strategy.history for node, why in report.left_out.items()]
+    assert (2, []) == (len(found), left_out), "a round was given up, or went on without a node"
     return found
 
 
