@@ -20,7 +20,7 @@ from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
 from gradsharding.plan import MAX_PARTS, mib
 from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend
-from gradsharding.platform import ACCOUNT_CONCURRENCY, DEPLOYED_TIMEOUT, MEMORY, TIMEOUT, Figure
+from gradsharding.platform import ACCOUNT_CONCURRENCY, DEPLOYED_TIMEOUT, DIRECTORY_BUCKETS, MEMORY, TIMEOUT, Figure
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
 from gradsharding.sizes import size, some
@@ -97,7 +97,13 @@ exact_option = click.option("--exact", is_flag=True, help="Sum exactly: the same
 @click.option(
     "--arch", "architecture", type=click.Choice(["arm64", "x86_64"]), default="arm64", show_default=True, help="Of the functions."
 )
-@click.option("--storage", type=click.Choice(["standard", "express"]), default="standard", show_default=True, help="S3's storage class.")
+@click.option(
+    "--storage",
+    type=click.Choice(["standard", "express"]),
+    default="standard",
+    show_default=True,
+    help="S3's storage class. Express is priced, and not supported as a store yet.",
+)
 @click.option("--region", default=HOME_REGION, show_default=True, help="Whose prices count.")
 @click.option("--clients-on-aws", "on_aws", is_flag=True, help="The clients are in that region: their downloads are free.")
 @exact_option
@@ -175,6 +181,7 @@ def _as_json(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         "size": manifest.layout.nbytes,
         "clients": len(manifest.terms),
         "needs": needs.model_dump(mode="json"),
+        "storage_supported": needs.storage == "standard",
         "arithmetic": advice.options[0].plan.arithmetic,
         "topologies": [_row(option) for option in advice.options],
         "recommended": advice.best.name if advice.best else None,
@@ -257,6 +264,8 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
         click.echo(f"AWS allows {_figure(figure)}.")
     if advice.options[0].plan.arithmetic == "exact":
         click.echo("Exact sums: a tree's figures are upper bounds, and each takes in that the result is read once, for its digest.")
+    if needs.storage == "express":
+        click.echo(f"S3 Express is priced, and not supported as a store yet: {DIRECTORY_BUCKETS}.")
     if not needs.on_aws:
         moved = Decimal(count * layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
         click.echo(f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology.")

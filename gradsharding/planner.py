@@ -280,7 +280,7 @@ class _Search:
             yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds))
 
     def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> Iterator[Bound]:
-        """Give the limits that a plan comes next to, or goes beyond; those that one can do less about first."""
+        """Give the limits that a plan comes next to, or goes beyond."""
         if waves > len(plan.fan_ins):
             yield Bound("concurrency", f"{plan.functions:,} functions run {self.needs.concurrency:,} at a time", fits=True)
         for limit, taken, allowed, says in self.measured(plan, memory, expected):

@@ -123,5 +123,8 @@ LARGEST_PUT = FIGURES["part size"].value
 LARGEST_OBJECT = FIGURES["object size"].value
 """Bytes of one object."""
 
+DIRECTORY_BUCKETS = "directory buckets list objects unsorted, and only below prefixes that end in '/'"
+"""Why those of S3 Express are no store (https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html)."""
+
 CHARGES = Charges(kind="s3", page=1_000, largest=LARGEST_PUT, composes=True)
 """Requests that S3's verbs take: a thousand keys or parts a list, and small parts joined at the end."""

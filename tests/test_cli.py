@@ -963,6 +963,16 @@ def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
     assert plan("--deadline", "5m")["needs"]["deadline"] == 300
 
 
+def test_plan_of_express(call: Callable[..., str]) -> None:
+    """A plan with S3 Express has its prices, and says that it is no store yet; one with the standard class says nothing of it."""
+    plan = ("plan", "--size", "528MB", "--clients", "20")
+    said, usual = call(*plan, "--storage", "express"), call(*plan)
+
+    assert "S3 Express is priced, and not supported as a store yet: directory buckets list objects unsorted" in said
+    assert "Express" not in usual
+    assert not json.loads(call(*plan, "--storage", "express", "--json"))["storage_supported"]
+
+
 def test_plan_of_updates(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:
     """A plan of files is one of their tensors and clients; --from reads one of them, or a directory."""
     planned = json.loads(call("plan", *updates, "--json"))

@@ -93,10 +93,20 @@ def test_bad_urls(url: str) -> None:
             name(url)
 
 
+@pytest.mark.parametrize("bucket", ["name--usw2-az1--x-s3", "point--usw2-az1--xa-s3"])
+def test_directory_buckets(bucket: str) -> None:
+    """A directory bucket of S3 Express, or an access point of one, is refused before anything is asked of it."""
+    for name in (S3Store, open_store, lambda url: locate(url, DirectoryStore("."))):
+        for url in (f"s3://{bucket}", f"s3://{bucket}/prefix/a"):
+            with pytest.raises(UserError, match=f"{bucket} is an S3 Express bucket.*list objects unsorted.*; use a general purpose bucket"):
+                name(url)
+
+
 @pytest.mark.parametrize(
     "bucket",
     [
         "bucket",
+        "name--x-s3--a",
         "My_Bucket",
         "tenant:bucket",
         "arn:aws:s3:us-east-1:123456789012:accesspoint/ap1",

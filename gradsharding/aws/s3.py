@@ -16,7 +16,7 @@ from gradsharding.aws.ranged import ATTEMPTS, Answer, Ask, first_of, pause, stre
 from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
-from gradsharding.platform import CHARGES, GRAIN, LARGEST_PUT, PARALLEL, READING
+from gradsharding.platform import CHARGES, DIRECTORY_BUCKETS, GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
 from gradsharding.usage import carried, count
 
@@ -55,7 +55,7 @@ class S3Store:
     charges = CHARGES
 
     def __init__(self, url: str) -> None:
-        """Use what ``url`` names; nothing is asked of S3 yet. Raise UserError for a URL that names no bucket, or an odd prefix."""
+        """Use what ``url`` names; nothing is asked of it yet. Raise UserError for no bucket, one of S3 Express, or an odd prefix."""
         self.bucket, prefix = _parsed(url)
         prefix = prefix.removesuffix("/")
         try:
@@ -69,7 +69,7 @@ class S3Store:
     def holding(cls, url: str) -> "tuple[S3Store, str]":
         """Give the store that an object lies in, and its key there: "" if the URL names none. Any key will do that HTTP can carry.
 
-        Raise UserError for a URL that names no bucket, InvalidId for "." and "..", which HTTP clients resolve.
+        Raise UserError for a URL that names no bucket, or one of S3 Express, InvalidId for "." and "..", which HTTP clients resolve.
         """
         bucket, whole = _parsed(url)
         head, slash, key = whole.rpartition("/")
@@ -363,6 +363,8 @@ def _parsed(url: str) -> tuple[str, str]:
     """Give the bucket of a URL, and what follows it; raise UserError."""
     if not (found := _BUCKET.fullmatch(url)):
         raise UserError(f"{url!r} names no bucket; write s3://bucket or s3://bucket/prefix")
+    if found[1].endswith(("--x-s3", "--xa-s3")):  # by AWS's rules, no other bucket's or access point's name may end so
+        raise UserError(f"{found[1]} is an S3 Express bucket, which is no store: {DIRECTORY_BUCKETS}; use a general purpose bucket")
     return found[1], found[2] or ""
 
 
