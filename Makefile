@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 CEPH = ceph-mon ceph-osd radosgw ceph-common
 SLURM = slurmctld slurmd slurm-client munge
+EXFAT = exfatprogs exfat-fuse
 # Tests run side by side, a process for each CPU; at most four, as each process starts a Ceph of its own. CI runs it with coverage.
 RUN = python -m
 PYTEST = $(BIN)/$(RUN) pytest -n logical --maxprocesses 4 --dist worksteal
@@ -22,7 +23,7 @@ test: .venv/.ready # what takes seconds
 test-all: .venv/.ready # and what takes minutes or gigabytes, or starts Flower's own processes
 	$(PYTEST)
 
-rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack, Slurm
+rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, ministack, Slurm, exFAT
 
 lint: types # style, types, and who may import whom
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
@@ -53,6 +54,7 @@ bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for an hour; the figures
 	command -v radosgw >/dev/null || echo "without Ceph, its tests are skipped: apt-get install --no-install-recommends $(CEPH)"
 	command -v sbatch >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get -q update && apt-get -qy install --no-install-recommends $(SLURM))
 	command -v sbatch >/dev/null || echo "without Slurm, its tests are skipped: apt-get install --no-install-recommends $(SLURM)"
+	command -v mount.exfat-fuse >/dev/null || [ "$$(id -u)" != 0 ] || (apt-get -q update && apt-get -qy install --no-install-recommends $(EXFAT))
 	$(PYTHON) -m venv .venv/sam && .venv/sam/bin/pip install --quiet aws-sam-cli cfn-lint
 	$(PYTHON) -m venv .venv/ministack && .venv/ministack/bin/pip install --quiet 'ministack>=1.5' aws-sam-translator google-crc32c
 	cp .venv/sam/lib/python3*/site-packages/samcli/local/rapid/aws-lambda-rie-$$(uname -m | sed s/aarch64/arm64/) $(BIN)/aws-lambda-rie

@@ -1,5 +1,6 @@
 """S3 servers for tests, on loopback: moto in this process, and Ceph's RADOS Gateway, a production server, as three processes."""
 
+import atexit
 import contextlib
 import http.client
 import itertools
@@ -261,6 +262,7 @@ def _block() -> tuple[socket.socket, Iterator[int]]:
     for first in range(20_000, 32_000, BLOCK):
         with contextlib.suppress(OSError):
             owner.bind(f"\0gradsharding-ports-{first}")
+            atexit.register(owner.close)
             return owner, itertools.cycle(range(first, first + BLOCK))
     raise RuntimeError(f"{12_000 // BLOCK} processes have all the ports from 20000 to 32000")
 
