@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,23 @@ def test_bundle_holds_what_the_function_needs(bundle: Bundle) -> None:
         "numpy.libs",
         "typing_extensions.py",
     }
+
+
+@pytest.mark.parametrize(("architecture", "python", "glibc"), [(*HERE, {"3.11": 26}.get(HERE[1], 34)), ("arm64", "3.13", 34)])
+def test_bundle_has_the_callers_versions(bundle: Bundle, tmp_path: Path, architecture: str, python: str, glibc: int) -> None:
+    """Packages are those of the caller's environment; numpy is another only where its wheel is too new for the runtime, which is said."""
+    built = bundle if (architecture, python) == HERE else build(tmp_path, architecture, python)
+    machine, other = {"arm64": ("aarch64", "x86_64"), "x86_64": ("x86_64", "aarch64")}[architecture]
+    tags = [tag for path in built.directory.glob("*.dist-info/WHEEL") for tag in re.findall("Tag: (.*)", path.read_text())]
+    numpy_tags = [tag for tag in tags if tag.startswith(f"cp{python.replace('.', '')}-") and "manylinux_2_" in tag]
+    print(built.told())  # noqa: T201 - pytest -s
+
+    assert not [tag for tag in tags if other in tag]
+    assert [tag for tag in numpy_tags if machine in tag and int(tag.split("_")[2]) <= glibc]
+    assert {"numpy", "pydantic", "pydantic_core"} <= built.versions.keys()
+    differing = {name for name, has in built.versions.items() if has != metadata.version(name)}
+    assert differing <= (set() if glibc >= 28 else {"numpy"})
+    assert bool(differing) == (f"(here {metadata.version('numpy')}, which has no wheel for it)" in built.told())
 
 
 def test_bundle_is_small_and_the_same_each_time(bundle: Bundle, tmp_path: Path) -> None:
@@ -157,6 +175,7 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     up = command("deploy", "--name", "one", *ours, "--memory", "512")
     assert 0 == up.returncode, up.stderr
     assert "executor: lambda:one" in up.stdout
+    assert f"pydantic {metadata.version('pydantic')}" in up.stderr
     assert "it costs $0.20 a month for 2 alarms" in up.stdout
     smoked = command("smoke", "--name", "one")
     assert 0 == smoked.returncode, smoked.stderr

@@ -1,8 +1,9 @@
-"""A function's code is the core, numpy and pydantic, for its own architecture, and no more; its size is known before it is sent.
+"""A function's code is the core and the caller's numpy and pydantic, for its own architecture; its size is known before it is sent.
 
 ``python -m gradsharding.aws.bundle DIRECTORY`` builds it, prints what it weighs, and checks in a fresh process what it imports.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +24,12 @@ from gradsharding.platform import FIGURES
 UNZIPPED = FIGURES["code"].value
 """Bytes of an unzipped bundle, at most."""
 
-WHEELS = {"arm64": "manylinux2014_aarch64", "x86_64": "manylinux2014_x86_64"}
-"""What pip calls the platforms that Lambda offers; all of its Linuxes are new enough for these."""
+MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}
+"""What wheels call the architectures that Lambda offers."""
+
+GLIBC, GLIBC_OF_AL2 = 34, {"3.11": 26}
+"""Minor version of glibc 2 in the runtimes: Amazon Linux 2023's, and Amazon Linux 2's for the Pythons that still have it
+(https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html)."""
 
 ABSENT = (
     "__main__.py",
@@ -50,6 +56,12 @@ GIVEN = {"boto3", "botocore", "certifi", "s3transfer", "urllib3", "jmespath", "d
 
 WANTED = {"gradsharding", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
 
+PACKAGES = ("numpy", "pydantic", "pydantic_core", "annotated-types", "typing_extensions", "typing-inspection")
+"""What they come from, but for our own."""
+
+OLDEST = {"numpy": "numpy>=1.26", "pydantic": "pydantic>=2.7"}
+"""The versions that will do."""
+
 _PROBE = """
 import json, sys, time
 from pathlib import Path
@@ -69,6 +81,19 @@ class Bundle(NamedTuple):
 
     directory: Path
     unzipped: int
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Version of each package that it holds beside our own, as the bundle itself says."""
+        return {one.name: one.version for one in metadata.distributions(path=[str(self.directory)])}
+
+    def told(self) -> str:
+        """The versions for people; where this environment has another one, that too."""
+        here = _installed()
+        return ", ".join(
+            f"{name} {version}" + (f" (here {here[name]}, which has no wheel for it)" if here.get(name, version) != version else "")
+            for name, version in sorted(self.versions.items())
+        )
 
     def zip(self, path: Path) -> int:
         """Write it as a zip, the same bytes for the same files; give their number."""
@@ -90,17 +115,36 @@ class Probe(NamedTuple):
     """Packages, the standard library's left out."""
 
 
+def _installed() -> dict[str, str]:
+    """Version that this environment has of each package that a bundle holds beside our own."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # older pydantics do without some
+            found[name] = metadata.version(name)
+    return found
+
+
 def build(directory: Path, architecture: str, python: str) -> Bundle:
     """Build into ``directory`` for an architecture (arm64, x86_64) and a Python ("3.13"); wheels come from pip's index.
+
+    Packages have the versions that this environment has. Where numpy has no such wheel for the function, it has the newest one with a
+    wheel, and so, in the last resort, have the others.
 
     Raise UserError if pip cannot, or if the bundle is larger than Lambda takes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     ours = Path(__file__).parents[1]
-    platforms = ["--platform", WHEELS[architecture], "--python-version", python, "--implementation", "cp", "--only-binary", ":all:"]
+    tags = [f"manylinux_2_{minor}_{MACHINES[architecture]}" for minor in range(GLIBC_OF_AL2.get(python, GLIBC), 16, -1)]
+    tags.append(f"manylinux2014_{MACHINES[architecture]}")
+    platforms = [word for tag in tags for word in ("--platform", tag)]
+    platforms += ["--python-version", python, "--implementation", "cp", "--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(directory), *platforms]
-    done = subprocess.run([*command, "numpy>=1.26", "pydantic>=2.7"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    pins = {name: f"{name}=={version}" for name, version in _installed().items()}
+    for wanted in (pins, pins | {"numpy": OLDEST["numpy"]}, OLDEST):
+        done = subprocess.run([*command, *wanted.values()], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            break
+    else:
         raise UserError(f"pip found no numpy and pydantic for {architecture}, Python {python}: {done.stderr.strip().splitlines()[-1:]}")
     for waste in ("**/tests", "**/*.pyi", "**/__pycache__", "**/*.lib", "bin", "numpy/f2py", "**/include"):
         for path in [*directory.glob(waste)]:
@@ -135,7 +179,7 @@ def probe(bundle: Bundle) -> Probe:
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--architecture", type=click.Choice([*WHEELS]), default="arm64", show_default=True)
+@click.option("--architecture", type=click.Choice([*MACHINES]), default="arm64", show_default=True)
 @click.option("--python", default="3.13", show_default=True, help="Python of the function's runtime.")
 def main(directory: Path, architecture: str, python: str) -> None:
     """Build a bundle, and print what it weighs."""
@@ -143,6 +187,7 @@ def main(directory: Path, architecture: str, python: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         zipped = bundle.zip(Path(scratch) / "bundle.zip")
     click.echo(f"unzipped {bundle.unzipped / 1e6:.1f} MB of {UNZIPPED / 1e6:.0f} MB allowed, zipped {zipped / 1e6:.1f} MB")
+    click.echo(bundle.told())
     here = {"aarch64": "arm64"}.get(platform.machine(), platform.machine()), f"{sys.version_info.major}.{sys.version_info.minor}"
     if here != (architecture, python):
         click.echo(f"import time and memory: only a bundle for {here[0]}, Python {here[1]}, can be tried on this machine")

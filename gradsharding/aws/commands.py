@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from gradsharding.aggregate import Result, aggregate, observed_memory
-from gradsharding.aws.bundle import WHEELS
+from gradsharding.aws.bundle import MACHINES
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
 from gradsharding.cost import bill
@@ -32,7 +32,7 @@ ALARMS = 2
 
 @click.command(short_help="Put the bucket and the function up on AWS.")
 @name_option
-@click.option("--architecture", type=click.Choice([*WHEELS]), help="[default: arm64]")
+@click.option("--architecture", type=click.Choice([*MACHINES]), help="[default: arm64]")
 @click.option("--memory", type=click.IntRange(192, MEMORY[-1] >> 20), metavar="MIB", help="Memory of one function.  [default: 512]")
 @click.option("--timeout", type=click.IntRange(3, TIMEOUT), metavar="SECONDS", help=f"At most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]")
 @click.option("--concurrency", type=click.IntRange(-1), metavar="N", help="Invocations reserved for it; -1 for none.  [default: -1]")

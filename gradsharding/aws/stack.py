@@ -167,7 +167,7 @@ def _upload_code(account: Account, name: str, architecture: str, runtime: str, t
         bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"))
         path = Path(scratch) / "bundle.zip"
         size = bundle.zip(path)
-        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB")
+        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")
         key = f"{name}/{hashlib.sha256(path.read_bytes()).hexdigest()}.zip"
         try:
             if not _bucket_exists(account, account.code_bucket):
