@@ -61,8 +61,8 @@ class Result:
     """Of the whole call, by the clock on the wall."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Read the result; BF16, which numpy lacks, comes as the equal float32."""
-        return load(self.record.source, self.round.store)
+        """Read the result; BF16, which numpy lacks, comes as the equal float32. Raise ChangedObject if it is not what was published."""
+        return load(self.record.source, self.round.store, version=self.record.version)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""

@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, get_args
 
-from gradsharding.errors import UserError
+from gradsharding.errors import UserError, quoted
 from gradsharding.kernel import SCRATCH, Arithmetic
 from gradsharding.plan import Limits, Plan
 from gradsharding.reading import STAGING, STREAM, Reading
@@ -141,7 +141,7 @@ def _require_narrow(manifest: Manifest) -> None:
     wide = next((tensor.name for tensor in manifest.layout.tensors if tensor.dtype == "F64"), None)
     if wide is not None:
         raise UserError(
-            f"tensor {wide!r} is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out", tensor=wide
+            f"tensor {quoted(wide)} is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out", tensor=wide
         )
 
 

@@ -102,9 +102,9 @@ def data_digest(reference: str, store: ObjectStore, *, version: str | None = Non
     return sha.hexdigest()
 
 
-def load(reference: str, store: Source) -> dict[str, npt.NDArray[Any]]:
-    """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32."""
-    return {name: _array(name, raw) for name, raw in load_raw(reference, store).items()}
+def load(reference: str, store: Source, *, version: str | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32. Raise as ``load_raw`` does."""
+    return {name: _array(name, raw) for name, raw in load_raw(reference, store, version=version).items()}
 
 
 def load_raw(reference: str, store: Source, *, version: str | None = None) -> dict[str, Raw]:

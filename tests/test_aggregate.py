@@ -242,6 +242,16 @@ def test_all_lost_updates_at_once(tmp_path: Path, executor: Executor) -> None:
     assert "there is no object" in why["c1"]
 
 
+def test_arrays_are_those_published(tmp_path: Path) -> None:
+    """A result whose object was written again is not read as if it were the one that was published."""
+    result = aggregate(submitted(DirectoryStore(tmp_path), SMALL))
+    path = tmp_path / result.record.source
+    path.write_bytes(path.read_bytes())
+
+    with pytest.raises(ChangedObject, match="written again"):
+        result.arrays()
+
+
 def test_all_nonfinite_at_once() -> None:
     """Ten clients with NaN in ten slices are all named by the first attempt; the second one succeeds."""
     rows = {f"c{i:02d}": np.array([np.nan if i == j < 10 else 1.0 for j in range(16)], "f4") for i in range(16)}
