@@ -81,6 +81,40 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
 Architecture = Literal["arm64", "x86_64"]
 """What a function's processor may be."""
 
+_AL2, _AL2023 = 26, 34
+
+
+class Runtime(NamedTuple):
+    """A Python that Lambda offers, and the system below it."""
+
+    python: str
+    """Its version, "3.13"."""
+    glibc: int
+    """Minor version of the system's glibc 2: Amazon Linux 2's or 2023's (https://docs.aws.amazon.com/linux/al2023/ug/glibc-gcc-and-binutils.html)."""
+    until: str
+    """The day on which AWS ends its support; ISO 8601."""
+
+
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {
+        f"python{runtime.python}": runtime
+        for runtime in (
+            Runtime("3.11", _AL2, "2027-06-30"),
+            Runtime("3.12", _AL2023, "2028-10-31"),
+            Runtime("3.13", _AL2023, "2029-06-30"),
+            Runtime("3.14", _AL2023, "2029-06-30"),
+        )
+    }
+)
+"""Runtimes that a function may have, by the names that Lambda gives them; 3.10 is older than this package takes.
+
+From https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html, and the days of support as cfn-lint 1.58.0 has them; both read on
+2026-11-28.
+"""
+
+DEPLOYED_RUNTIME = "python3.13"
+"""What ``gradsharding deploy`` gives a function, unless told otherwise: supported as long as 3.14, with more wheels."""
+
 MEMORY = range(128 << 20, FIGURES["memory"].value + 1, 1 << 20)
 """Bytes that a function may have."""
 

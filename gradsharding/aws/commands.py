@@ -15,7 +15,7 @@ from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_dow
 from gradsharding.cost import bill
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.plan import mib
-from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
+from gradsharding.platform import DEPLOYED_RUNTIME, DEPLOYED_TIMEOUT, MEMORY, RUNTIMES, TIMEOUT
 from gradsharding.prices import HOME_REGION, load_prices
 from gradsharding.round import Round
 from gradsharding.store import open_store
@@ -38,7 +38,7 @@ ALARMS = 2
 @click.option("--concurrency", type=click.IntRange(-1), metavar="N", help="Invocations reserved for it; -1 for none.  [default: -1]")
 @click.option("--expire-days", type=click.IntRange(1), metavar="DAYS", help="Days until rounds are deleted.  [default: 7]")
 @click.option("--alarm-topic", metavar="ARN", help="SNS topic for alarms.")
-@click.option("--runtime", type=click.Choice(["python3.11", "python3.12", "python3.13"]), help="[default: python3.13]")
+@click.option("--runtime", type=click.Choice([*RUNTIMES]), help=f"[default: {DEPLOYED_RUNTIME}]")
 def deploy(name: str, **options: Any) -> None:
     """Put up a bucket and a function, or bring them up to date: what is not given stays as it is.
 

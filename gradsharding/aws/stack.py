@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError, WaiterError
 from gradsharding.aws.bundle import build
 from gradsharding.aws.client import code_of, explained, s3_client
 from gradsharding.errors import StackFailed, UserError
+from gradsharding.platform import DEPLOYED_RUNTIME
 
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
@@ -92,7 +93,7 @@ def put_up(account: Account, name: str, parameters: Mapping[str, str], tell: Tel
     text = next(path for path in TEMPLATES if path.exists()).read_text()
     takes = parameters_of(text)  # an older template's may be gone, and CloudFormation refuses what it does not know
     known = {name: value for name, value in {**(found.parameters if found else {}), **parameters}.items() if name in takes}
-    code = _upload_code(account, name, known.get("Architecture", "arm64"), known.get("Runtime", "python3.13"), tell)
+    code = _upload_code(account, name, known.get("Architecture", "arm64"), known.get("Runtime", DEPLOYED_RUNTIME), tell)
     body = text.replace("CodeUri: function/", f"CodeUri: {code}")
     tell(f"{'changing' if found else 'making'} stack {name}")
     change = f"gradsharding-{int(time.time())}"
