@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +15,9 @@ import click
 import numpy as np
 import pytest
 
-from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, probe
+from gradsharding.aws.bundle import WANTED, Bundle, probe
 from gradsharding.aws.commands import deploy
 from gradsharding.aws.stack import Account, contents
-from gradsharding.errors import UserError
 from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.store import open_store
 from gradsharding.testing import assert_same, reference_mean
@@ -41,75 +39,6 @@ def _run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPro
     return subprocess.run(
         [str(word) for word in command], cwd=cwd, env={**os.environ, **OFFLINE, **env}, capture_output=True, text=True, check=False
     )
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The function's code, for this machine."""
-    return build(tmp_path_factory.mktemp("bundle"), *HERE)
-
-
-def test_bundle_holds_what_the_function_needs(bundle: Bundle) -> None:
-    """A fresh process imports the handler from the bundle, and nothing that is in neither the bundle nor the Lambda runtime."""
-    seen = probe(bundle)
-    print(f"{bundle.unzipped / 1e6:.1f} MB unzipped; import {seen.seconds:.2f} s, {seen.resident / 1e6:.1f} MB resident")  # noqa: T201 - pytest -s
-
-    assert {"numpy", "pydantic", "boto3"} <= seen.imports <= GIVEN | WANTED
-    assert 0 < seen.seconds
-    assert 20e6 < seen.resident < 100e6
-    assert {path.name for path in bundle.directory.iterdir() if not path.name.endswith(".dist-info")} <= WANTED | {
-        "numpy.libs",
-        "typing_extensions.py",
-    }
-
-
-@pytest.mark.parametrize(("architecture", "python", "glibc"), [(*HERE, {"3.11": 26}.get(HERE[1], 34)), ("arm64", "3.13", 34)])
-def test_bundle_has_the_callers_versions(bundle: Bundle, tmp_path: Path, architecture: str, python: str, glibc: int) -> None:
-    """Packages are those of the caller's environment; numpy is another only where its wheel is too new for the runtime, which is said."""
-    built = bundle if (architecture, python) == HERE else build(tmp_path, architecture, python)
-    machine, other = {"arm64": ("aarch64", "x86_64"), "x86_64": ("x86_64", "aarch64")}[architecture]
-    tags = [tag for path in built.directory.glob("*.dist-info/WHEEL") for tag in re.findall("Tag: (.*)", path.read_text())]
-    numpy_tags = [tag for tag in tags if tag.startswith(f"cp{python.replace('.', '')}-") and "manylinux_2_" in tag]
-    print(built.told())  # noqa: T201 - pytest -s
-
-    assert not [tag for tag in tags if other in tag]
-    assert [tag for tag in numpy_tags if machine in tag and int(tag.split("_")[2]) <= glibc]
-    assert {"numpy", "pydantic", "pydantic_core"} <= built.versions.keys()
-    differing = {name for name, has in built.versions.items() if has != metadata.version(name)}
-    assert differing <= (set() if glibc >= 28 else {"numpy"})
-    assert bool(differing) == (f"(here {metadata.version('numpy')}, which has no wheel for it)" in built.told())
-
-
-def test_bundle_is_small_and_the_same_each_time(bundle: Bundle, tmp_path: Path) -> None:
-    """The bundle is far below Lambda's limit, and the same files give the same zip."""
-    one, two = tmp_path / "one.zip", tmp_path / "two.zip"
-
-    assert bundle.zip(one) == bundle.zip(two) == one.stat().st_size
-    assert one.read_bytes() == two.read_bytes()
-    assert bundle.unzipped == sum(entry.file_size for entry in zipfile.ZipFile(one).infolist())
-    assert bundle.unzipped < 100e6
-
-
-def test_bundle_that_imports_more_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    """A handler that imports what a function does not have is found out before it is sent."""
-    copy = Bundle(tmp_path / "bundle", bundle.unzipped)
-    shutil.copytree(bundle.directory, copy.directory)
-    with (copy.directory / "gradsharding/aws/handler.py").open("a") as file:
-        file.write("\nimport click\n")
-    with pytest.raises(UserError, match="the handler imports click, which a function does not have"):
-        probe(copy)
-    (copy.directory / "gradsharding/aws/handler.py").write_text("import gradsharding.cli")
-    with pytest.raises(UserError, match=r"the handler cannot be imported from .*No module named 'gradsharding.cli'"):
-        probe(copy)
-
-
-def test_bundle_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bundle beyond Lambda's limit is refused with the numbers."""
-    monkeypatch.setattr("gradsharding.aws.bundle.UNZIPPED", 1000)
-    with pytest.raises(UserError, match=r"the bundle has \d+ bytes; Lambda takes 1000"):
-        build(tmp_path, *HERE)
-    with pytest.raises(UserError, match=r"pip found no numpy and pydantic for arm64, Python 2\.7"):
-        build(tmp_path / "old", "arm64", "2.7")
 
 
 @pytest.mark.parametrize(("option", "default", "most"), [("memory", 512, MEMORY[-1] >> 20), ("timeout", DEPLOYED_TIMEOUT, TIMEOUT)])

@@ -1,66 +1,47 @@
-"""A function's code is the core and the caller's numpy and pydantic, for its own architecture; its size is known before it is sent.
+"""A function's code is what its handler imports of ours, and the caller's numpy and pydantic for its own architecture, byte for byte.
 
-``python -m gradsharding.aws.bundle DIRECTORY`` builds it, prints what it weighs, and checks in a fresh process what it imports.
+``python -m gradsharding.aws.bundle DIRECTORY`` builds it, prints what it weighs, and checks in a fresh process what it imports. The same
+wheels and the same code of ours give the same files, wherever and whenever they are built, and ``bundle.json`` among them says what they
+are; so the same zip, where zlib is the same.
 """
 
-import contextlib
+import hashlib
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
+from gradsharding import __version__
+from gradsharding.aws.wheels import MACHINES, Wheel, fetch, installed, listed
 from gradsharding.errors import UserError
-from gradsharding.platform import FIGURES
+from gradsharding.platform import DEPLOYED_RUNTIME, FIGURES, RUNTIMES
 
 UNZIPPED = FIGURES["code"].value
 """Bytes of an unzipped bundle, at most."""
 
-MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}
-"""What wheels call the architectures that Lambda offers."""
-
-GLIBC, GLIBC_OF_AL2 = 34, {"3.11": 26}
-"""Minor version of glibc 2 in the runtimes: Amazon Linux 2023's, and Amazon Linux 2's for the Pythons that still have it
-(https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html)."""
-
-ABSENT = (
-    "__main__.py",
-    "cli.py",
-    "given.py",
-    "paper.py",
-    "planned.py",
-    "planner.py",
-    "prices.toml",
-    "testing",
-    "aws/bundle.py",
-    "aws/commands.py",
-    "aws/direct.py",
-    "aws/fanout.py",
-    "aws/invoke.py",
-    "aws/presign.py",
-    "aws/pricelist.py",
-    "aws/stack.py",
-)
-"""What a function never imports of our own package."""
+ENTRIES = ("gradsharding.aws.handler", "gradsharding.aws.s3")
+"""Modules that a function starts from: what Lambda calls, and the store that is opened by its URL."""
 
 GIVEN = {"boto3", "botocore", "certifi", "s3transfer", "urllib3", "jmespath", "dateutil", "six"}
 """What the Lambda runtime brings along."""
 
 WANTED = {"gradsharding", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
 
-PACKAGES = ("numpy", "pydantic", "pydantic_core", "annotated-types", "typing_extensions", "typing-inspection")
-"""What they come from, but for our own."""
+WASTE = re.compile(r"(^|/)(tests|include)/|^numpy/f2py/|\.(pyi|lib|a)$|\.data/|\.dist-info/RECORD$")
+"""Files of wheels that a function does without; ``RECORD`` lists those, too."""
 
-OLDEST = {"numpy": "numpy>=1.26", "pydantic": "pydantic>=2.7"}
-"""The versions that will do."""
+LABEL = "bundle.json"
+"""The file that says what a bundle is made of."""
 
 _PROBE = """
 import json, sys, time
@@ -87,21 +68,30 @@ class Bundle(NamedTuple):
         """Version of each package that it holds beside our own, as the bundle itself says."""
         return {one.name: one.version for one in metadata.distributions(path=[str(self.directory)])}
 
+    @property
+    def label(self) -> dict[str, Any]:
+        """What it is made of: our version, the runtime, each wheel with its SHA-256, and the digest of all its files."""
+        read: dict[str, Any] = json.loads((self.directory / LABEL).read_text())
+        return read
+
     def told(self) -> str:
-        """The versions for people; where this environment has another one, that too."""
-        here = _installed()
+        """The versions for people; where this environment has another one, and where the release does not list the wheel, that too."""
+        here, label = installed(), self.label
+        known = {wheel.sha256 for wheel in listed(RUNTIMES[label["runtime"]], label["architecture"])}
         return ", ".join(
-            f"{name} {version}" + (f" (here {here[name]}, which has no wheel for it)" if here.get(name, version) != version else "")
-            for name, version in sorted(self.versions.items())
+            f"{wheel['package']} {wheel['version']}"
+            + (f" (here it is {has})" if (has := here.get(wheel["package"], wheel["version"])) != wheel["version"] else "")
+            + ("" if wheel["sha256"] in known else " (as the index has it: not on this release's list)")
+            for wheel in label["wheels"]
         )
 
     def zip(self, path: Path) -> int:
         """Write it as a zip, the same bytes for the same files; give their number."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(found for found in self.directory.rglob("*") if found.is_file()):
-                entry = zipfile.ZipInfo(file.relative_to(self.directory).as_posix(), (1980, 1, 1, 0, 0, 0))
-                entry.external_attr, entry.compress_type = 0o644 << 16, zipfile.ZIP_DEFLATED
-                archive.writestr(entry, file.read_bytes())
+            for name in _files(self.directory):
+                entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+                entry.create_system, entry.external_attr, entry.compress_type = 3, 0o100644 << 16, zipfile.ZIP_DEFLATED
+                archive.writestr(entry, (self.directory / name).read_bytes())
         return path.stat().st_size
 
 
@@ -115,48 +105,83 @@ class Probe(NamedTuple):
     """Packages, the standard library's left out."""
 
 
-def _installed() -> dict[str, str]:
-    """Version that this environment has of each package that a bundle holds beside our own."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # older pydantics do without some
-            found[name] = metadata.version(name)
-    return found
+def build(directory: Path, architecture: str, python: str, *, locked: bool = False) -> Bundle:
+    """Build into an empty ``directory`` for an architecture (arm64, x86_64) and a Python ("3.13"); wheels are what ``wheels.fetch`` gives.
 
-
-def build(directory: Path, architecture: str, python: str) -> Bundle:
-    """Build into ``directory`` for an architecture (arm64, x86_64) and a Python ("3.13"); wheels come from pip's index.
-
-    Packages have the versions that this environment has. Where numpy has no such wheel for the function, it has the newest one with a
-    wheel, and so, in the last resort, have the others.
-
-    Raise UserError if pip cannot, or if the bundle is larger than Lambda takes.
+    Raise UserError if the directory is not empty, if pip cannot give the right wheels, or if the bundle is larger than Lambda takes.
     """
+    name = f"python{python}"
+    if name not in RUNTIMES:
+        raise UserError(f"Lambda runs no Python {python} that this package runs on; there are {', '.join(RUNTIMES)}")
     directory.mkdir(parents=True, exist_ok=True)
-    ours = Path(__file__).parents[1]
-    tags = [f"manylinux_2_{minor}_{MACHINES[architecture]}" for minor in range(GLIBC_OF_AL2.get(python, GLIBC), 16, -1)]
-    tags.append(f"manylinux2014_{MACHINES[architecture]}")
-    platforms = [word for tag in tags for word in ("--platform", tag)]
-    platforms += ["--python-version", python, "--implementation", "cp", "--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(directory), *platforms]
-    pins = {name: f"{name}=={version}" for name, version in _installed().items()}
-    for wanted in (pins, pins | {"numpy": OLDEST["numpy"]}, OLDEST):
-        done = subprocess.run([*command, *wanted.values()], capture_output=True, text=True, check=False)
-        if not done.returncode:
-            break
-    else:
-        raise UserError(f"pip found no numpy and pydantic for {architecture}, Python {python}: {done.stderr.strip().splitlines()[-1:]}")
-    for waste in ("**/tests", "**/*.pyi", "**/__pycache__", "**/*.lib", "bin", "numpy/f2py", "**/include"):
-        for path in [*directory.glob(waste)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.copytree(ours, directory / ours.name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    for name in ABSENT:
-        path = directory / ours.name / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    if any(directory.iterdir()):
+        raise UserError(f"{directory} is not empty; a bundle is built into an empty directory")
+    with tempfile.TemporaryDirectory() as scratch:
+        wheels = fetch(Path(scratch), RUNTIMES[name], architecture, locked=locked)
+        for wheel in wheels:
+            _unpack(Path(scratch) / wheel.file, directory)
+    parent = Path(__file__).parents[2]
+    for source in ours():
+        _write(directory / source.relative_to(parent), source.read_bytes())
+    _write(directory / LABEL, _label(directory, name, architecture, wheels))
+    for path in directory.rglob("*"):  # the function's user is another one, whatever this one's umask is
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    size = sum((directory / file).stat().st_size for file in _files(directory))
     if size > UNZIPPED:
         raise UserError(f"the bundle has {size} bytes; Lambda takes {UNZIPPED}")
     return Bundle(directory, size)
+
+
+def ours() -> list[Path]:
+    """Find the files of this package that a function needs: its handler's, and those of all that it imports, wherever in the code."""
+    finder = _Finder(path=[str(Path(__file__).parents[2])])
+    for entry in ENTRIES:
+        finder.import_hook(entry)
+    modules: dict[str, Any] = finder.modules
+    return sorted(Path(module.__file__) for module in modules.values() if module.__file__)
+
+
+class _Finder(ModuleFinder):
+    """Follows imports of our own by reading the code, not running it."""
+
+    def import_hook(self, name: str, caller: Any = None, fromlist: Any = None, level: int = -1) -> Any:
+        ours = level > 0 or name.partition(".")[0] == "gradsharding"
+        return super().import_hook(name, caller, fromlist, level) if ours else None
+
+
+def _unpack(wheel: Path, directory: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in archive.infolist():
+            entry.filename = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", entry.filename)
+            if not WASTE.search(entry.filename):
+                archive.extract(entry, directory)
+
+
+def _label(directory: Path, runtime: str, architecture: str, wheels: list[Wheel]) -> bytes:
+    code = [file for file in _files(directory) if file.startswith("gradsharding/")]
+    said = {
+        "gradsharding": {"version": __version__, "sha256": _digest(directory, code)},
+        "runtime": runtime,
+        "architecture": architecture,
+        "wheels": [{"package": wheel.package, "version": wheel.version, "file": wheel.file, "sha256": wheel.sha256} for wheel in wheels],
+        "sha256": _digest(directory, _files(directory)),
+    }
+    return json.dumps(said, indent=1).encode() + b"\n"
+
+
+def _digest(directory: Path, files: list[str]) -> str:
+    """SHA-256 of what ``sha256sum`` prints for files, sorted by their names."""
+    lines = [f"{hashlib.sha256((directory / file).read_bytes()).hexdigest()}  {file}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
 
 
 def probe(bundle: Bundle) -> Probe:
@@ -169,7 +194,7 @@ def probe(bundle: Bundle) -> Probe:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise UserError(f"the handler cannot be imported from {bundle.directory}: {done.stderr.strip().splitlines()[-1]}")
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout.splitlines()[-1])  # the handler writes to its log, too
     if not str(found["from"]).startswith(str(bundle.directory)):
         raise UserError(f"the handler was imported from {found['from']}, not from the bundle")
     if foreign := {*found["imports"]} - GIVEN - WANTED:
@@ -180,14 +205,27 @@ def probe(bundle: Bundle) -> Probe:
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--architecture", type=click.Choice([*MACHINES]), default="arm64", show_default=True)
-@click.option("--python", default="3.13", show_default=True, help="Python of the function's runtime.")
-def main(directory: Path, architecture: str, python: str) -> None:
+@click.option(
+    "--python",
+    type=click.Choice([runtime.python for runtime in RUNTIMES.values()]),
+    default=RUNTIMES[DEPLOYED_RUNTIME].python,
+    show_default=True,
+    help="Python of the function's runtime.",
+)
+@click.option("--locked", is_flag=True, help="Take the versions that this release lists, whatever is installed here.")
+def main(directory: Path, architecture: str, python: str, *, locked: bool) -> None:
     """Build a bundle, and print what it weighs."""
-    bundle = build(directory, architecture, python)
+    try:
+        _show(build(directory, architecture, python, locked=locked), architecture, python)
+    except UserError as error:
+        raise click.ClickException(error.message) from error
+
+
+def _show(bundle: Bundle, architecture: str, python: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         zipped = bundle.zip(Path(scratch) / "bundle.zip")
     click.echo(f"unzipped {bundle.unzipped / 1e6:.1f} MB of {UNZIPPED / 1e6:.0f} MB allowed, zipped {zipped / 1e6:.1f} MB")
-    click.echo(bundle.told())
+    click.echo(f"{bundle.told()}\nsha256 {bundle.label['sha256']}")
     here = {"aarch64": "arm64"}.get(platform.machine(), platform.machine()), f"{sys.version_info.major}.{sys.version_info.minor}"
     if here != (architecture, python):
         click.echo(f"import time and memory: only a bundle for {here[0]}, Python {here[1]}, can be tried on this machine")

@@ -9,9 +9,9 @@ import click
 import numpy as np
 
 from gradsharding.aggregate import Result, aggregate, observed_memory
-from gradsharding.aws.bundle import MACHINES
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
+from gradsharding.aws.wheels import MACHINES
 from gradsharding.cost import bill
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.plan import mib

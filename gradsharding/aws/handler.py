@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from gradsharding import worker
@@ -11,6 +12,12 @@ from gradsharding.store import ObjectStore, open_store
 
 MARGIN = 1.5
 """Another task is begun only if so many times the longest one so far is left."""
+
+BUNDLE = Path(__file__).parents[2] / "bundle.json"
+"""What the code is made of, where it was built for a function."""
+
+if BUNDLE.exists():  # once for each cold start: the log says which code ran
+    print(json.dumps({"level": "INFO", "message": "cold start", "bundle": json.loads(BUNDLE.read_text())["sha256"]}))  # noqa: T201 - Lambda's log
 
 
 class Invoked(Protocol):
