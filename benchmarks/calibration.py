@@ -97,7 +97,7 @@ def costs() -> list[dict[str, Any]]:
         functions = priced_functions(seconds * memory, 0, prices, "x86_64")
         cost = priced(functions, asked, plan, prices, "standard", clients)
         # the paper counts one GET for each object of a client's download
-        trips = sum((item.usd for item in cost.round_trip.items if item.what == "clients' PUTs"), Decimal(0))
+        trips = Bill(items=tuple(item for item in cost.round_trip.items if item.what == "clients' PUTs")).usd
         reads = plan.clients * (len(plan.slices) if plan.cut_updates else 1) * prices.usd("s3_get")
         slowest = point.get("phases") or [point["wall"]]
         at_most = sum(width * len(plan.slices) * phase for width, phase in zip(plan.widths, slowest, strict=True))

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy.typing as npt
 
-from gradsharding.cost import Bill, Cost, bill, forecast
+from gradsharding.cost import Bill, Cost, bill, forecast, known
 from gradsharding.errors import (
     ChangedObject,
     GradShardingError,
@@ -28,14 +28,14 @@ from gradsharding.errors import (
 from gradsharding.executor import Executor, InlineExecutor, Progress
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits, Plan, mib
-from gradsharding.prices import HOME_REGION, load_prices
+from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.projection import HEADER_PART, READERS
 from gradsharding.reading import Reading, combined
 from gradsharding.round import RECORD, Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, locate
 from gradsharding.store.private import private_directory
 from gradsharding.store.protocol import changed
-from gradsharding.task import Job, NonFinitePolicy, TaskReport, Term
+from gradsharding.task import Invocation, Job, NonFinitePolicy, TaskReport, Term
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 from gradsharding.usage import Spent, Usage, carried, counting, together, total
@@ -129,13 +129,20 @@ class Result:
     def cost(self) -> Cost | None:
         """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
 
-        Raise UserError for want of prices.
+        A bill's ``missing`` names the prices that are not known of the region. Raise UserError if the file of prices cannot be read.
         """
-        told = next((report.invocation for report in self.reports if report.invocation), None)
-        if not told:
+        if not self.invocations:
             return None
-        prices = load_prices(told.region or HOME_REGION)
-        return bill(self.reports, self.caller, self.plan, prices, architecture=told.architecture or "arm64")
+        return bill(self.reports, self.caller, self.plan, self.prices(), architecture=self.invocations[0].architecture or "arm64")
+
+    @property
+    def invocations(self) -> tuple[Invocation, ...]:
+        """What Lambda reported, once for each invocation; nothing if it told no figures, or the round ran elsewhere."""
+        return tuple({report.invocation.request: report.invocation for report in self.reports if report.invocation}.values())
+
+    def prices(self) -> Prices:
+        """Give the list prices of the region where functions ran; raise UserError if the file of prices cannot be read."""
+        return load_prices(next((one.region for one in self.invocations if one.region), HOME_REGION))
 
     def _stages(self) -> list[dict[str, Any]]:
         seen = {report.task: report.model_dump() | total(report.usage).model_dump() for report in self.reports}
@@ -145,11 +152,13 @@ class Result:
         """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
 
         Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
+        ``cost`` is null where it is not known, and so is each sum in it; ``cost_missing`` then says why.
         ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
         done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
         """
         digest = self.digest()
         plan = self.plan if self.planned else None
+        cost, missing = _cost(self)
         return {
             "made_by": "this call" if plan else "an earlier call",
             "topology": plan.topology if plan else None,
@@ -169,7 +178,8 @@ class Result:
                 "caller": _by_kind(self.caller),
                 "lost_attempts": sum(report.lost for report in self.reports),
             },
-            "cost": _cost(self),
+            "cost": cost,
+            "cost_missing": missing,
             "digest": digest,
         }
 
@@ -397,27 +407,28 @@ def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> Resul
     return None
 
 
-def _cost(result: Result) -> dict[str, Any] | None:
-    """A result's bill beside its forecast, as JSON values; None if it did not run on Lambda."""
+def _cost(result: Result) -> tuple[dict[str, Any] | None, str | None]:
+    """A result's bill beside its forecast, as JSON values, or None; and why there is none, or which prices it lacks."""
     try:
-        billed = result.cost()
+        billed, prices = result.cost(), result.prices()
     except UserError as error:
-        return {"problem": error.message}
+        return None, error.message
     if not billed:
-        return None
-    told = next(report.invocation for report in result.reports if report.invocation)
-    prices, arm = load_prices(told.region or HOME_REGION), told.architecture or "arm64"
-    expected = forecast(result.plan, prices, told.memory_size, architecture=arm)
+        return None, "no function of Lambda told what it is billed for"
+    if not prices.figures:
+        return None, prices.origin
+    told = result.invocations[0]
+    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64")
     return {
         "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
         "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
-        "items": [{**item.model_dump(mode="json"), "usd": f"{item.usd:f}"} for item in billed.round_trip.items],
+        "items": [{**item.model_dump(mode="json"), "usd": known(item.usd)} for item in billed.round_trip.items],
         "prices": prices.origin,
-    }
+    }, prices.lacking(billed.round_trip.missing)
 
 
-def _sums(projected: Bill, observed: Bill) -> dict[str, str]:
-    return {"projected": f"{projected.usd:f}", "observed": f"{observed.usd:f}"}
+def _sums(projected: Bill, observed: Bill) -> dict[str, str | None]:
+    return {"projected": known(projected.known), "observed": known(observed.known)}
 
 
 def _ignore(report: TaskReport) -> None:

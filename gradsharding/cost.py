@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
+from gradsharding.errors import UserError
 from gradsharding.plan import Plan
 from gradsharding.platform import CHARGES, Architecture
 from gradsharding.prices import Prices
@@ -26,12 +27,17 @@ class Item(Value):
     what: str
     count: Decimal
     unit: str
-    price: Decimal
+    figure: str
+    """The price's name in the list of prices."""
+    price: Decimal | None
+    """None where the region's is not known."""
 
     @property
-    def usd(self) -> Decimal:
-        """What it comes to."""
-        return self.count * self.price
+    def usd(self) -> Decimal | None:
+        """What it comes to; None if that is not known. Nothing costs nothing, whatever its price."""
+        if not self.count:
+            return Decimal(0)
+        return None if self.price is None else self.count * self.price
 
 
 class Bill(Value):
@@ -41,15 +47,33 @@ class Bill(Value):
 
     @property
     def usd(self) -> Decimal:
-        """What all items come to."""
-        return sum((item.usd for item in self.items), Decimal(0))
+        """What all items come to; raise UserError if a price is missing."""
+        if (sum_ := self.known) is None:
+            raise UserError(f"there is no sum: {self._without}")
+        return sum_
+
+    @property
+    def known(self) -> Decimal | None:
+        """What all items come to; None if a price is missing."""
+        amounts = [item.usd for item in self.items]
+        return None if None in amounts else sum((usd for usd in amounts if usd is not None), Decimal(0))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the prices without which there is no sum."""
+        return tuple(dict.fromkeys(item.figure for item in self.items if item.usd is None))
+
+    @property
+    def _without(self) -> str:
+        return f"no price of {', '.join(self.missing)}"
 
     def __add__(self, other: "Bill") -> "Bill":
         """Put two bills together."""
         return Bill(items=self.items + other.items)
 
     def __str__(self) -> str:
-        return "\n".join([*(f"{i.what}: {_plain(i.count)} {i.unit}, ${i.usd:.7f}" for i in self.items), f"in all: ${self.usd:.7f}"])
+        lines = [f"{i.what}: {_plain(i.count)} {i.unit}, {'no price' if i.usd is None else f'${i.usd:.7f}'}" for i in self.items]
+        return "\n".join([*lines, f"in all: {self._without if self.known is None else f'${self.known:.7f}'}"])
 
 
 class Cost(NamedTuple):
@@ -126,8 +150,8 @@ def priced_functions(gib_seconds: Decimal, invocations: int, prices: Prices, arc
     """Price functions, without their requests."""
     return Bill(
         items=(
-            _item("functions", gib_seconds, "GiB-seconds", prices.lambda_second(architecture)),
-            _item("invocations", invocations, "requests", prices.usd("lambda_request")),
+            _item("functions", gib_seconds, "GiB-seconds", prices, f"lambda_second_{architecture}"),
+            _item("invocations", invocations, "requests", prices, "lambda_request"),
         )
     )
 
@@ -145,28 +169,34 @@ def priced(functions: Bill, asked: Mapping[str, Usage], plan: Plan, prices: Pric
     moved = plan.clients * nbytes
     name = "s3_gigabyte_month" if storage == "standard" else "express_gigabyte_month"
     stored = Decimal(moved + total(plan.tasks_usage).bytes_written) / GIB * Decimal(str(whose.hours)) / MONTH
-    rest = [_item("storage", stored, "GiB-months", prices.usd(name))]
+    rest = [_item("storage", stored, "GiB-months", prices, name)]
     if not whose.on_aws:
-        rest.append(_item("downloads through the internet", Decimal(moved) / GIB, "GiB", prices.usd("transfer_out_gigabyte")))
+        rest.append(_item("downloads through the internet", Decimal(moved) / GIB, "GiB", prices, "transfer_out_gigabyte"))
     return Cost(aggregation, aggregation + trips + Bill(items=tuple(rest)))
 
 
 def _requests(whose: str, usage: Usage, prices: Prices, storage: Storage) -> Bill:
     class_ = "s3" if storage == "standard" else "express"
     items = [
-        _item(f"{whose}GETs", usage.gets, "requests", prices.usd(f"{class_}_get")),
-        _item(f"{whose}PUTs", usage.puts, "requests", prices.usd(f"{class_}_put")),
+        _item(f"{whose}GETs", usage.gets, "requests", prices, f"{class_}_get"),
+        _item(f"{whose}PUTs", usage.puts, "requests", prices, f"{class_}_put"),
     ]
     if storage == "express":
         items += [
-            _item(f"{whose}reads", Decimal(usage.bytes_read) / GIB, "GiB", prices.usd("express_gigabyte_out")),
-            _item(f"{whose}writes", Decimal(usage.bytes_written) / GIB, "GiB", prices.usd("express_gigabyte_in")),
+            _item(f"{whose}reads", Decimal(usage.bytes_read) / GIB, "GiB", prices, "express_gigabyte_out"),
+            _item(f"{whose}writes", Decimal(usage.bytes_written) / GIB, "GiB", prices, "express_gigabyte_in"),
         ]
     return Bill(items=tuple(item for item in items if item.count))
 
 
-def _item(what: str, count: Decimal | int, unit: str, price: Decimal) -> Item:
-    return Item(what=what, count=Decimal(count), unit=unit, price=price)
+def _item(what: str, count: Decimal | int, unit: str, prices: Prices, figure: str) -> Item:
+    known = prices.figures.get(figure)
+    return Item(what=what, count=Decimal(count), unit=unit, figure=figure, price=known.usd if known else None)
+
+
+def known(usd: Decimal | None) -> str | None:
+    """Write a sum in US dollars as JSON's text; None stays None."""
+    return None if usd is None else f"{usd:f}"
 
 
 def _plain(count: Decimal) -> str:

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gradsharding.cost import known
 from gradsharding.errors import UserError
 from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
@@ -198,6 +199,7 @@ def _as_json(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         ],
         "flower_server": {"name": flower[0], "bytes": flower[1]} if flower else None,
         "prices": prices.origin,
+        "prices_missing": advice.missing,
     }
 
 
@@ -217,7 +219,7 @@ def _row(option: Option) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "seconds": {"p50": seconds.p50, "p95": seconds.p95},
-        "usd": {"aggregation": f"{cost.aggregation.usd:f}", "round_trip": f"{cost.round_trip.usd:f}"},
+        "usd": {"aggregation": known(cost.aggregation.known), "round_trip": known(cost.round_trip.known)},
         "fits": option.problem is None,
         "problem": option.problem,
         "binds": option.binds,
@@ -250,8 +252,7 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
             _bytes(plan.bytes_written),
             f"{seconds.p50:,.1f} s",
             f"{seconds.p95:,.1f} s",
-            f"${cost.aggregation.usd:,.5f}",
-            f"${cost.round_trip.usd:,.5f}",
+            *("no price" if bill.known is None else f"${bill.known:,.5f}" for bill in cost),
             style="bold" if option is advice.best else None,
         )
     Console(width=None if sys.stdout.isatty() else 170).print(table)
@@ -265,13 +266,19 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
     if advice.options[0].plan.arithmetic == "exact":
         click.echo("Exact sums: a tree's figures are upper bounds, and each takes in that the result is read once, for its digest.")
     if needs.storage == "express":
-        click.echo(f"S3 Express is priced, and not supported as a store yet: {DIRECTORY_BUCKETS}.")
-    if not needs.on_aws:
-        moved = Decimal(count * layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
-        click.echo(f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology.")
-    for line in _servers(advice, manifest, needs, prices):
+        click.echo(f"S3 Express is {'' if advice.missing else 'priced, and '}not supported as a store yet: {DIRECTORY_BUCKETS}.")
+    for line in (*_money(advice, manifest, needs, prices), *_servers(advice, manifest, needs, prices)):
         click.echo(line)
-    click.echo(_capital(f"{prices.origin}; times are modelled."))
+    click.echo(_capital(f"{prices.origin}; times are modelled." if prices.figures else "times are modelled."))
+
+
+def _money(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> Iterator[str]:
+    """Say which prices are missing, and what downloads cost."""
+    if advice.missing:
+        yield _capital(advice.missing)
+    if not needs.on_aws and not prices.lacking(["transfer_out_gigabyte"]):
+        moved = Decimal(len(manifest.terms) * manifest.layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
+        yield f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology."
 
 
 def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> list[str]:

@@ -6,7 +6,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gradsharding.cost import GIB, Clients, Forecast, Storage, forecast
+from gradsharding.cost import GIB, Bill, Clients, Forecast, Storage, forecast
 from gradsharding.errors import UserError
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
@@ -26,7 +26,7 @@ from gradsharding.platform import (
     Architecture,
     Figure,
 )
-from gradsharding.prices import Money, Prices, load_prices
+from gradsharding.prices import HOME_REGION, PACKAGED, Money, Prices, load_prices
 from gradsharding.projection import commanded
 from gradsharding.round import RECORD, Manifest
 from gradsharding.timing import Speeds, bottleneck, unlucky, working
@@ -162,6 +162,8 @@ class Advice(NamedTuple):
     best: Option | None
     why: str
     servers: tuple[Server, ...]
+    missing: str | None
+    """Which prices the region lacks for the costs of these options, and where to get them; the options are then compared by another's."""
 
 
 def recommend(
@@ -176,20 +178,28 @@ def recommend(
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
 
-    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. Raise UserError for exact sums of F64,
-    and for functions that Lambda does not offer.
+    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. What ``prices`` do not know of their region
+    is left out of the costs; to compare, the packaged ones of ``HOME_REGION`` take its place. Raise UserError for exact sums of F64, for
+    functions that Lambda does not offer, and for a budget where a price is missing.
     """
     needs = needs or Needs()
     if needs.memory > MEMORY[-1]:
         raise UserError(f"a function cannot have {mib(needs.memory)}; Lambda gives it {mib(MEMORY[-1])} at most: allow no more")
     if needs.timeout > TIMEOUT:
         raise UserError(f"a function cannot take {needs.timeout:,} s; Lambda gives it {TIMEOUT:,} s at most: allow no more")
-    search = _Search(manifest, needs, prices or load_prices(), speeds or Speeds(), arithmetic)
+    prices = prices or load_prices()
+    search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), arithmetic)
     ways = _ways(manifest, shards)
     options = tuple(search.best_of(*ways[name]) for name in NAMES if name in topologies)
     fit = [option for option in options if option.problem is None]
     best = _choose(fit)
-    return Advice(options, best, _why(best, fit, search.needs), search.servers(best))
+    servers = search.servers(best) if not prices.lacking([f"lambda_second_{needs.architecture}", "lambda_request"]) else ()
+    shown = tuple(option._replace(forecast=search.forecast(option.plan, option.memory, prices)) for option in options)
+    missing = prices.lacking([name for option in shown for name in option.forecast.cost.round_trip.missing])
+    if missing and needs.budget is not None:
+        raise UserError(f"a budget cannot be kept without prices: {missing}")
+    why = _why(best, fit, search.needs, f", in list prices of {HOME_REGION}" if missing else "")
+    return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), why, servers, missing)
 
 
 def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list[dict[str, int]]]]:
@@ -264,20 +274,24 @@ class _Search:
         """Give the options of a plan: one for each size of function that is worth a try."""
         needed = max(MEMORY[0], -(-(plan.memory + RUNTIME) // MIB) * MIB)
         for memory in (needed, *(size for size in SIZES if needed < size <= self.needs.memory)):
-            expected = forecast(
-                plan,
-                self.prices,
-                memory,
-                architecture=self.needs.architecture,
-                concurrency=self.needs.concurrency,
-                speeds=self.speeds,
-                storage=self.needs.storage,
-                clients=Clients(on_aws=self.needs.on_aws),
-            )
+            expected = self.forecast(plan, memory, self.prices)
             waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))
             bound = min(self.bounds(plan, memory, expected, waves), key=lambda bound: bound.fits, default=None)
             slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
             yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds))
+
+    def forecast(self, plan: Plan, memory: int, prices: Prices) -> Forecast:
+        """Forecast a plan by functions of ``memory`` bytes."""
+        return forecast(
+            plan,
+            prices,
+            memory,
+            architecture=self.needs.architecture,
+            concurrency=self.needs.concurrency,
+            speeds=self.speeds,
+            storage=self.needs.storage,
+            clients=Clients(on_aws=self.needs.on_aws),
+        )
 
     def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> Iterator[Bound]:
         """Give the limits that a plan comes next to, or goes beyond."""
@@ -316,7 +330,8 @@ class _Search:
             seconds = nbytes / rate + self.speeds.latency
             alike = None
             if best:  # what both pay S3 falls out
-                functions = sum((i.usd for i in best.forecast.cost.aggregation.items if i.what in ("functions", "invocations")), Decimal(0))
+                items = best.forecast.cost.aggregation.items
+                functions = Bill(items=tuple(item for item in items if item.what in ("functions", "invocations"))).usd
                 rounds = box.hour / functions
                 alike = rounds if rounds <= Decimal(3600 / seconds) else None
             found.append(Server(name, box.hour, seconds, alike))
@@ -332,7 +347,7 @@ def _choose(fit: Iterable[Option]) -> Option | None:
     return min((o for o in options if o.usd <= WORTH * least), key=lambda o: (o.forecast.seconds.p50, o.usd, o.plan.functions))
 
 
-def _why(best: Option | None, fit: list[Option], needs: Needs) -> str:
+def _why(best: Option | None, fit: list[Option], needs: Needs, by: str) -> str:
     if best is None:
         return "no topology keeps to what is asked; allow more memory, concurrency, time or money"
     others = [option for option in fit if option is not best]
@@ -342,7 +357,7 @@ def _why(best: Option | None, fit: list[Option], needs: Needs) -> str:
     )
     asked = f" within {needs.deadline:g} s" if needs.deadline else ""
     return (
-        f"the fastest of those{asked} that cost at most {WORTH} of the least"
+        f"the fastest of those{asked} that cost at most {WORTH} of the least{by}"
         + (f": {rest}" if rest else "; nothing else fits")
         + f". What binds it: {best.binds}"
     )

@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Collection
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -18,6 +19,9 @@ PACKAGED = Path(__file__).with_name("prices.toml")
 
 HOME_REGION = "us-east-1"
 """The region that is meant where none is named."""
+
+UNLISTED = "express_"
+"""How the names of prices begin that ``gradsharding prices --refresh`` does not look for."""
 
 
 def _money(text: Any) -> Decimal:
@@ -67,7 +71,7 @@ class Box(Value):
 
 
 class Prices(Value):
-    """List prices of one region."""
+    """List prices of one region: as many as are known of it, which may be none."""
 
     region: str
     sources: dict[str, Source]
@@ -77,13 +81,24 @@ class Prices(Value):
     """The file they were read from."""
 
     def usd(self, name: str) -> Decimal:
-        """Give a price in US dollars; raise UserError if the file has none of that name."""
-        try:
-            return self.figures[name].usd
-        except KeyError:
-            raise UserError(
-                f"{self.file} has no price {name} for {self.region}; fetch it with: gradsharding prices --refresh --region {self.region}"
-            ) from None
+        """Give a price in US dollars; raise UserError if none of that name is known."""
+        if lacks := self.lacking([name]):
+            raise UserError(lacks)
+        return self.figures[name].usd
+
+    def lacking(self, names: Collection[str]) -> str | None:
+        """Say which of some prices are not known, and where to get them; None if all are."""
+        absent = [name for name in dict.fromkeys(names) if name not in self.figures]
+        if not absent:
+            return None
+        what = f"no price of {', '.join(absent)} for {self.region}" if self.figures else f"no price for {self.region}"
+        if all(name.startswith(UNLISTED) for name in absent):
+            return f"{what}; it is not in the list that is fetched: write it into {user_file()}"
+        return f"{what}; {self._advice}"
+
+    def completed(self, other: "Prices") -> "Prices":
+        """Take from another region what is not known of this one: to compare plans by, not to bill by."""
+        return self.model_copy(update={"figures": {**other.figures, **self.figures}, "sources": {**other.sources, **self.sources}})
 
     def lambda_second(self, architecture: Architecture) -> Decimal:
         """Price of a GiB-second of a function."""
@@ -91,10 +106,16 @@ class Prices(Value):
 
     @property
     def origin(self) -> str:
-        """Say which prices these are, and how old the oldest is."""
+        """Say which prices these are, and how old the oldest is; or that there are none."""
+        if not self.figures:
+            return f"no price for {self.region}; {self._advice}"
         used = {price.source for price in self.figures.values()}
         where = "as this release has them" if self.file == str(PACKAGED) else self.file
         return f"list prices of {self.region}, {min(self.sources[name].date for name in used)} or later, {where}"
+
+    @property
+    def _advice(self) -> str:
+        return f"fetch it with: gradsharding prices --refresh --region {self.region}"
 
 
 def user_file() -> Path:
@@ -110,7 +131,10 @@ def price_file() -> Path:
 
 
 def load_prices(region: str = HOME_REGION, path: Path | None = None) -> Prices:
-    """Read the prices of a region; raise UserError if there is no such file or region, or the file is wrong."""
+    """Read the prices of a region, none if none are known; raise UserError if there is no such file, or it is wrong.
+
+    Of a region that the user's own file does not have, the packaged prices count.
+    """
     file = path or price_file()
     try:
         found = tomllib.loads(file.read_text())
@@ -118,17 +142,12 @@ def load_prices(region: str = HOME_REGION, path: Path | None = None) -> Prices:
         raise UserError(
             f"{file} cannot be read as prices ({error}); unset GRADSHARDING_PRICES, or delete it to use the packaged ones"
         ) from error
-    regions = found.get("region", {})
-    if region not in regions:
-        raise UserError(
-            f"{file} has no prices for {region}, only for {', '.join(sorted(regions))}; fetch them with: "
-            f"gradsharding prices --refresh --region {region}"
-        )
-    figures = {name: value for name, value in regions[region].items() if name != "box"}
+    known = found.get("region", {}).get(region, {})
+    if not known and file == user_file():
+        return load_prices(region, PACKAGED)
+    figures = {name: value for name, value in known.items() if name != "box"}
     try:
-        prices = Prices(
-            region=region, sources=found.get("source", {}), figures=figures, boxes=regions[region].get("box", {}), file=str(file)
-        )
+        prices = Prices(region=region, sources=found.get("source", {}), figures=figures, boxes=known.get("box", {}), file=str(file))
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct it, or delete the file") from error

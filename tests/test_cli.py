@@ -276,7 +276,20 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     report, data = reports[5], (tmp_path / "out").read_bytes()
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
-    assert {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "projected", "observed", "cost", "digest"} == set(report)
+    assert {
+        "made_by",
+        "topology",
+        "arithmetic",
+        "clients",
+        "bytes",
+        "stages",
+        "projected",
+        "observed",
+        "cost",
+        "cost_missing",
+        "digest",
+    } == set(report)
+    assert (None, "no function of Lambda told what it is billed for") == (report["cost"], report["cost_missing"])
     assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "held_by", "lost_attempts"}) == (
         set(projected),
         set(observed),
@@ -741,7 +754,8 @@ MISTAKES = {
     "plan in no time": Mistake("plan --size 1GB --clients 2 --deadline 0s", ["'0s' is not a time", "60s, 5m or 1h", "plan --help"]),
     "plan soon": Mistake("plan --size 1GB --clients 2 --deadline soon", ["'soon' is not a time", "plan --help"]),
     "plan for free": Mistake("plan --size 1GB --clients 2 --budget free", ["'free' is not a sum", "US dollars", "plan --help"]),
-    "plan elsewhere": Mistake("plan --size 1GB --clients 2 --region mars-1", ["no prices for mars-1", "us-east-1", "prices --refresh"]),
+    "prices of nowhere": Mistake("prices --region mars-1", ["no price for mars-1", "prices --refresh --region mars-1"]),
+    "budget elsewhere": Mistake("plan --size 1GB --clients 2 --region mars-1 --budget 1", ["a budget cannot", "no price for mars-1"]),
     "unknown store": Mistake(f"aggregate good.safetensors {OUT} --store ftp://host/x", ["ftp://host/x", "use file:///directory"]),
     "store in memory": Mistake(f"aggregate good.safetensors {OUT} --store memory://x", ["memory://x", "use a file:// store"]),
     "store is a file": Mistake(f"aggregate good.safetensors {OUT} --store twin.safetensors", ["twin.safetensors", "check the path"]),
@@ -971,6 +985,40 @@ def test_plan_of_express(call: Callable[..., str]) -> None:
     assert "S3 Express is priced, and not supported as a store yet: directory buckets list objects unsorted" in said
     assert "Express" not in usual
     assert not json.loads(call(*plan, "--storage", "express", "--json"))["storage_supported"]
+
+
+def test_plan_elsewhere(call: Callable[..., str]) -> None:
+    """In another region its prices count; one without any is planned for all the same, and one line says how to get what is missing."""
+    plan = ("plan", "--size", "528MB", "--clients", "20")
+    home, there, part, nowhere = (
+        json.loads(call(*plan, "--region", region, "--json")) for region in ("us-east-1", "eu-central-1", "il-central-1", "mars-1")
+    )
+    advice = "no price for mars-1; fetch it with: gradsharding prices --refresh --region mars-1"
+    priceless = {"aggregation": None, "round_trip": None}
+
+    assert ([], None) == ([row for row in there["topologies"] if None in row["usd"].values()], there["prices_missing"])
+    assert there["prices"].startswith("list prices of eu-central-1, ")
+    for row, other in zip(home["topologies"], there["topologies"], strict=True):  # only S3 is dearer there, by 8%
+        assert 1 < float(other["usd"]["aggregation"]) / float(row["usd"]["aggregation"]) < 1.08
+    for without, said in ((part, part["prices_missing"]), (nowhere, advice)):
+        assert home["recommended"] == without["recommended"]
+        assert [row | {"usd": priceless} for row in home["topologies"]] == without["topologies"]
+        assert "in list prices of us-east-1" in without["why"]
+        assert ([], said) == (without["servers"], without["prices_missing"])
+    assert "no price of lambda_second_arm64, lambda_request, transfer_out_gigabyte for il-central-1; fetch it" in part["prices_missing"]
+    shown = call(*plan, "--region", "mars-1")
+    assert f"N{advice[1:]}\n" in shown
+    assert "$" not in shown
+    assert (10, "Times are modelled.") == (shown.count("no price"), shown.splitlines()[-1])
+
+
+def test_plan_of_express_without_its_prices(call: Callable[..., str]) -> None:
+    """Where no price of S3 Express is known, a plan with it says so, and where to write it."""
+    said = call("plan", "--size", "528MB", "--clients", "20", "--storage", "express", "--region", "eu-central-1")
+
+    assert "S3 Express is not supported as a store yet" in said
+    assert "\nNo price of express_get, express_put, " in said
+    assert " for eu-central-1; it is not in the list that is fetched: write it into " in said
 
 
 def test_plan_of_updates(updates: list[str], call: Callable[..., str], tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, sharded
-from gradsharding.cost import Bill, Clients, Cost, Item, bill, forecast
+from gradsharding.cost import Bill, Clients, Cost, Item, Storage, bill, forecast
+from gradsharding.errors import UserError
 from gradsharding.plan import Plan
 from gradsharding.platform import CHARGES, READING
-from gradsharding.prices import load_prices
+from gradsharding.prices import Prices, load_prices
 from gradsharding.task import Invocation, TaskReport
 from gradsharding.topology import lambda_fl, paper
 from gradsharding.usage import Usage
@@ -38,12 +39,12 @@ def report(task: str, request: str | None, seconds: float = 1.5, gets: int = 40)
 
 def amounts(cost: Bill) -> dict[str, Decimal]:
     """Give a bill's items by name."""
-    return {item.what: item.usd for item in cost.items}
+    return {item.what: Bill(items=(item,)).usd for item in cost.items}
 
 
 def test_exact() -> None:
     """A third of a cent a thousand times is exact; floats are nowhere."""
-    cost = Bill(items=tuple(Item(what="x", count=Decimal(1), unit="", price=Decimal("0.0000133334")) for _ in range(1000)))
+    cost = Bill(items=tuple(Item(what="x", count=Decimal(1), unit="", figure="x", price=Decimal("0.0000133334")) for _ in range(1000)))
 
     assert Decimal("0.0133334") == cost.usd
     assert all(isinstance(item.usd, Decimal) for item in forecast(plan(), PRICES, 512 * MB).cost.round_trip.items)
@@ -138,3 +139,53 @@ def test_bill_without_figures() -> None:
     found = amounts(bill([report("sharded/0", None)], {}, plan(), PRICES).aggregation)
 
     assert (Decimal(0), Decimal(0), 40 * Decimal("0.0000004")) == (found["functions"], found["invocations"], found["functions' GETs"])
+
+
+def priced_without(*names: str) -> Prices:
+    """Give the home region's prices, less some."""
+    return PRICES.model_copy(update={"region": "xx-test-1", "figures": {n: one for n, one in PRICES.figures.items() if n not in names}})
+
+
+@pytest.mark.parametrize(
+    ("name", "aggregation", "round_trip"),
+    [
+        ("lambda_second_arm64", False, False),
+        ("lambda_request", False, False),
+        ("s3_get", False, False),
+        ("s3_put", False, False),
+        ("s3_gigabyte_month", True, False),
+        ("transfer_out_gigabyte", True, False),
+        ("lambda_second_x86_64", True, True),
+        ("express_get", True, True),
+        ("alarm_month", True, True),
+    ],
+)
+def test_without_a_price(name: str, aggregation: bool, round_trip: bool) -> None:
+    """What a missing price would count into has no sum; all else is as it was, and what has no use for it has its sum."""
+    whole, found = (forecast(plan(), prices, 512 * MB).cost for prices in (PRICES, priced_without(name)))
+
+    for known, one, all_ in zip((aggregation, round_trip), found, whole, strict=True):
+        assert (known, () if known else (name,)) == (one.known is not None, one.missing)
+        assert [None if item.figure == name else item.usd for item in all_.items] == [item.usd for item in one.items]
+        if known:
+            assert all_.usd == one.usd == one.known
+        else:
+            with pytest.raises(UserError, match=f"there is no sum: no price of {name}"):
+                _ = one.usd
+            assert str(one).endswith(f"in all: no price of {name}")
+            assert ", no price\n" in str(one)
+
+
+def test_nothing_costs_nothing() -> None:
+    """A bill that counts none of something needs no price for it."""
+    found = bill([report("sharded/0", None)], {}, plan(), priced_without("lambda_second_arm64", "lambda_request")).aggregation
+
+    assert 40 * Decimal("0.0000004") + Decimal("0.000005") == found.usd
+
+
+def test_each_item_names_its_price() -> None:
+    """An item's figure is the name under which the list has its price."""
+    storages: tuple[Storage, ...] = ("standard", "express")
+    for storage in storages:
+        for item in forecast(plan(), PRICES, 512 * MB, storage=storage).cost.round_trip.items:
+            assert PRICES.usd(item.figure) == item.price

@@ -14,9 +14,9 @@ import pytest
 
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.call import pack, unpack
-from gradsharding.aws.commands import bill_text
 from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.smoke import bill_text
 from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic

@@ -225,7 +225,8 @@ def test_servers() -> None:
     """An always-on machine's price is compared by the hour: from how many rounds on it is cheaper, if it can do so many."""
     advice = advise(528_000_000, 20)
     assert advice.best
-    functions = sum(item.usd for item in advice.best.forecast.cost.aggregation.items if item.what in ("functions", "invocations"))
+    items = advice.best.forecast.cost.aggregation.items
+    functions = sum(item.count * item.price for item in items if item.price and item.what in ("functions", "invocations"))
 
     for server in advice.servers:
         rounds = server.hour / functions

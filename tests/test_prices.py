@@ -1,10 +1,11 @@
 """Prices are exact, dated and sourced; AWS's list is fetched only when asked, and nothing is half-written."""
 
 import json
+import re
 import threading
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,9 @@ from gradsharding import cli
 from gradsharding.errors import UserError
 from gradsharding.prices import PACKAGED, load_prices, price_file, user_file
 
-pytest.importorskip("urllib3", reason="urllib3 comes with boto3, which is not installed")
+Session = pytest.importorskip("boto3", reason="boto3 is not installed").session.Session
+
+TODAY, EARLIEST = datetime.now(UTC).date(), date(2023, 1, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,72 @@ def test_every_figure_has_a_source_and_a_date() -> None:
         used |= {price.source for price in prices.figures.values()} | {machine.source for machine in prices.boxes.values()}
         assert used <= {*prices.sources}
     assert {*known["source"]} == used
+
+
+def faults(text: str) -> list[str]:
+    """Hold a file of prices against what is true of AWS's in each region; give what is not."""
+    known = tomllib.loads(text)
+    real = {region for partition in ("aws", "aws-us-gov") for region in Session().get_available_regions("s3", partition_name=partition)}
+    home, found = known["region"]["us-east-1"], list[str]()
+    for region, figures in known["region"].items():
+        if region not in real:
+            found.append(f"{region} is no region")
+        usd = {name: Decimal(figure["usd"]) for name, figure in figures.items() if name != "box"}
+        found += [f"{region}: nothing is known as {name}" for name in usd if name not in home]
+        found += [
+            f"{region}: {name} is {usd[name] / Decimal(home[name]['usd']):.1f} times that of us-east-1"
+            for name in usd
+            if name in home and not Decimal("0.5") < usd[name] / Decimal(home[name]["usd"]) < 2
+        ]
+        for less, more in (("lambda_second_arm64", "lambda_second_x86_64"), ("s3_get", "s3_put"), ("lambda_request", "s3_get")):
+            if less in usd and more in usd and not usd[less] < usd[more]:
+                found.append(f"{region}: {less} is not less than {more}")
+        sources = [figure["source"] for name, figure in figures.items() if name != "box"]
+        found += [f"{region}: there is no source {source}" for source in sources if source not in known["source"]]
+    found += [
+        f"{name}: {one['date']} is no day of the past" for name, one in known["source"].items() if not EARLIEST < one["date"] <= TODAY
+    ]
+    return found
+
+
+def test_packaged_prices() -> None:
+    """Regions are real, figures within twice of the home region's, Arm cheaper than x86, GET than PUT; each has a source of the past."""
+    assert [] == faults(PACKAGED.read_text())
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ('s3_put = { usd = "0.0000054"', 's3_put = { usd = "0.000054"', "eu-central-1: s3_put is 10.8 times that of us-east-1"),
+        ('s3_gigabyte_month = { usd = "0.0405"', 's3_gigabyte_month = { usd = "0.0505"', "sa-east-1: s3_gigabyte_month is 2.2 times"),
+        (
+            'lambda_second_arm64 = { usd = "0.00001768"',
+            'lambda_second_arm64 = { usd = "0.0000222"',
+            "af-south-1: lambda_second_arm64 is not",
+        ),
+        ('s3_get = { usd = "0.00000037"', 's3_got = { usd = "0.00000037"', "ap-northeast-1: nothing is known as s3_got"),
+        ("[region.eu-central-1]", "[region.eu-central-9]", "eu-central-9 is no region"),
+        ('usd = "0.0245", source = "quoted_s3"', 'usd = "0.0245", source = "hearsay"', "eu-central-1: there is no source hearsay"),
+        ("date = 2024-09-25", "date = 2124-09-25", "wetzel: 2124-09-25 is no day of the past"),
+    ],
+)
+def test_wrong_packaged_prices(right: str, wrong: str, said: str) -> None:
+    """A decimal point in the wrong place, a wrong name, region or source, or a day to come is found."""
+    text = PACKAGED.read_text()
+    assert right in text
+
+    assert faults(text.replace(right, wrong, 1))[0].startswith(said)
+
+
+def test_a_region_of_which_a_part_is_known() -> None:
+    """What is known of a region is there, what is not says where to get it; S3 Express is not in the list that is fetched."""
+    prices = load_prices("il-central-1")
+
+    assert Decimal("0.0000055") == prices.usd("s3_put")
+    assert prices.lacking(["s3_put", "s3_get"]) is None
+    advice = "fetch it with: gradsharding prices --refresh --region il-central-1"
+    assert f"no price of lambda_request for il-central-1; {advice}" == prices.lacking(["lambda_request", "s3_put"])
+    assert f"write it into {user_file()}" in (load_prices("eu-central-1").lacking(["express_put"]) or "")
 
 
 def test_exact() -> None:
@@ -72,10 +141,16 @@ def test_wrong_files(tmp_path: Path, text: str, why: str) -> None:
 
 
 def test_unknown() -> None:
-    """A region or a price that is not in the file is an error that says which are, and how to get others."""
-    with pytest.raises(UserError, match=r"has no prices for mars-1, only for us-east-1; fetch them with: gradsharding prices --refresh"):
-        load_prices("mars-1")
-    with pytest.raises(UserError, match="has no price tea for us-east-1"):
+    """Of a region that is in no file nothing is known, and it says how to get that; who asks for a price gets the same as an error."""
+    nothing = load_prices("mars-1")
+    said = "no price for mars-1; fetch it with: gradsharding prices --refresh --region mars-1"
+
+    assert ({}, {}, said, said) == (nothing.figures, nothing.boxes, nothing.origin, nothing.lacking(["s3_put"]))
+    with pytest.raises(UserError, match=f"^{said}$"):
+        nothing.usd("s3_put")
+    with pytest.raises(
+        UserError, match=r"^no price of tea for us-east-1; fetch it with: gradsharding prices --refresh --region us-east-1$"
+    ):
         load_prices().usd("tea")
 
 
@@ -87,6 +162,8 @@ def test_which_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_file() == price_file()
     assert Decimal("0.1") == load_prices().lambda_second("arm64")
     assert str(user_file()) in load_prices().origin
+    user_file().write_text(user_file().read_text().replace("[region.eu-central-1]", "[region.other]"))
+    assert load_prices("eu-central-1", PACKAGED) == load_prices("eu-central-1")  # what the user's file does not have
     monkeypatch.setenv("GRADSHARDING_PRICES", str(home / "mine.toml"))
     assert home / "mine.toml" == price_file()
     with pytest.raises(UserError, match=r"mine\.toml cannot be read as prices"):
@@ -187,6 +264,16 @@ def test_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.000005" == json.loads(capsys.readouterr().out)["figures"]["s3_put"]["usd"]
 
 
+def test_shown_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
+    """Another region's prices are its own, with their sources; of one of which nothing is known, that is an error."""
+    assert 0 == cli.main(["prices", "--region", "eu-central-1"])
+    said = capsys.readouterr().out
+    assert re.search(r"s3_put +0\.0000054 +AWS's list, quoted in .* 2026-08-31", said)
+    assert "list prices of eu-central-1, 2026-08-31 or later" in said
+    assert 2 == cli.main(["prices", "--region", "mars-1"])
+    assert "no price for mars-1; fetch it with: gradsharding prices --refresh --region mars-1\n" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("served")
 def test_refresh(capsys: pytest.CaptureFixture[str]) -> None:
     """What changes is shown, the user's file is written with source and date, and counts from then on; the first paid tier is taken."""
@@ -226,10 +313,21 @@ def test_refresh_through_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_refresh_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
-    """Other regions name their products with a prefix; what was known of the first region stays."""
+    """Other regions name their products with a prefix; what was known of the first region, and what the list does not have, stays."""
     assert 0 == cli.main(["prices", "--refresh", "--region", "eu-west-1"])
-    assert "s3_put: unknown → 0.0000050000" in capsys.readouterr().out
+    assert "transfer_out_gigabyte: 0.09 → 0.0800000000" in capsys.readouterr().out
+    assert "AWS's price list" == load_prices("eu-west-1").sources["AmazonS3-eu-west-1"].name
     assert Decimal("0.000005") == load_prices("eu-west-1").usd("s3_put")
+    assert load_prices("eu-west-1").usd("lambda_storage_second") == load_prices("eu-west-1", PACKAGED).usd("lambda_storage_second")
+
+
+def test_refresh_of_a_region_that_was_unknown(served: Lists, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a line without a price advises gives the price."""
+    served.regions["mx-central-1"] = lists("MXC1-")
+    assert load_prices("mx-central-1").lacking(["s3_put"])
+    assert 0 == cli.main(["prices", "--refresh", "--region", "mx-central-1"])
+    assert "s3_put: unknown → 0.0000050000" in capsys.readouterr().out
+    assert Decimal("0.000005") == load_prices("mx-central-1").usd("s3_put")
     assert load_prices().figures == load_prices(path=PACKAGED).figures
 
 

@@ -68,6 +68,8 @@ def prices(region: str, *, refresh: bool, as_json: bool) -> None:
         click.echo(refreshed(region))
         return
     found = load_prices(region)
+    if not found.figures:
+        raise UserError(found.origin)
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         return

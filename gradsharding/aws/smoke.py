@@ -1,0 +1,131 @@
+"""``gradsharding smoke``: what is deployed averages the same updates in slices and in a tree; numpy says whether it is right."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from gradsharding.aggregate import Result, aggregate, observed_memory
+from gradsharding.aws.client import lambda_client
+from gradsharding.aws.commands import _found, name_option
+from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.cost import bill
+from gradsharding.errors import GradShardingError, UserError
+from gradsharding.executor import Executor
+from gradsharding.plan import mib
+from gradsharding.prices import load_prices
+from gradsharding.round import Round
+from gradsharding.store import ObjectStore, open_store
+from gradsharding.topology import Topology, sharded, sharded_tree
+
+CLIENTS, ELEMENTS = 4, 4 << 20
+"""Updates, and the float32 values of each: 64 MiB in all."""
+
+WAYS: Mapping[str, Topology] = {
+    "4 slices": partial(sharded, shards=4),
+    "2 slices in a tree of fan-in 2": partial(sharded_tree, shards=2, fan_in=2),
+}
+"""Small slices, which are composed into the result's parts, and large ones, which are parts themselves; partial sums in between."""
+
+
+@click.command(short_help="Run two small real aggregations on what is deployed.")
+@name_option
+def smoke(name: str) -> None:
+    """Average four updates of 16 MiB on the deployed stack, in slices and in a tree.
+
+    Every element is held against numpy's. It prints time, memory and the bill of each, and deletes all that it has written, also when it
+    is interrupted or something fails.
+    """
+    outputs = _found(name).outputs
+    try_out(open_store(outputs["Store"]), LambdaExecutor(outputs["Executor"].removeprefix("lambda:")))
+
+
+def try_out(store: ObjectStore, executor: Executor) -> None:
+    """Average updates each way, check every element, and print what it took.
+
+    Raise GradShardingError if an element is wrong, or if something that was written could not be deleted.
+    """
+    draw, run = np.random.default_rng(0), uuid.uuid4().hex[:12]
+    # fixed-point values, whose weighted sums float64 holds exactly, in whatever order they are added
+    updates = [np.ldexp(draw.integers(-(1 << 23), 1 << 23, ELEMENTS, np.int32).astype(np.float32), -21) for _ in range(CLIENTS)]
+    sums = np.zeros(ELEMENTS)
+    for weight, update in enumerate(updates, 1):
+        sums += weight * update.astype(np.float64)
+    expected, rounds = (sums / sum(range(1, CLIENTS + 1))).astype(np.float32), list[Round]()
+    with _deleted_after(rounds):
+        started = time.perf_counter()
+        for i in range(len(WAYS)):
+            rounds.append(Round.create(store, f"smoke-{run}-{i}"))
+        for weight, update in enumerate(updates, 1):
+            rounds[0].submit(f"client-{weight}", {"w": update}, weight)
+        for round_ in rounds[1:]:
+            for weight in range(1, CLIENTS + 1):
+                round_.refer(f"client-{weight}", rounds[0].update_key(f"client-{weight}"), weight)
+        click.echo(f"upload of {mib(sum(update.nbytes for update in updates))}: {time.perf_counter() - started:.1f} s")
+        for (way, topology), round_ in zip(WAYS.items(), rounds, strict=True):
+            result = aggregate(round_, topology=topology, executor=executor)
+            _compare(expected, result, way)
+            click.echo(f"\n{way}: {result.plan.functions} functions, {result.seconds:.1f} s; every element is right\n{bill_text(result)}")
+
+
+def _compare(expected: npt.NDArray[np.float32], result: Result, way: str) -> None:
+    found = result.arrays()["w"]
+    if not np.array_equal(expected, found):
+        wrong = np.flatnonzero(expected != found)
+        raise GradShardingError(
+            f"{way}: {len(wrong):,} of {len(expected):,} elements are not those that numpy makes; the first is element {wrong[0]:,}, "
+            f"{found[wrong[0]]} instead of {expected[wrong[0]]}; please report this"
+        )
+
+
+@contextlib.contextmanager
+def _deleted_after(rounds: list[Round]) -> Iterator[None]:
+    """Delete all that rounds have written, whatever happens; name what is left, and raise GradShardingError if all else went well."""
+    try:
+        yield
+    except BaseException:
+        for line in _left(rounds):
+            click.echo(f"gradsharding: could not delete {line}", err=True)
+        raise
+    if left := _left(rounds):
+        raise GradShardingError(f"the averages are right, but this could not be deleted: {'; '.join(left)}")
+
+
+def _left(rounds: list[Round]) -> list[str]:
+    """Delete what rounds have written; give what is still there, and why."""
+    left = []
+    for round_ in rounds:
+        store, prefix = round_.store, round_.key("")
+        try:
+            round_.abandon()
+            store.delete([*(key for key, _ in store.list(prefix)), round_.result_key()])
+            left += [f"{store.url}/{key}" for key, _ in store.list(prefix)]
+        except GradShardingError as error:
+            left.append(f"{store.url}/{prefix} ({error.message})")
+    return left
+
+
+def bill_text(result: Result) -> str:
+    """Memory and cost of a finished round, in list prices."""
+    told = result.invocations
+    lines = [f"memory per function: {mib(result.plan.memory)} projected, {observed_memory(result)}"]
+    if told:
+        cold = sum(one.init_seconds is not None for one in told)
+        largest, had = max(one.max_memory for one in told), max(one.memory_size for one in told)
+        lines.append(f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(had)} used")
+    else:
+        lines.append("invocations: Lambda told no figures, so that only requests to the store are counted")
+    try:
+        prices = result.prices() if told else load_prices(lambda_client().meta.region_name)
+        billed = (result.cost() or bill(result.reports, result.caller, result.plan, prices)).aggregation
+    except UserError as error:  # of the file of prices
+        return "\n".join([*lines, f"no price: {error.message}"])
+    if not prices.figures:
+        return "\n".join([*lines, prices.origin])
+    lacks = prices.lacking(billed.missing)
+    return "\n".join([*lines, str(billed), *([lacks] if lacks else []), f"{prices.origin}; the clients' uploads are not in it"])
