@@ -15,9 +15,9 @@ import click
 import numpy as np
 import pytest
 
+from gradsharding.aws.account import Account
 from gradsharding.aws.bundle import WANTED, Bundle, probe
 from gradsharding.aws.commands import deploy
-from gradsharding.aws.stack import Account, contents
 from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.store import open_store
 from gradsharding.testing import assert_same, reference_mean
@@ -101,7 +101,7 @@ def command(account: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_deploy_smoke_destroy(command: Any) -> None:
     """A stack goes up, averages with every element right, changes when it is told to, and leaves nothing behind."""
     ours = ["--architecture", HERE[0], "--runtime", f"python{HERE[1]}"]
-    up = command("deploy", "--name", "one", *ours, "--memory", "512")
+    up = command("deploy", "--name", "one", *ours, "--memory", "512", "--yes")
     assert 0 == up.returncode, up.stderr
     assert "executor: lambda:one" in up.stdout
     assert f"pydantic {metadata.version('pydantic')}" in up.stderr
@@ -123,22 +123,21 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     assert 0 == used.returncode, used.stderr
     assert_same(reference_mean(updates), load("results/mean.safetensors", store))
 
-    assert 0 == command("deploy", "--name", "one", "--memory", "1024").returncode
+    assert 0 == command("deploy", "--name", "one", "--memory", "1024", "--yes").returncode
     configured = boto3.client("lambda").get_function_configuration(FunctionName="one")
     assert (1024, f"python{HERE[1]}", [HERE[0]]) == (configured["MemorySize"], configured["Runtime"], configured["Architectures"])
-    assert 0 == command("deploy", "--name", "two", *ours).returncode
+    assert 0 == command("deploy", "--name", "two", *ours, "--yes").returncode
 
-    refused = command("destroy", "--name", "one", answer="n\n")
-    assert 1 == refused.returncode
-    assert "Delete stack one in account" in refused.stdout
-    assert "nothing was deleted" in refused.stdout
-    gone = command("destroy", "--name", "one", answer="y\n")
+    refused = command("destroy", "--name", "one")
+    assert 2 == refused.returncode
+    assert "there is no terminal to ask at; run it again with --yes" in refused.stderr
+    gone = command("destroy", "--name", "one", "--yes", "--delete-data")
     assert 0 == gone.returncode, gone.stderr
-    assert "stack one is gone; nothing that is billed is left" in gone.stdout
-    assert contents(Account(), "one").bucket is None
+    assert "nothing that is billed is left" in gone.stdout
+    assert Account().find("one") is None
     assert 0 == command("smoke", "--name", "two").returncode  # a stack beside it lives on
 
-    assert 0 == command("destroy", "--name", "two", "--yes").returncode
+    assert 0 == command("destroy", "--name", "two", "--yes", "--delete-data").returncode
     assert [] == boto3.client("s3").list_buckets()["Buckets"]
     assert [] == boto3.client("lambda").list_functions()["Functions"]
     groups = [group["logGroupName"] for group in boto3.client("logs").describe_log_groups()["logGroups"]]
@@ -150,8 +149,10 @@ def test_what_is_not_there(command: Any) -> None:
     missing = command("smoke", "--name", "nothing")
     assert 2 == missing.returncode
     assert "put it up with: gradsharding deploy --name nothing" in missing.stderr
-    assert 0 == command("destroy", "--name", "nothing", "--yes").returncode
-    named = command("deploy", "--name", "a b")
+    gone = command("destroy", "--name", "nothing", "--yes")
+    assert 2 == gone.returncode
+    assert "there is no stack nothing in account 000000000000, region us-east-1" in gone.stderr
+    named = command("deploy", "--name", "a b", "--yes")
     assert 2 == named.returncode
     assert "'a b' cannot name a stack" in named.stderr
 

@@ -1,13 +1,19 @@
-"""``gradsharding deploy`` and ``destroy``: text in, the stack put up or taken down, text out."""
+"""``gradsharding deploy``, ``status`` and ``destroy``: text in, the stack put up, looked at or taken down, text out."""
 
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from gradsharding.aws.stack import Account, Deployed, contents, put_up, take_down
+from gradsharding.aws.account import Account, Stack
+from gradsharding.aws.drift import checked, drift
+from gradsharding.aws.stack import Change, Order, interrupted, put_up
+from gradsharding.aws.teardown import Bucket, doomed, take_down
 from gradsharding.aws.wheels import MACHINES
-from gradsharding.errors import GradShardingError, UserError
+from gradsharding.errors import UserError
 from gradsharding.plan import mib
 from gradsharding.platform import DEPLOYED_RUNTIME, DEPLOYED_TIMEOUT, MEMORY, RUNTIMES, TIMEOUT
 from gradsharding.prices import load_prices
@@ -29,15 +35,25 @@ ALARMS = 2
 @click.option("--expire-days", type=click.IntRange(1), metavar="DAYS", help="Days until rounds are deleted.  [default: 7]")
 @click.option("--alarm-topic", metavar="ARN", help="SNS topic for alarms.")
 @click.option("--runtime", type=click.Choice([*RUNTIMES]), help=f"[default: {DEPLOYED_RUNTIME}]")
-def deploy(name: str, **options: Any) -> None:
+@click.option("--code-bucket", metavar="BUCKET", help="Bucket of yours for the function's code.  [default: one is made]")
+@click.option("--adopt", is_flag=True, help="Take over a stack that an older release put up.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def deploy(name: str, *, code_bucket: str | None, adopt: bool, yes: bool, **options: Any) -> None:
     """Put up a bucket and a function, or bring them up to date: what is not given stays as it is.
 
-    Endpoint, region and credentials are those of the usual AWS environment variables and profiles.
+    It shows what will be made, changed and deleted, and asks. Endpoint, region and credentials are those of the usual AWS environment
+    variables and profiles.
     """
     keys = {option: "".join(word.capitalize() for word in option.split("_")) for option in options}
     parameters = {keys[option]: str(value) for option, value in options.items() if value is not None}
     account = Account()
-    up = put_up(account, name, parameters, _tell)
+    order = Order(name, parameters, code_bucket=code_bucket, adopt=adopt)
+    with _recoverable(account, name):
+        up = put_up(account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=yes), _tell)
+        if not up:
+            click.echo("nothing was changed")
+            raise click.exceptions.Exit(1)
+        checked(account, up)
     store, executor = up.outputs["Store"], up.outputs["Executor"]
     click.echo(
         f"store:    {store}\nexecutor: {executor}\n\n"
@@ -51,21 +67,94 @@ def deploy(name: str, **options: Any) -> None:
     )
 
 
-@click.command(short_help="Take everything down again.")
+@click.command(short_help="Say what is deployed, and whether it is as it should be.")
 @name_option
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def destroy(name: str, *, yes: bool) -> None:
-    """Delete the stack, its bucket with all that is in it, its log and the function's code. It asks first."""
+def status(name: str) -> None:
+    """Show a stack's state, outputs and parameters, and look for each of its resources; exit with 1 if anything is wrong."""
     account = Account()
-    held = contents(account, name)
-    what = f"bucket {held.bucket} with {held.objects} objects ({mib(held.nbytes)})" if held.bucket else "what is left of it"
-    where = f"account {account.number}, {account.region}"
-    if not yes and not click.confirm(f"Delete stack {name} in {where}: {what}, the function and its log?"):
-        click.echo("nothing was deleted")
+    up = _found(account, name)
+    click.echo(f"stack {name} in {account}: {up.status}{', protected against being deleted' if up.protected else ''}")
+    for title, values in (("outputs", up.outputs), ("parameters", up.parameters), ("tags", up.tags)):
+        click.echo(f"{title}:" + "".join(f"\n  {key:<20} {value}" for key, value in sorted(values.items())))
+    wrong = drift(account, up)
+    click.echo("\n".join(f"wrong: {one}" for one in wrong) if wrong else "all of it is there, and as it was deployed")
+    if wrong:
         raise click.exceptions.Exit(1)
-    if left := take_down(account, name, _tell):
-        raise GradShardingError(f"still there: {', '.join(left)}; run it again, or delete it in the console")
-    click.echo(f"stack {name} is gone; nothing that is billed is left")
+
+
+@click.command(short_help="Take a stack down again; its data stays unless you say otherwise.")
+@name_option
+@click.option("--delete-data", is_flag=True, help="Delete the bucket, too, with all that is in it.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
+    """Delete the stack, its log and the function's code. Its bucket stays, unless --delete-data is given. It asks first."""
+    account = Account()
+    with _recoverable(account, name):
+        what = doomed(account, name, _tell)
+        if not what.stack and not (delete_data and what.buckets):
+            take_down(account, name, what, data=False, tell=_tell)  # code that an interrupted run has left
+            _say_gone(account, name, what.buckets)
+            return
+        goes = ["the stack, its function and its log"] if what.stack else []
+        stays = [] if delete_data else [f"it stays: {_weighed(bucket)}" for bucket in what.buckets]
+        goes += [_weighed(bucket) for bucket in what.buckets] if delete_data else []
+        text = "\n".join([*(f"  deleted: {one}" for one in goes), *(f"  {one}" for one in stays)])
+        if not _agree(text, f"Delete stack {name} in {account} so?", yes=yes):
+            click.echo("nothing was deleted")
+            raise click.exceptions.Exit(1)
+        take_down(account, name, what, data=delete_data, tell=_tell)
+    click.echo(f"stack {name} in {account} is gone")
+    _say_left(name, [] if delete_data else what.buckets)
+
+
+def _say_gone(account: Account, name: str, left: list[Bucket]) -> None:
+    """Tell a stack that was deleted from one that was never here: it may be in another region."""
+    before = account.deleted(name)
+    if not before and not left:
+        raise UserError(
+            f"there is no stack {name} in {account}, and none was deleted there in the last 90 days; nothing was deleted now. "
+            "If it is in another region, set AWS_DEFAULT_REGION"
+        )
+    click.echo(f"stack {name} in {account} is gone already")
+    _say_left(name, left)
+
+
+def _say_left(name: str, left: list[Bucket]) -> None:
+    for bucket in left:
+        click.echo(f"left: {_weighed(bucket)}; its storage is billed. Delete it with: gradsharding destroy{_named(name)} --delete-data")
+    if not left:
+        click.echo("nothing that is billed is left")
+
+
+def _weighed(bucket: Bucket) -> str:
+    return f"bucket {bucket.name} with {'more than ' if bucket.more else ''}{bucket.objects} objects ({mib(bucket.nbytes)})"
+
+
+def _table(changes: list[Change]) -> str:
+    """Show changes, one a line."""
+    actions = {"replace": "replace (a new one is made, the old one goes)", "replace?": "change, or replace"}
+    return "\n".join(f"  {actions.get(one.action, one.action):<8} {one.logical:<16} {one.type} {one.physical}".rstrip() for one in changes)
+
+
+def _agree(what: str, question: str, *, yes: bool) -> bool:
+    """Show what will happen, and ask whether it may; without a terminal there is nobody to ask."""
+    click.echo(what)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("this asks before it changes anything, and there is no terminal to ask at; run it again with --yes")
+    return click.confirm(question)
+
+
+@contextlib.contextmanager
+def _recoverable(account: Account, name: str) -> Iterator[None]:
+    """Say what is left, and how to go on, to whoever interrupts what is within."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, click.Abort):
+        _tell("stopped; looking what is there now")
+        click.echo(interrupted(account, name), err=True)
+        raise
 
 
 def standing(region: str) -> str:
@@ -83,10 +172,13 @@ def standing(region: str) -> str:
     return f"it costs {', and '.join(parts)} (list prices of {region}{f'; {lacks}' if lacks else ''})"
 
 
-def _found(name: str) -> Deployed:
-    found = Account().find(name)
-    if not found or "Store" not in found.outputs:
-        raise UserError(f"there is no stack {name!r} in this account and region; put it up with: gradsharding deploy{_named(name)}")
+def _found(account: Account, name: str) -> Stack:
+    found = account.find(name)
+    if not found or found.empty:
+        raise UserError(
+            f"there is no stack {name!r} in {account}; put it up with: gradsharding deploy{_named(name)}, "
+            "or set AWS_DEFAULT_REGION to the region that it is in"
+        )
     return found
 
 

@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gradsharding.aggregate import Result, aggregate, observed_memory
+from gradsharding.aws.account import Account
 from gradsharding.aws.client import lambda_client
 from gradsharding.aws.commands import _found, name_option
+from gradsharding.aws.drift import checked
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.cost import bill
 from gradsharding.errors import GradShardingError, UserError
@@ -41,7 +43,8 @@ def smoke(name: str) -> None:
     Every element is held against numpy's. It prints time, memory and the bill of each, and deletes all that it has written, also when it
     is interrupted or something fails.
     """
-    outputs = _found(name).outputs
+    account = Account()
+    outputs = checked(account, _found(account, name)).outputs
     try_out(open_store(outputs["Store"]), LambdaExecutor(outputs["Executor"].removeprefix("lambda:")))
 
 

@@ -1,241 +1,239 @@
-"""One CloudFormation stack is all there is: put up from the template, found again by its name, taken down without a rest.
+"""A stack is put up by a change set that is shown first, and nothing is changed unless that is agreed to.
 
-The function's code has to lie in S3 before the stack is made, so it lies in a bucket beside it, ``gradsharding-code-ACCOUNT-REGION``,
-below the stack's name; the last stack that is taken down takes that bucket along.
+Whatever interrupts it, the same call goes on from what it finds in the account.
 """
 
-import hashlib
 import re
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import boto3
-from botocore.exceptions import BotoCoreError, ClientError, WaiterError
+from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.bundle import build
-from gradsharding.aws.client import code_of, explained, s3_client
+from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
+from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.code import Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
 from gradsharding.errors import StackFailed, UserError
-from gradsharding.platform import DEPLOYED_RUNTIME
-
-if TYPE_CHECKING:
-    from mypy_boto3_cloudformation import CloudFormationClient
-    from mypy_boto3_s3 import S3Client
 
 TEMPLATES = (Path(__file__).with_name("template.yaml"), Path(__file__).parents[2] / "deploy/template.yaml")
 """Where the template is: in an installed package, or in a checkout."""
 
-Tell = Callable[[str], None]
+_BUILT = {"AWS::Serverless::Function": ("AWS::Lambda::Function", "AWS::Lambda::Version", "AWS::Lambda::Alias")}
+"""What SAM makes of its own types."""
 
 
-class Deployed(NamedTuple):
-    """A stack that is up: what its outputs and parameters say."""
+class Order(NamedTuple):
+    """What a stack is to be. What is left out stays as it is, or is the template's default."""
 
     name: str
-    status: str
-    outputs: Mapping[str, str]
-    parameters: Mapping[str, str]
+    parameters: Mapping[str, str] = {}
+    tags: Mapping[str, str] = {}
+    """Beside our own: added to those that the stack has."""
+    role: str | None = None
+    """ARN of the role that CloudFormation works in, if not in the caller's permissions."""
+    protected: bool | None = None
+    """Termination protection."""
+    code_bucket: str | None = None
+    """Where the function's code goes, if not into a bucket that we make for it."""
+    adopt: bool = False
+    """Take over a stack that a release without tag and marker has put up."""
 
 
-class Contents(NamedTuple):
-    """What taking a stack down deletes beside it."""
+class Change(NamedTuple):
+    """What will happen to a resource."""
 
-    bucket: str | None
-    objects: int
-    nbytes: int
-
-
-class Account:
-    """The account, region and credentials of the environment, and the clients they give."""
-
-    def __init__(self) -> None:
-        """Ask who we are; raise StoreRefused if there are no credentials or no region."""
-        session = boto3.session.Session()
-        try:
-            self.number = session.client("sts").get_caller_identity()["Account"]
-            self.region = session.client("s3").meta.region_name
-            self.formation: CloudFormationClient = session.client("cloudformation")
-            self.logs = session.client("logs")
-            self.s3: S3Client = s3_client()
-        except (BotoCoreError, ClientError) as error:
-            raise explained(error, "looking up the account") from error
-        self.code_bucket = f"gradsharding-code-{self.number}-{self.region}"
-
-    def find(self, name: str) -> Deployed | None:
-        """Look a stack up by its name."""
-        try:
-            found = self.formation.describe_stacks(StackName=name)["Stacks"][0]
-        except (BotoCoreError, ClientError) as error:
-            if code_of(error) == "ValidationError":
-                return None
-            raise explained(error, f"stack {name}") from error
-        outputs = {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])}
-        parameters = {one["ParameterKey"]: one.get("ParameterValue", "") for one in found.get("Parameters", [])}
-        return Deployed(name, found["StackStatus"], outputs, parameters)
+    action: str
+    """make, change, replace, replace? (CloudFormation cannot tell yet), delete, or keep: it leaves the stack and lives on."""
+    logical: str
+    type: str
+    physical: str
 
 
-def put_up(account: Account, name: str, parameters: Mapping[str, str], tell: Tell) -> Deployed:
-    """Make the stack, or change it to ``parameters``; what they leave out stays as it is.
+Agree = Callable[[list[Change]], bool]
+"""Shows what will happen; says whether it may."""
 
-    Raise UserError where the stack is in a state that must be mended first, StackFailed with CloudFormation's reason.
+
+def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zipped = zipped) -> Stack | None:
+    """Make the stack, or change it; None if ``agree`` says no, and then nothing of this is left.
+
+    Raise UserError for a stack that is not ours, or must be mended first, StackFailed with CloudFormation's reason.
     """
-    found = account.find(name)
-    if found and found.status == "REVIEW_IN_PROGRESS":  # a change set was made and never run: there is nothing yet
-        found = None
-    if found and not found.status.endswith(("CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE")):
-        advice = (
-            "wait until it is done" if found.status.endswith("_IN_PROGRESS") else f"take it down first: gradsharding destroy --name {name}"
-        )
-        raise UserError(f"stack {name} is in state {found.status}; {advice}")
-    text = next(path for path in TEMPLATES if path.exists()).read_text()
-    takes = parameters_of(text)  # an older template's may be gone, and CloudFormation refuses what it does not know
-    known = {name: value for name, value in {**(found.parameters if found else {}), **parameters}.items() if name in takes}
-    code = _upload_code(account, name, known.get("Architecture", "arm64"), known.get("Runtime", DEPLOYED_RUNTIME), tell)
-    body = text.replace("CodeUri: function/", f"CodeUri: {code}")
-    tell(f"{'changing' if found else 'making'} stack {name}")
-    change = f"gradsharding-{int(time.time())}"
-    given: Any = [{"ParameterKey": key, "ParameterValue": value} for key, value in known.items()]
-    kind: Any = "UPDATE" if found else "CREATE"
+    found = _ready(account, order, tell)
+    deployed = account.template(found) if found and found.works else ""
+    text = template()
+    takes, given = defaults(text), dict(order.parameters)
+    if unknown := given.keys() - takes.keys():
+        raise UserError(f"the template has no parameters {', '.join(sorted(unknown))}")
+    kept = found.parameters.keys() & takes.keys() - given.keys() if found and found.works else frozenset[str]()
+    known = {**takes, **{key: found.parameters[key] for key in kept if found}, **given}
+    code = put_code(account, order.name, order.code_bucket, make(known["Architecture"], known["Runtime"], tell))
+    body = text.replace("CodeUri: function/", f"CodeUri: {code.url}")
+    change, tags = f"gradsharding-{uuid.uuid4().hex}", {**(found.tags if found else {}), **order.tags, TAG: order.name}
+    request: Any = {
+        "Parameters": [
+            *({"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept)),
+            *({"ParameterKey": key, "ParameterValue": value} for key, value in given.items()),
+        ],
+        "Tags": [{"Key": key, "Value": value} for key, value in tags.items() if not key.startswith("aws:")],
+        **({"RoleARN": order.role} if order.role else {}),
+    }
+    old = code_of_template(deployed)
     try:
-        account.formation.create_change_set(
-            StackName=name,
+        made = account.formation.create_change_set(
+            StackName=order.name,
             ChangeSetName=change,
-            ChangeSetType=kind,
+            ChangeSetType="UPDATE" if found and found.works else "CREATE",
             TemplateBody=body,
-            Parameters=given,
             Capabilities=["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
+            **request,
         )
-        if not _is_empty(account, name, change):
-            account.formation.execute_change_set(StackName=name, ChangeSetName=change)
-            account.formation.get_waiter("stack_update_complete" if found else "stack_create_complete").wait(
-                StackName=name, WaiterConfig={"Delay": 2, "MaxAttempts": 450}
+        ours = account.look_up(made["StackId"])
+        assert ours
+        changes = _changes(account, ours, made["Id"])
+        if changes and not agree(changes):
+            _take_back(account, ours, made["Id"])
+            forget_code(account, order.name, code.bucket, keep=old)
+            return None
+        if changes:
+            account.formation.execute_change_set(ChangeSetName=made["Id"], ClientRequestToken=change)
+        elif not found or not found.works:
+            _take_back(account, ours, made["Id"])
+            raise StackFailed(f"stack {order.name}: the change set makes nothing; please report this")
+        else:
+            account.formation.delete_change_set(ChangeSetName=made["Id"])
+            tell(f"stack {order.name} is as it should be: no change")
+        done = account.settled(_begun(account, ours), tell)
+        if not done.works or (done.status == "UPDATE_ROLLBACK_COMPLETE" and changes):
+            raise StackFailed(
+                f"stack {order.name} is {done.status}: {account.failure(done, change) or 'its events give no reason'}; {remedy(done)}"
             )
-    except WaiterError as error:
-        raise StackFailed(f"stack {name}: {_reason(account, name) or error}") from error
+        if order.protected is not None and done.protected != order.protected:
+            account.formation.update_termination_protection(StackName=done.id, EnableTerminationProtection=order.protected)
     except (BotoCoreError, ClientError) as error:
-        raise explained(error, f"stack {name}") from error
-    done = account.find(name)
-    assert done
-    return done
+        if code_of(error) in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
+            raise StackFailed(f"stack {order.name} was changed by another command since its changes were shown; run this again") from error
+        raise explained(error, f"stack {order.name} in {account}") from error
+    forget_code(account, order.name, code.bucket, keep=code)
+    if old and old.bucket != code.bucket:
+        forget_code(account, order.name, old.bucket)
+    return account.find(order.name)
 
 
-def parameters_of(template: str) -> frozenset[str]:
-    """Give the names of a template's parameters."""
-    section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", template, re.MULTILINE)
-    return frozenset(re.findall(r"^  (\w+):$", section[1], re.MULTILINE)) if section else frozenset()
+def template() -> str:
+    """Give the text of our template."""
+    return next(path for path in TEMPLATES if path.exists()).read_text()
 
 
-def contents(account: Account, name: str) -> Contents:
-    """Count what the stack's bucket holds."""
-    found = account.find(name)
-    bucket = found.outputs.get("Bucket") if found else None
-    objects = [*_objects(account, bucket)] if bucket else []
-    return Contents(bucket, len(objects), sum(size for _, size in objects))
+def defaults(text: str) -> dict[str, str]:
+    """Give the default of each parameter of our template."""
+    section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
+    assert section
+    found: dict[str, str] = {}
+    for name, said in re.findall(r"^  (\w+):\n((?:    .*\n|\n)*)", section[1], re.MULTILINE):
+        default = re.search(r"^    Default: *(.*?) *(?:#.*)?$", said, re.MULTILINE)
+        found[name] = default[1].strip("'\"") if default else ""
+    return found
 
 
-def take_down(account: Account, name: str, tell: Tell) -> list[str]:
-    """Delete the stack, its bucket with all objects, its logs and its code; give what is still there: nothing, if all went well."""
-    bucket, code = contents(account, name).bucket, account.code_bucket
-    try:
-        for one, prefix in ((bucket, ""), (code, f"{name}/")):
-            if one:
-                tell(f"emptying {one}/{prefix}")
-                _empty(account, one, prefix)
-        tell(f"deleting stack {name}")
-        account.formation.delete_stack(StackName=name)
-        account.formation.get_waiter("stack_delete_complete").wait(StackName=name, WaiterConfig={"Delay": 2, "MaxAttempts": 450})
-        with suppress(account.logs.exceptions.ResourceNotFoundException):
-            account.logs.delete_log_group(logGroupName=_log_group(name))
-        if _bucket_exists(account, code) and not _objects(account, code):  # else, another stack's code lies there
-            account.s3.delete_bucket(Bucket=code)
-    except WaiterError as error:
-        raise StackFailed(f"stack {name}: {_reason(account, name) or error}") from error
-    except (BotoCoreError, ClientError) as error:
-        raise explained(error, f"taking down stack {name}") from error
-    left = [bucket] if bucket and _bucket_exists(account, bucket) else []
-    left += [f"{code}/{name}/"] if _objects(account, code, f"{name}/") else []
-    groups = account.logs.describe_log_groups(logGroupNamePrefix=_log_group(name))["logGroups"]
-    stack = account.find(name)
-    return [*left, *(group["logGroupName"] for group in groups if group["logGroupName"] == _log_group(name)), *([name] if stack else [])]
+def kinds(text: str) -> set[tuple[str, str]]:
+    """Give logical id and type of each resource of our template, as CloudFormation names them."""
+    section = re.search(r"^Resources:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
+    assert section
+    said = re.findall(r"^  (\w+):[^\n]*\n(?:    .*\n|\n)*?    Type: (\S+)", section[1], re.MULTILINE)
+    return {(logical, built) for logical, kind in said for built in _BUILT.get(kind, (kind,))}
 
 
-def _upload_code(account: Account, name: str, architecture: str, runtime: str, tell: Tell) -> str:
-    """Build the bundle and put it into the code bucket, under the stack's name and its own digest; give its s3:// URL."""
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"))
-        path = Path(scratch) / "bundle.zip"
-        size = bundle.zip(path)
-        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")
-        key = f"{name}/{hashlib.sha256(path.read_bytes()).hexdigest()}.zip"
+def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
+    """Find the stack, ours and settled; raise UserError if it must be mended first."""
+    found = account.look_up(order.name)
+    if found and (why := account.foreign(found)):
+        if not order.adopt:
+            account.find(order.name)  # refuses
+        _check_old(account, found, why)
+    found = account.settled(found, tell) if found else None
+    if not found or found.status == "DELETE_COMPLETE":
+        return None
+    if found.status == "ROLLBACK_COMPLETE":  # it was never made, and nothing of it is there
+        tell(f"deleting stack {order.name}, whose making had failed")
         try:
-            if not _bucket_exists(account, account.code_bucket):
-                where: Any = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
-                account.s3.create_bucket(Bucket=account.code_bucket, **where)
-                block: Any = dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True)
-                account.s3.put_public_access_block(Bucket=account.code_bucket, PublicAccessBlockConfiguration=block)
-            account.s3.put_object(Bucket=account.code_bucket, Key=key, Body=path.read_bytes())
+            account.formation.delete_stack(StackName=found.id)
         except (BotoCoreError, ClientError) as error:
-            raise explained(error, f"writing the function's code to {account.code_bucket}") from error
-    return f"s3://{account.code_bucket}/{key}"
+            raise explained(error, f"deleting stack {order.name}") from error
+        gone = account.settled(_begun(account, found), tell)
+        if gone.status != "DELETE_COMPLETE":
+            raise UserError(f"stack {order.name} in {account} is {gone.status}; {remedy(gone)}")
+        return None
+    if not found.works and not found.empty:
+        raise UserError(f"stack {order.name} in {account} is {found.status}; {remedy(found)}")
+    return found
 
 
-def _is_empty(account: Account, name: str, change: str) -> bool:
-    """Wait until the change set is there; tell whether it changes nothing."""
-    try:
-        account.formation.get_waiter("change_set_create_complete").wait(
-            StackName=name, ChangeSetName=change, WaiterConfig={"Delay": 2, "MaxAttempts": 90}
-        )
-    except WaiterError as error:
-        why = str(account.formation.describe_change_set(StackName=name, ChangeSetName=change).get("StatusReason", ""))
+def _check_old(account: Account, stack: Stack, why: str) -> None:
+    """Raise UserError unless a stack without tag or marker is what an older release of ours put up."""
+    others = [one for one in account.resources(stack) if not _is_known(one.logical, one.type)]
+    says = account.description(stack)
+    ours = says.startswith("gradsharding - ") and not others and TAG not in stack.tags
+    if not ours and not (stack.tags.get(TAG) == stack.name and is_marked(account.template(stack))):
+        held = f"it has {', '.join(f'{one.logical} ({one.type})' for one in others[:3])}" if others else f"it says {says[:60]!r} of itself"
+        raise UserError(f"stack {stack.name} in {account} cannot be taken over: {why}, and {held}; choose another name with --name")
+
+
+def _is_known(logical: str, kind: str) -> bool:
+    """Whether our template has that resource; SAM appends a digest to the name of a version, and an alias's name to the function's."""
+    return any(
+        kind == known and (logical == name or (kind != "AWS::Lambda::Function" and logical.startswith(name)))
+        for name, known in kinds(template())
+    )
+
+
+def _changes(account: Account, stack: Stack, change: str) -> list[Change]:
+    """Wait until a change set is there; say what it will do: nothing, if it has no changes. Raise StackFailed if it cannot be made."""
+    pause = 0.1
+    while True:
+        pages = account.formation.get_paginator("describe_change_set").paginate(ChangeSetName=change)
+        described = [*pages]
+        state, why = described[0]["Status"], described[0].get("StatusReason", "")
+        if state not in ("CREATE_PENDING", "CREATE_IN_PROGRESS"):
+            break
+        time.sleep(pause)
+        pause = min(2.0, pause * 1.5)
+    if state != "CREATE_COMPLETE":
         if "didn't contain changes" in why or "No updates" in why:
-            account.formation.delete_change_set(StackName=name, ChangeSetName=change)
-            return True
-        raise StackFailed(f"stack {name}: {why or error}") from error
-    return False
+            return []
+        _take_back(account, stack, change)
+        raise StackFailed(f"stack {stack.name} in {account} was not changed: {why or state}")
+    return [_change(one["ResourceChange"]) for page in described for one in page.get("Changes", []) if "ResourceChange" in one]
 
 
-def _reason(account: Account, name: str) -> str:
-    """Why the stack failed: the first failure among its events."""
-    with suppress(BotoCoreError, ClientError):
-        events = account.formation.describe_stack_events(StackName=name)["StackEvents"]
-        failed = [event for event in events if event.get("ResourceStatus", "").endswith("FAILED") and event.get("ResourceStatusReason")]
-        if failed:
-            return f"{failed[-1].get('LogicalResourceId')}: {failed[-1]['ResourceStatusReason']}"
-    return ""
+def _change(one: Any) -> Change:
+    policy = one.get("PolicyAction", "")
+    replaced = {"True": "replace", "Conditional": "replace?"}.get(one.get("Replacement", ""), "change")
+    action = {"Add": "make", "Modify": replaced, "Remove": "keep" if policy == "Retain" else "delete"}.get(
+        one["Action"], one["Action"].lower()
+    )
+    return Change(action, one["LogicalResourceId"], one["ResourceType"], one.get("PhysicalResourceId", ""))
 
 
-def _objects(account: Account, bucket: str, prefix: str = "") -> list[tuple[Mapping[str, str], int]]:
-    """Every version and delete marker below a prefix of a bucket, with its bytes."""
-    found: list[Any] = []
-    with suppress(account.s3.exceptions.NoSuchBucket):
-        for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
-            found += (*page.get("Versions", []), *page.get("DeleteMarkers", []))
-    return [({"Key": one["Key"], "VersionId": one["VersionId"]}, one.get("Size", 0)) for one in found]
+def _take_back(account: Account, stack: Stack, change: str) -> None:
+    """Delete a change set that will not be run, and with it the stack, if there is nothing else to it."""
+    if stack.empty:
+        account.formation.delete_stack(StackName=stack.id)
+    else:
+        account.formation.delete_change_set(ChangeSetName=change)
 
 
-def _empty(account: Account, bucket: str, prefix: str) -> None:
-    """Delete all objects and all unfinished uploads below a prefix of a bucket."""
-    objects: Any = [one for one, _ in _objects(account, bucket, prefix)]
-    for i in range(0, len(objects), 1000):
-        account.s3.delete_objects(Bucket=bucket, Delete={"Objects": objects[i : i + 1000], "Quiet": True})
-    with suppress(account.s3.exceptions.NoSuchBucket):
-        for page in account.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            for one in page.get("Uploads", []):
-                account.s3.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+def _begun(account: Account, stack: Stack) -> Stack:
+    return account.look_up(stack.id) or stack._replace(status="DELETE_COMPLETE")
 
 
-def _bucket_exists(account: Account, bucket: str) -> bool:
-    try:
-        account.s3.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if code_of(error) == "404":
-            return False
-        raise
-    return True
-
-
-def _log_group(name: str) -> str:
-    return f"/aws/lambda/{name}"
+def interrupted(account: Account, name: str) -> str:
+    """Say, to whoever stopped a command, what is there now, and how to go on."""
+    stack = account.look_up(name)
+    if not stack:
+        return f"there is no stack {name} in {account}; code may lie in {own_bucket(account)}/{name}/, which the same command uses again"
+    if stack.empty:
+        return f"changes are prepared for stack {name} in {account}, and nothing was changed; run the same command again to go on"
+    going = "CloudFormation goes on with it by itself" if stack.changing else "nothing is under way"
+    return f"stack {name} in {account} is {stack.status}, and {going}; run the same command again to go on"

@@ -1,0 +1,256 @@
+"""A stack is ours if it carries our tag and our template's marker; anything else of its name is refused, and nothing of it is touched.
+
+The tag, ``gradsharding`` = the stack's name, says that we put it up; the marker, in the template's metadata, says what it is made of.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.client import code_of, explained, prepare, s3_settings
+from gradsharding.errors import StackFailed, UserError
+
+if TYPE_CHECKING:
+    from mypy_boto3_cloudformation import CloudFormationClient
+    from mypy_boto3_lambda import LambdaClient
+    from mypy_boto3_s3 import S3Client
+
+TAG = "gradsharding"
+"""Key of the tag on what is ours; its value is the stack's name."""
+
+WAITING = 3600
+"""Seconds that a command waits for CloudFormation, at most."""
+
+WORKING = {"CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE", "IMPORT_ROLLBACK_COMPLETE"}
+"""States of a stack that is up and may be changed."""
+
+Tell = Callable[[str], None]
+
+_MARKER = re.compile(r"^Metadata:[ ]*\n(?:(?:[ #].*)?\n)*?  Gradsharding:", re.MULTILINE)
+
+
+class Stack(NamedTuple):
+    """A stack as CloudFormation describes it."""
+
+    name: str
+    id: str
+    """Its ARN, which no later stack of the same name shares."""
+    status: str
+    outputs: Mapping[str, str]
+    parameters: Mapping[str, str]
+    tags: Mapping[str, str]
+    protected: bool
+    """Against being deleted: its termination protection is on."""
+
+    @property
+    def works(self) -> bool:
+        """Whether all that its template says is there, as far as CloudFormation knows."""
+        return self.status in WORKING
+
+    @property
+    def empty(self) -> bool:
+        """Whether a change set was made for it and never run: it has no resources."""
+        return self.status == "REVIEW_IN_PROGRESS"
+
+    @property
+    def changing(self) -> bool:
+        """Whether CloudFormation is at work on it."""
+        return self.status.endswith("_IN_PROGRESS") and not self.empty
+
+
+class Resource(NamedTuple):
+    """A resource of a stack, as CloudFormation knows it: it may be gone all the same."""
+
+    logical: str
+    physical: str
+    type: str
+    status: str
+
+
+class Account:
+    """The account and region of the environment, and the clients they give: that of S3 reaches this account's buckets only."""
+
+    def __init__(self) -> None:
+        """Ask who we are; raise StoreRefused if there are no credentials or no region."""
+        session = boto3.session.Session()
+        try:
+            who = session.client("sts").get_caller_identity()
+            self.number, self.partition = who["Account"], who["Arn"].split(":")[1]
+            self.s3: S3Client = session.client("s3", config=Config(**s3_settings(session._session, "")))  # noqa: SLF001 - botocore's own
+            self.region = self.s3.meta.region_name
+            self.formation: CloudFormationClient = session.client("cloudformation")
+            self.functions: LambdaClient = session.client("lambda")
+            self.logs = session.client("logs")
+            self.roles = session.client("iam")
+            self.alarms = session.client("cloudwatch")
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, "looking up the account") from error
+        self.s3.meta.events.register("provide-client-params.s3", self._expect_owner)  # type: ignore[arg-type]  # what it gives is used
+        prepare(self.s3)
+
+    def __str__(self) -> str:
+        return f"account {self.number}, region {self.region}"
+
+    def _expect_owner(self, params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:
+        """Add the owner to each request that takes one: a bucket's name says nothing about whose it is."""
+        return {**params, **({"ExpectedBucketOwner": self.number} if "ExpectedBucketOwner" in model.input_shape.members else {})}
+
+    def look_up(self, name: str) -> Stack | None:
+        """Find a stack by its name, whosever it is, or by its ARN; a deleted one only by its ARN."""
+        try:
+            found = self.formation.describe_stacks(StackName=name)["Stacks"][0]
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) == "ValidationError" and "does not exist" in str(error):
+                return None
+            raise explained(error, f"stack {name} in {self}") from error
+        if found["StackStatus"] == "DELETE_COMPLETE" and not name.startswith("arn:"):
+            return None
+        return Stack(
+            found["StackName"],
+            found["StackId"],
+            found["StackStatus"],
+            {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])},
+            {one["ParameterKey"]: one.get("ParameterValue", "") for one in found.get("Parameters", [])},
+            {tag["Key"]: tag["Value"] for tag in found.get("Tags", [])},
+            found.get("EnableTerminationProtection", False),
+        )
+
+    def find(self, name: str) -> Stack | None:
+        """Find our stack of that name; raise UserError if the stack of that name is not ours."""
+        found = self.look_up(name)
+        if found and (why := self.foreign(found)):
+            raise UserError(
+                f"stack {name} in {self} is not one of ours ({why}), and nothing of it was touched; choose another name with --name, "
+                f"or, if a release before 0.9 put it up, take it over with: gradsharding deploy --name {name} --adopt"
+            )
+        return found
+
+    def foreign(self, stack: Stack) -> str:
+        """Why a stack is not ours; "" if it is."""
+        if stack.empty and not stack.tags:  # CloudFormation may keep the tags with the change set until that is run
+            sets = self._change_sets(stack)
+            return "" if sets and all(name.startswith("gradsharding-") for name in sets) else "others have prepared it"
+        if (tag := stack.tags.get(TAG)) != stack.name:
+            return f"its tag {TAG!r} is {tag!r}" if tag is not None else f"it has no tag {TAG!r}"
+        return "" if stack.empty or is_marked(self.template(stack)) else "its template has not our marker"
+
+    def template(self, stack: Stack) -> str | Mapping[str, Any]:
+        """Give the template that a stack was made from, as it was sent: text, or what its JSON says."""
+        try:
+            body: Any = self.formation.get_template(StackName=stack.id, TemplateStage="Original")["TemplateBody"]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the template of stack {stack.name}") from error
+        return body if isinstance(body, str) else dict(body)
+
+    def description(self, stack: Stack) -> str:
+        """Give what a stack's template says of itself."""
+        try:
+            return self.formation.get_template_summary(StackName=stack.id).get("Description", "")
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the template of stack {stack.name}") from error
+
+    def resources(self, stack: Stack) -> list[Resource]:
+        """List the resources that CloudFormation made for a stack; those that it has deleted again are left out."""
+        try:
+            pages = self.formation.get_paginator("list_stack_resources").paginate(StackName=stack.id)
+            found = [one for page in pages for one in page["StackResourceSummaries"]]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the resources of stack {stack.name}") from error
+        return [
+            Resource(one["LogicalResourceId"], one.get("PhysicalResourceId", ""), one["ResourceType"], one["ResourceStatus"])
+            for one in found
+            if one["ResourceStatus"] != "DELETE_COMPLETE"
+        ]
+
+    def buckets(self, stack: Stack) -> list[str]:
+        """Name the buckets that CloudFormation made for a stack; never one that was brought."""
+        return [one.physical for one in self.resources(stack) if one.type == "AWS::S3::Bucket" and one.physical]
+
+    def settled(self, stack: Stack, tell: Tell) -> Stack:
+        """Wait until CloudFormation is no longer at work on a stack; give it as it is then. Raise StackFailed after ``WAITING`` seconds."""
+        started, pause, said = time.monotonic(), 0.1, ""
+        while stack.changing:
+            if time.monotonic() > started + WAITING:
+                raise StackFailed(
+                    f"stack {stack.name} in {self} is still {stack.status} after {WAITING} s; run the same command again to go on waiting"
+                )
+            if stack.status != said:
+                tell(f"stack {stack.name} is {stack.status}")
+                said = stack.status
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.5)
+            found = self.look_up(stack.id)
+            if not found:
+                return stack._replace(status="DELETE_COMPLETE")
+            stack = found
+        return stack
+
+    def failure(self, stack: Stack, token: str) -> str:
+        """Why the operation that carried ``token`` failed, and why its rollback did; "" if its events do not say."""
+        failed: list[str] = []
+        try:
+            pages = self.formation.get_paginator("describe_stack_events").paginate(StackName=stack.id)
+            for page in pages:  # the newest first
+                ours = [event for event in page["StackEvents"] if event.get("ClientRequestToken") == token]
+                failed += [
+                    f"{event.get('LogicalResourceId')}: {event['ResourceStatusReason']}"
+                    for event in ours
+                    if event.get("ResourceStatus", "").endswith("_FAILED")
+                    and event.get("ResourceStatusReason")
+                    and "cancelled" not in event["ResourceStatusReason"]
+                ]
+                if len(ours) < len(page["StackEvents"]):
+                    break
+        except (BotoCoreError, ClientError) as error:
+            return f"its events cannot be read: {error}"
+        if not failed:
+            return ""
+        return failed[-1] if failed[-1] == failed[0] or "ROLLBACK_FAILED" not in stack.status else f"{failed[-1]}; then {failed[0]}"
+
+    def deleted(self, name: str) -> Stack | None:
+        """Find the newest of our stacks of that name that CloudFormation has deleted; it remembers them for 90 days."""
+        try:
+            pages = self.formation.get_paginator("list_stacks").paginate(StackStatusFilter=["DELETE_COMPLETE"])
+            for page in pages:
+                for one in page["StackSummaries"]:
+                    if one["StackName"] == name and (found := self.look_up(one["StackId"])) and found.tags.get(TAG) == name:
+                        return found
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"deleted stacks in {self}") from error
+        return None
+
+    def _change_sets(self, stack: Stack) -> list[str]:
+        try:
+            pages = self.formation.get_paginator("list_change_sets").paginate(StackName=stack.name)
+            return [one["ChangeSetName"] for page in pages for one in page["Summaries"]]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"change sets of stack {stack.name}") from error
+
+
+def is_marked(template: str | Mapping[str, Any]) -> bool:
+    """Whether a template has our marker in its metadata."""
+    if isinstance(template, str):
+        return bool(_MARKER.search(template))
+    metadata = template.get("Metadata")
+    return isinstance(metadata, Mapping) and "Gradsharding" in metadata
+
+
+def remedy(stack: Stack) -> str:
+    """What mends a stack that cannot be used or changed as it is; nothing here loses data."""
+    if stack.changing:
+        return "wait until it is done; the same command waits for it"
+    return {
+        "REVIEW_IN_PROGRESS": f"go on: gradsharding deploy --name {stack.name}",
+        "UPDATE_ROLLBACK_FAILED": (
+            f"mend what its reason names, then: aws cloudformation continue-update-rollback --stack-name {stack.name}"
+        ),
+        "UPDATE_FAILED": f"first undo it: aws cloudformation rollback-stack --stack-name {stack.name}",
+        "UPDATE_ROLLBACK_COMPLETE": "it is as it was before; mend what the reason names, and run this again",
+        "ROLLBACK_COMPLETE": f"nothing of it is left; mend what the reason names, then: gradsharding deploy --name {stack.name}",
+        "DELETE_COMPLETE": "another command has deleted it; run this again",
+    }.get(stack.status, f"finish taking it down, which leaves its bucket: gradsharding destroy --name {stack.name}")

@@ -1,0 +1,180 @@
+"""A function's code lies in S3 under its own SHA-256, in a bucket of this account's; it is compared, never trusted.
+
+CloudFormation takes code from S3 alone, before the stack exists. Without ``--code-bucket`` the bucket is ours, one in a region:
+``gradsharding-code-ACCOUNT-REGION``, and it goes with the last stack.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.account import TAG, Account, Tell
+from gradsharding.aws.bundle import build
+from gradsharding.aws.client import code_of, explained
+from gradsharding.errors import StackFailed, StoreRefused, UserError
+
+CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
+"""Where a template finds the code: bucket, stack, SHA-256."""
+
+_DENIED = {"403", "AccessDenied", "Forbidden"}
+
+
+class Code(NamedTuple):
+    """A function's code in S3."""
+
+    bucket: str
+    name: str
+    """Of the stack."""
+    digest: str
+    """SHA-256 of the zip, hexadecimal."""
+
+    @property
+    def key(self) -> str:
+        """Its key in the bucket."""
+        return f"{self.name}/{self.digest}.zip"
+
+    @property
+    def url(self) -> str:
+        """What the template says."""
+        return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def sha256(self) -> str:
+        """The digest as Lambda and S3 write it."""
+        return base64.b64encode(bytes.fromhex(self.digest)).decode()
+
+
+Zipped = Callable[[str, str, Tell], bytes]
+"""Makes the zip of a function's code for an architecture and a runtime."""
+
+
+def zipped(architecture: str, runtime: str, tell: Tell) -> bytes:
+    """Build the bundle and give its zip."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"))
+        path = Path(scratch) / "bundle.zip"
+        size = bundle.zip(path)
+        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")
+        return path.read_bytes()
+
+
+def code_of_template(template: str | Mapping[str, Any]) -> Code | None:
+    """Find the code that a deployed template of ours names; None if it names none that we put there."""
+    found = CodeUri.search(template if isinstance(template, str) else json.dumps(template))
+    return Code(*found.groups()) if found else None
+
+
+def own_bucket(account: Account) -> str:
+    """Name the bucket that we make for code."""
+    return f"gradsharding-code-{account.number}-{account.region}"
+
+
+def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Code:
+    """Put a zip where the template will find it.
+
+    Raise StoreRefused for a bucket that is not this account's, UserError for other code in its place.
+    """
+    code = Code(bucket or own_bucket(account), name, hashlib.sha256(data).hexdigest())
+    try:
+        if bucket is None:
+            _make_bucket(account, code.bucket)
+        has = _digest(account, code)
+        if has is None:
+            account.s3.put_object(Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256)  # S3 compares it
+            has = code.digest
+    except (BotoCoreError, ClientError) as error:
+        raise _refused(account, code.bucket, error, "writing the function's code to") from error
+    if has != code.digest:
+        raise UserError(f"{code.url} holds other code: its SHA-256 is {has}; find out who wrote it, delete it, and run this again")
+    return code
+
+
+def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> None:
+    """Delete the code of a stack, but for ``keep``; delete our own bucket, too, if it holds no code any more."""
+    try:
+        doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
+        delete_objects(account, bucket, [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)])
+        if bucket == own_bucket(account) and not keep and not next(_versions(account, bucket), None):
+            account.s3.delete_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just come in
+            raise _refused(account, bucket, error, "deleting old code from") from error
+
+
+def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]]) -> None:
+    """Delete versions of objects, given by Key and VersionId; raise StackFailed if S3 keeps one."""
+    for i in range(0, len(objects), 1000):
+        some: Any = objects[i : i + 1000]
+        if kept := account.s3.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True}).get("Errors"):
+            raise StackFailed(
+                f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {kept[0].get('Message')}; "
+                "take that hindrance away, and run this again"
+            )
+
+
+def _versions(account: Account, bucket: str, prefix: str = "") -> Iterator[dict[str, str]]:
+    for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
+        for one in (*page.get("Versions", []), *page.get("DeleteMarkers", [])):
+            yield {"Key": one["Key"], "VersionId": one["VersionId"]}
+
+
+def _make_bucket(account: Account, bucket: str) -> None:
+    """Make the bucket, or find it, and close it: each time, as an earlier run may have been stopped in between."""
+    where: Any = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+    try:
+        account.s3.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if code_of(error) not in ("404", "NoSuchBucket"):
+            raise
+        with suppress(account.s3.exceptions.BucketAlreadyOwnedByYou):
+            account.s3.create_bucket(Bucket=bucket, **where)
+    block: Any = dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True)
+    policy = {
+        "Version": "2012-10-17",
+        "Statement": [
+            {
+                "Sid": "TlsOnly",
+                "Effect": "Deny",
+                "Principal": "*",
+                "Action": "s3:*",
+                "Resource": [f"arn:{account.partition}:s3:::{bucket}", f"arn:{account.partition}:s3:::{bucket}/*"],
+                "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+            }
+        ],
+    }
+    account.s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=block)
+    account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": "code"}]})
+
+
+def _digest(account: Account, code: Code) -> str | None:
+    """Give the SHA-256 of what lies in the code's place, read back; None if nothing does."""
+    try:
+        body = account.s3.get_object(Bucket=code.bucket, Key=code.key)["Body"]
+    except ClientError as error:
+        if code_of(error) in ("NoSuchKey", "404"):
+            return None
+        raise
+    digest = hashlib.sha256()
+    with body:
+        for chunk in body.iter_chunks(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, doing: str) -> Exception:
+    if code_of(error) in _DENIED or code_of(error) in ("BucketAlreadyExists", "NoSuchBucket"):
+        return StoreRefused(
+            f"{doing} bucket {bucket}: it is not account {account.number}'s, or does not let these credentials in ({code_of(error)}); "
+            "choose a bucket of yours with --code-bucket",
+            code=code_of(error),
+        )
+    return explained(error, f"{doing} {bucket}")

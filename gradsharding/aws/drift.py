@@ -1,0 +1,133 @@
+"""What a stack says is compared with what is there: each resource is looked for, and the function's code is compared with the deployed zip.
+
+A resource that was deleted by hand stays in CloudFormation's books, where a change set finds nothing to change.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.account import Account, Stack, remedy
+from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.code import code_of_template
+from gradsharding.errors import GradShardingError
+
+DETECTING = 60
+"""Seconds that CloudFormation has for its own detection of drift."""
+
+_GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "ResourceNotFound", "NoSuchBucketPolicy", "403"}
+"""What services say of what is not there; S3 says 403 of a bucket that is another account's by now."""
+
+
+class Wrong(NamedTuple):
+    """Something that is not as it should be."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+def drift(account: Account, stack: Stack) -> list[Wrong]:
+    """Say what is wrong with a stack of ours: nothing, if it works."""
+    if not stack.works:
+        return [Wrong(f"stack {stack.name} is {stack.status}", remedy(stack))]
+    anew = f"make it anew, which leaves a bucket that is there as it is: gradsharding destroy{_named(stack)}, then deploy"
+    resources = account.resources(stack)
+    wrong = []
+    for one in resources:
+        try:
+            there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) not in _GONE:
+                raise explained(error, f"looking at {one.logical} ({one.physical})") from error
+            there = False
+        if not there:
+            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", anew))
+    lost = {one.what.partition(" ")[0] for one in wrong}
+    code = code_of_template(account.template(stack))
+    function = next((one for one in resources if one.type == "AWS::Lambda::Function"), None)
+    if not function:
+        wrong.append(Wrong("the stack has no function", anew))
+    elif code and function.logical not in lost:
+        try:
+            has = account.functions.get_function_configuration(FunctionName=function.physical)["CodeSha256"]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the configuration of {function.physical}") from error
+        if has != code.sha256:
+            wrong.append(
+                Wrong(
+                    f"function {function.physical} runs other code (SHA-256 {has}) than was deployed ({code.sha256})",
+                    f"find out who changed it, then put the deployed code back: aws lambda update-function-code --function-name "
+                    f"{function.physical} --s3-bucket {code.bucket} --s3-key {code.key}",
+                )
+            )
+    return [*wrong, *(one for one in _detected(account, stack) if one.what.partition(" ")[0] not in lost)]
+
+
+def _detected(account: Account, stack: Stack) -> list[Wrong]:
+    """What CloudFormation's own detection finds; nothing, where these credentials may not ask it, or it has no answer in time."""
+    try:
+        detection = account.formation.detect_stack_drift(StackName=stack.id)["StackDriftDetectionId"]
+        until = time.monotonic() + DETECTING
+        while (
+            account.formation.describe_stack_drift_detection_status(StackDriftDetectionId=detection)["DetectionStatus"]
+            == "DETECTION_IN_PROGRESS"
+        ):
+            if time.monotonic() > until:
+                return []
+            time.sleep(1)
+        found = account.formation.describe_stack_resource_drifts(
+            StackName=stack.id, StackResourceDriftStatusFilters=["MODIFIED", "DELETED"]
+        )
+    except ClientError:
+        return []
+    except BotoCoreError as error:
+        raise explained(error, f"drift of stack {stack.name}") from error
+    wrong = []
+    for one in found["StackResourceDrifts"]:
+        paths = ", ".join(
+            f"{difference['PropertyPath']} is {difference['ActualValue']}, not {difference['ExpectedValue']}"
+            for difference in one.get("PropertyDifferences", [])[:3]
+        )
+        said = f"was changed by hand: {paths}" if paths else "was deleted or changed by hand"
+        wrong.append(
+            Wrong(
+                f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {said}",
+                "set it back, or have deploy set it: gradsharding deploy with the values that you want",
+            )
+        )
+    return wrong
+
+
+def checked(account: Account, stack: Stack) -> Stack:
+    """Give the stack back if nothing is wrong with it; raise GradShardingError with all that is."""
+    if wrong := drift(account, stack):
+        raise GradShardingError(f"stack {stack.name} in {account}: " + "; ".join(map(str, wrong)))
+    return stack
+
+
+def _named(stack: Stack) -> str:
+    return f" --name {stack.name}"
+
+
+def _alias(account: Account, arn: str) -> bool:
+    function, _, name = arn.rpartition(":")
+    return bool(account.functions.get_alias(FunctionName=function, Name=name))
+
+
+_LOOKS: dict[str, Callable[[Account, str], bool]] = {
+    "AWS::S3::Bucket": lambda account, bucket: bool(account.s3.head_bucket(Bucket=bucket)),
+    "AWS::Lambda::Function": lambda account, name: bool(account.functions.get_function_configuration(FunctionName=name)),
+    "AWS::Lambda::Version": lambda account, arn: bool(account.functions.get_function_configuration(FunctionName=arn)),
+    "AWS::Lambda::Alias": _alias,
+    "AWS::IAM::Role": lambda account, name: bool(account.roles.get_role(RoleName=name)),
+    "AWS::Logs::LogGroup": lambda account, name: (
+        name in {one["logGroupName"] for one in account.logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]}
+    ),
+    "AWS::CloudWatch::Alarm": lambda account, name: bool(account.alarms.describe_alarms(AlarmNames=[name])["MetricAlarms"]),
+}
+"""How to look for a resource of a type; of others, CloudFormation's detection says whether they are there."""
