@@ -29,6 +29,9 @@ WAITING = 3600
 WORKING = {"CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IMPORT_COMPLETE", "IMPORT_ROLLBACK_COMPLETE"}
 """States of a stack that is up and may be changed."""
 
+BEGINNING = 60
+"""Seconds until an operation shows in a stack's events, at most."""
+
 Tell = Callable[[str], None]
 
 _MARKER = re.compile(r"^Metadata:[ ]*\n(?:(?:[ #].*)?\n)*?  Gradsharding:", re.MULTILINE)
@@ -126,7 +129,7 @@ class Account:
         if found and (why := self.foreign(found)):
             raise UserError(
                 f"stack {name} in {self} is not one of ours ({why}), and nothing of it was touched; choose another name with --name, "
-                f"or, if a release before 0.9 put it up, take it over with: gradsharding deploy --name {name} --adopt"
+                f"or, if an older release of gradsharding put it up, take it over with: gradsharding deploy --name {name} --adopt"
             )
         return found
 
@@ -170,6 +173,21 @@ class Account:
     def buckets(self, stack: Stack) -> list[str]:
         """Name the buckets that CloudFormation made for a stack; never one that was brought."""
         return [one.physical for one in self.resources(stack) if one.type == "AWS::S3::Bucket" and one.physical]
+
+    def done(self, stack: Stack, token: str, tell: Tell) -> Stack:
+        """Wait until the operation that carries ``token`` has begun and ended; a stack's state alone may still be the old one."""
+        until, pause = time.monotonic() + BEGINNING, 0.05
+        while (now := self.look_up(stack.id)) and not now.changing and now.status != "DELETE_COMPLETE" and time.monotonic() < until:
+            try:
+                events = self.formation.describe_stack_events(StackName=stack.id)["StackEvents"]
+            except (BotoCoreError, ClientError) as error:
+                raise explained(error, f"events of stack {stack.name}") from error
+            if any(event.get("ClientRequestToken") == token for event in events):
+                now = self.look_up(stack.id)  # what it was before may have been asked for before the first event
+                break
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.5)
+        return self.settled(now, tell) if now else stack._replace(status="DELETE_COMPLETE")
 
     def settled(self, stack: Stack, tell: Tell) -> Stack:
         """Wait until CloudFormation is no longer at work on a stack; give it as it is then. Raise StackFailed after ``WAITING`` seconds."""

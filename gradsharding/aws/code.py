@@ -102,7 +102,7 @@ def forget_code(account: Account, name: str, bucket: str, keep: Code | None = No
     try:
         doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
         delete_objects(account, bucket, [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)])
-        if bucket == own_bucket(account) and not keep and not next(_versions(account, bucket), None):
+        if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
             account.s3.delete_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
         if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just come in

@@ -11,7 +11,7 @@ import click
 from gradsharding.aws.account import Account, Stack
 from gradsharding.aws.drift import checked, drift
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
-from gradsharding.aws.teardown import Bucket, doomed, take_down
+from gradsharding.aws.teardown import Bucket, Doomed, doomed, take_down
 from gradsharding.aws.wheels import MACHINES
 from gradsharding.errors import UserError
 from gradsharding.plan import mib
@@ -95,16 +95,19 @@ def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
             take_down(account, name, what, data=False, tell=_tell)  # code that an interrupted run has left
             _say_gone(account, name, what.buckets)
             return
-        goes = ["the stack, its function and its log"] if what.stack else []
-        stays = [] if delete_data else [f"it stays: {_weighed(bucket)}" for bucket in what.buckets]
-        goes += [_weighed(bucket) for bucket in what.buckets] if delete_data else []
-        text = "\n".join([*(f"  deleted: {one}" for one in goes), *(f"  {one}" for one in stays)])
-        if not _agree(text, f"Delete stack {name} in {account} so?", yes=yes):
+        if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
             click.echo("nothing was deleted")
             raise click.exceptions.Exit(1)
         take_down(account, name, what, data=delete_data, tell=_tell)
     click.echo(f"stack {name} in {account} is gone")
-    _say_left(name, [] if delete_data else what.buckets)
+    _say_left(name, [*([] if delete_data else what.buckets), *what.earlier])
+
+
+def _listed(what: Doomed, *, data: bool) -> str:
+    """Show what goes, and what stays, one a line."""
+    lines = [f"  delete  {one.logical:<16} {one.type} {one.physical}" for one in what.resources]
+    lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
+    return "\n".join([*lines, *(f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier)])
 
 
 def _say_gone(account: Account, name: str, left: list[Bucket]) -> None:

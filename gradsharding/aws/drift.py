@@ -32,12 +32,19 @@ class Wrong(NamedTuple):
 
 
 def drift(account: Account, stack: Stack) -> list[Wrong]:
-    """Say what is wrong with a stack of ours: nothing, if it works."""
+    """Say what is wrong with a stack of ours, and what was changed by hand as far as CloudFormation can tell; nothing, if all is well."""
+    lost = missing(account, stack)
+    known = {one.what.partition(" ")[0] for one in lost}
+    return [*lost, *(one for one in _detected(account, stack) if one.what.partition(" ")[0] not in known)]
+
+
+def missing(account: Account, stack: Stack) -> list[Wrong]:
+    """Say what keeps a stack of ours from working: its state, what is gone, other code; nothing, if it works."""
     if not stack.works:
         return [Wrong(f"stack {stack.name} is {stack.status}", remedy(stack))]
-    anew = f"make it anew, which leaves a bucket that is there as it is: gradsharding destroy{_named(stack)}, then deploy"
+    anew = f"make it anew: gradsharding destroy --name {stack.name}, which leaves a bucket that is there, then gradsharding deploy"
     resources = account.resources(stack)
-    wrong = []
+    wrong, lost = list[Wrong](), set[str]()
     for one in resources:
         try:
             there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
@@ -46,26 +53,23 @@ def drift(account: Account, stack: Stack) -> list[Wrong]:
                 raise explained(error, f"looking at {one.logical} ({one.physical})") from error
             there = False
         if not there:
+            lost.add(one.logical)
             wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", anew))
-    lost = {one.what.partition(" ")[0] for one in wrong}
     code = code_of_template(account.template(stack))
-    function = next((one for one in resources if one.type == "AWS::Lambda::Function"), None)
-    if not function:
-        wrong.append(Wrong("the stack has no function", anew))
-    elif code and function.logical not in lost:
+    functions = [one for one in resources if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias") and one.logical not in lost]
+    for one in functions if code else ():
         try:
-            has = account.functions.get_function_configuration(FunctionName=function.physical)["CodeSha256"]
+            has = account.functions.get_function_configuration(FunctionName=one.physical)["CodeSha256"]
         except (BotoCoreError, ClientError) as error:
-            raise explained(error, f"the configuration of {function.physical}") from error
-        if has != code.sha256:
+            raise explained(error, f"the configuration of {one.physical}") from error
+        if code and has != code.sha256:
             wrong.append(
                 Wrong(
-                    f"function {function.physical} runs other code (SHA-256 {has}) than was deployed ({code.sha256})",
-                    f"find out who changed it, then put the deployed code back: aws lambda update-function-code --function-name "
-                    f"{function.physical} --s3-bucket {code.bucket} --s3-key {code.key}",
+                    f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})",
+                    f"find out who changed it; {anew}",
                 )
             )
-    return [*wrong, *(one for one in _detected(account, stack) if one.what.partition(" ")[0] not in lost)]
+    return wrong
 
 
 def _detected(account: Account, stack: Stack) -> list[Wrong]:
@@ -104,14 +108,10 @@ def _detected(account: Account, stack: Stack) -> list[Wrong]:
 
 
 def checked(account: Account, stack: Stack) -> Stack:
-    """Give the stack back if nothing is wrong with it; raise GradShardingError with all that is."""
-    if wrong := drift(account, stack):
+    """Give the stack back if nothing keeps it from working; raise GradShardingError with all that is."""
+    if wrong := missing(account, stack):
         raise GradShardingError(f"stack {stack.name} in {account}: " + "; ".join(map(str, wrong)))
     return stack
-
-
-def _named(stack: Stack) -> str:
-    return f" --name {stack.name}"
 
 
 def _alias(account: Account, arn: str) -> bool:

@@ -14,8 +14,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
 from gradsharding.aws.client import code_of, explained
-from gradsharding.aws.code import Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
-from gradsharding.errors import StackFailed, UserError
+from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
+from gradsharding.errors import GradShardingError, StackFailed, UserError
 
 TEMPLATES = (Path(__file__).with_name("template.yaml"), Path(__file__).parents[2] / "deploy/template.yaml")
 """Where the template is: in an installed package, or in a checkout."""
@@ -60,65 +60,66 @@ def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zippe
 
     Raise UserError for a stack that is not ours, or must be mended first, StackFailed with CloudFormation's reason.
     """
-    found = _ready(account, order, tell)
-    deployed = account.template(found) if found and found.works else ""
+    found, name, token = _ready(account, order, tell), order.name, f"gradsharding-{uuid.uuid4().hex}"
+    old = code_of_template(account.template(found)) if found else None
+    request, code = _request(account, order, found, old, tell, make)
+    try:
+        made = account.formation.create_change_set(ChangeSetName=token, **request)
+        stack, change, agreed = _known(account, made["StackId"]), made["Id"], False
+        try:
+            changes = _changes(account, stack, change)
+            agreed = bool(changes) and agree(changes)
+        finally:
+            if not agreed:  # also if there is nothing to agree to, or nobody, or an interrupt came instead
+                _take_back(account, stack, change)
+        if agreed:
+            account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
+            stack = account.done(stack, token, tell)
+            if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":
+                why = account.failure(stack, token) or "its events give no reason"
+                raise StackFailed(f"stack {name} in {account} is {stack.status}: {why}; {remedy(stack)}")
+        elif not changes:
+            tell(f"stack {name} is as it should be: no change")
+        if (agreed or not changes) and order.protected is not None and stack.protected != order.protected:
+            account.formation.update_termination_protection(StackName=stack.id, EnableTerminationProtection=order.protected)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
+            raise StackFailed(f"stack {name} was changed by another command since its changes were shown; run this again") from error
+        raise explained(error, f"stack {name} in {account}") from error
+    refused = bool(changes) and not agreed
+    for place in {code.bucket, old.bucket if old else code.bucket}:
+        try:
+            forget_code(account, name, place, keep=old if refused else code)
+        except GradShardingError as error:  # the stack is as it should be all the same
+            tell(f"old code stays: {error}")
+    return None if refused else account.find(name)
+
+
+def _request(
+    account: Account, order: Order, found: Stack | None, old: Code | None, tell: Tell, make: Zipped
+) -> tuple[dict[str, Any], Code]:
+    """Put the function's code where the template will find it; give both, the template in what a change set is asked for with."""
     text = template()
     takes, given = defaults(text), dict(order.parameters)
     if unknown := given.keys() - takes.keys():
         raise UserError(f"the template has no parameters {', '.join(sorted(unknown))}")
-    kept = found.parameters.keys() & takes.keys() - given.keys() if found and found.works else frozenset[str]()
+    kept = found.parameters.keys() & takes.keys() - given.keys() if found else frozenset[str]()
     known = {**takes, **{key: found.parameters[key] for key in kept if found}, **given}
-    code = put_code(account, order.name, order.code_bucket, make(known["Architecture"], known["Runtime"], tell))
-    body = text.replace("CodeUri: function/", f"CodeUri: {code.url}")
-    change, tags = f"gradsharding-{uuid.uuid4().hex}", {**(found.tags if found else {}), **order.tags, TAG: order.name}
-    request: Any = {
+    bucket = order.code_bucket or (old.bucket if old and old.bucket != own_bucket(account) else None)
+    code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell))
+    tags = {**(found.tags if found else {}), **order.tags, TAG: order.name}
+    return {
+        "StackName": found.id if found else order.name,  # by its ARN it is the one that was looked at
+        "ChangeSetType": "UPDATE" if found else "CREATE",
+        "TemplateBody": text.replace("CodeUri: function/", f"CodeUri: {code.url}"),
+        "Capabilities": ["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
         "Parameters": [
             *({"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept)),
             *({"ParameterKey": key, "ParameterValue": value} for key, value in given.items()),
         ],
         "Tags": [{"Key": key, "Value": value} for key, value in tags.items() if not key.startswith("aws:")],
         **({"RoleARN": order.role} if order.role else {}),
-    }
-    old = code_of_template(deployed)
-    try:
-        made = account.formation.create_change_set(
-            StackName=order.name,
-            ChangeSetName=change,
-            ChangeSetType="UPDATE" if found and found.works else "CREATE",
-            TemplateBody=body,
-            Capabilities=["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
-            **request,
-        )
-        ours = account.look_up(made["StackId"])
-        assert ours
-        changes = _changes(account, ours, made["Id"])
-        if changes and not agree(changes):
-            _take_back(account, ours, made["Id"])
-            forget_code(account, order.name, code.bucket, keep=old)
-            return None
-        if changes:
-            account.formation.execute_change_set(ChangeSetName=made["Id"], ClientRequestToken=change)
-        elif not found or not found.works:
-            _take_back(account, ours, made["Id"])
-            raise StackFailed(f"stack {order.name}: the change set makes nothing; please report this")
-        else:
-            account.formation.delete_change_set(ChangeSetName=made["Id"])
-            tell(f"stack {order.name} is as it should be: no change")
-        done = account.settled(_begun(account, ours), tell)
-        if not done.works or (done.status == "UPDATE_ROLLBACK_COMPLETE" and changes):
-            raise StackFailed(
-                f"stack {order.name} is {done.status}: {account.failure(done, change) or 'its events give no reason'}; {remedy(done)}"
-            )
-        if order.protected is not None and done.protected != order.protected:
-            account.formation.update_termination_protection(StackName=done.id, EnableTerminationProtection=order.protected)
-    except (BotoCoreError, ClientError) as error:
-        if code_of(error) in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
-            raise StackFailed(f"stack {order.name} was changed by another command since its changes were shown; run this again") from error
-        raise explained(error, f"stack {order.name} in {account}") from error
-    forget_code(account, order.name, code.bucket, keep=code)
-    if old and old.bucket != code.bucket:
-        forget_code(account, order.name, old.bucket)
-    return account.find(order.name)
+    }, code
 
 
 def template() -> str:
@@ -146,26 +147,26 @@ def kinds(text: str) -> set[tuple[str, str]]:
 
 
 def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
-    """Find the stack, ours and settled; raise UserError if it must be mended first."""
+    """Find the stack, ours and up; None if there is none yet. Raise UserError if it must be mended first."""
     found = account.look_up(order.name)
     if found and (why := account.foreign(found)):
         if not order.adopt:
             account.find(order.name)  # refuses
         _check_old(account, found, why)
     found = account.settled(found, tell) if found else None
-    if not found or found.status == "DELETE_COMPLETE":
+    if not found or found.empty or found.status == "DELETE_COMPLETE":
         return None
     if found.status == "ROLLBACK_COMPLETE":  # it was never made, and nothing of it is there
         tell(f"deleting stack {order.name}, whose making had failed")
         try:
-            account.formation.delete_stack(StackName=found.id)
+            account.formation.delete_stack(StackName=found.id, ClientRequestToken=(token := f"gradsharding-{uuid.uuid4().hex}"))
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"deleting stack {order.name}") from error
-        gone = account.settled(_begun(account, found), tell)
+        gone = account.done(found, token, tell)
         if gone.status != "DELETE_COMPLETE":
             raise UserError(f"stack {order.name} in {account} is {gone.status}; {remedy(gone)}")
         return None
-    if not found.works and not found.empty:
+    if not found.works:
         raise UserError(f"stack {order.name} in {account} is {found.status}; {remedy(found)}")
     return found
 
@@ -202,7 +203,6 @@ def _changes(account: Account, stack: Stack, change: str) -> list[Change]:
     if state != "CREATE_COMPLETE":
         if "didn't contain changes" in why or "No updates" in why:
             return []
-        _take_back(account, stack, change)
         raise StackFailed(f"stack {stack.name} in {account} was not changed: {why or state}")
     return [_change(one["ResourceChange"]) for page in described for one in page.get("Changes", []) if "ResourceChange" in one]
 
@@ -216,6 +216,13 @@ def _change(one: Any) -> Change:
     return Change(action, one["LogicalResourceId"], one["ResourceType"], one.get("PhysicalResourceId", ""))
 
 
+def _known(account: Account, arn: str) -> Stack:
+    """Look up a stack that was there a moment ago."""
+    if found := account.look_up(arn):
+        return found
+    raise StackFailed(f"{arn} was deleted by another command; run this again")
+
+
 def _take_back(account: Account, stack: Stack, change: str) -> None:
     """Delete a change set that will not be run, and with it the stack, if there is nothing else to it."""
     if stack.empty:
@@ -224,15 +231,17 @@ def _take_back(account: Account, stack: Stack, change: str) -> None:
         account.formation.delete_change_set(ChangeSetName=change)
 
 
-def _begun(account: Account, stack: Stack) -> Stack:
-    return account.look_up(stack.id) or stack._replace(status="DELETE_COMPLETE")
-
-
 def interrupted(account: Account, name: str) -> str:
     """Say, to whoever stopped a command, what is there now, and how to go on."""
-    stack = account.look_up(name)
+    try:
+        stack = account.look_up(name)
+    except GradShardingError as error:
+        return f"what is left cannot be seen now: {error}"
     if not stack:
-        return f"there is no stack {name} in {account}; code may lie in {own_bucket(account)}/{name}/, which the same command uses again"
+        return (
+            f"there is no stack {name} in {account}; code in {own_bucket(account)}/{name}/ and buckets with its tag may be there; "
+            "run the same command again to go on"
+        )
     if stack.empty:
         return f"changes are prepared for stack {name} in {account}, and nothing was changed; run the same command again to go on"
     going = "CloudFormation goes on with it by itself" if stack.changing else "nothing is under way"

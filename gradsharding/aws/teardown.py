@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.account import TAG, Account, Stack, Tell
+from gradsharding.aws.account import TAG, Account, Resource, Stack, Tell
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import code_of_template, delete_objects, forget_code, own_bucket
 from gradsharding.errors import StackFailed, UserError
@@ -34,8 +34,12 @@ class Doomed(NamedTuple):
     """What is there to be taken down."""
 
     stack: Stack | None
+    resources: list[Resource]
+    """The stack's, but for its buckets."""
     buckets: list[Bucket]
     """The stack's own; of a stack that is gone, those that it left."""
+    earlier: list[Bucket]
+    """Those that earlier stacks of its name left; they stay while it is there."""
     code: str
     """The bucket of its code."""
 
@@ -44,16 +48,20 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     """Look for what is to be taken down; raise UserError for a stack that is not ours, or is protected."""
     found = account.find(name)
     stack = account.settled(found, tell) if found else None
+    left = _left(account, name)
     if not stack or stack.status == "DELETE_COMPLETE":
-        return Doomed(None, [_counted(account, bucket) for bucket in _left(account, name)], own_bucket(account))
+        before = account.deleted(name)
+        return Doomed(None, [], [_counted(account, bucket) for bucket in left], [], _code_bucket(account, before))
     if stack.protected:
         raise UserError(
             f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
             f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
         )
-    code = None if stack.empty else code_of_template(account.template(stack))
     names = [bucket for bucket in account.buckets(stack) if _exists(account, bucket)]
-    return Doomed(stack, [_counted(account, bucket) for bucket in names], code.bucket if code else own_bucket(account))
+    earlier = [_counted(account, bucket) for bucket in left if bucket not in names]
+    others = [one for one in account.resources(stack) if one.type != "AWS::S3::Bucket"]
+    own = [_counted(account, bucket) for bucket in names]
+    return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack))
 
 
 def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell) -> None:
@@ -80,12 +88,18 @@ def _delete_stack(account: Account, stack: Stack, tell: Tell) -> None:
     tell(f"deleting stack {stack.name}")
     token = f"gradsharding-{uuid.uuid4().hex}"
     account.formation.delete_stack(StackName=stack.id, ClientRequestToken=token)
-    gone = account.settled(account.look_up(stack.id) or stack._replace(status="DELETE_COMPLETE"), tell)
+    gone = account.done(stack, token, tell)
     if gone.status != "DELETE_COMPLETE":
         raise StackFailed(
             f"stack {stack.name} in {account} is {gone.status}: {account.failure(gone, token) or 'its events give no reason'}; "
             "no data was deleted; take that hindrance away, and run this again"
         )
+
+
+def _code_bucket(account: Account, stack: Stack | None) -> str:
+    """Name the bucket that a stack's code lies in; CloudFormation gives the template of a deleted one for 90 days."""
+    code = code_of_template(account.template(stack)) if stack else None
+    return code.bucket if code else own_bucket(account)
 
 
 def _left(account: Account, name: str) -> list[str]:
