@@ -6,6 +6,7 @@ The tag, ``gradsharding`` = the stack's name, says that we put it up; the marker
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import boto3
@@ -18,6 +19,7 @@ from gradsharding.errors import StackFailed, UserError
 if TYPE_CHECKING:
     from mypy_boto3_cloudformation import CloudFormationClient
     from mypy_boto3_lambda import LambdaClient
+    from mypy_boto3_logs import CloudWatchLogsClient
     from mypy_boto3_s3 import S3Client
 
 TAG = "gradsharding"
@@ -80,21 +82,37 @@ class Account:
 
     def __init__(self) -> None:
         """Ask who we are; raise StoreRefused if there are no credentials or no region."""
-        session = boto3.session.Session()
+        self._session = session = boto3.session.Session()
         try:
             who = session.client("sts").get_caller_identity()
             self.number, self.partition = who["Account"], who["Arn"].split(":")[1]
             self.s3: S3Client = session.client("s3", config=Config(**s3_settings(session._session, "")))  # noqa: SLF001 - botocore's own
             self.region = self.s3.meta.region_name
             self.formation: CloudFormationClient = session.client("cloudformation")
-            self.functions: LambdaClient = session.client("lambda")
-            self.logs = session.client("logs")
-            self.roles = session.client("iam")
-            self.alarms = session.client("cloudwatch")
         except (BotoCoreError, ClientError) as error:
             raise explained(error, "looking up the account") from error
         self.s3.meta.events.register("provide-client-params.s3", self._expect_owner)  # type: ignore[arg-type]  # what it gives is used
         prepare(self.s3)
+
+    @cached_property
+    def functions(self) -> "LambdaClient":
+        """Lambda's client."""
+        return self._session.client("lambda")
+
+    @cached_property
+    def logs(self) -> "CloudWatchLogsClient":
+        """The logs' client."""
+        return self._session.client("logs")
+
+    @cached_property
+    def roles(self) -> Any:
+        """IAM's client."""
+        return self._session.client("iam")
+
+    @cached_property
+    def alarms(self) -> Any:
+        """CloudWatch's client."""
+        return self._session.client("cloudwatch")
 
     def __str__(self) -> str:
         return f"account {self.number}, region {self.region}"

@@ -97,16 +97,19 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Co
     return code
 
 
-def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> None:
-    """Delete the code of a stack, but for ``keep``; delete our own bucket, too, if it holds no code any more."""
+def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> int:
+    """Delete the code of a stack, but for ``keep``, and our own bucket, too, if it is empty then; give the number of objects deleted."""
     try:
         doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
-        delete_objects(account, bucket, [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)])
+        doomed = [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)]
+        delete_objects(account, bucket, doomed)
         if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
             account.s3.delete_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
         if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just come in
             raise _refused(account, bucket, error, "deleting old code from") from error
+        return 0
+    return len(doomed)
 
 
 def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]]) -> None:

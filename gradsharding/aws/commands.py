@@ -92,8 +92,8 @@ def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
     with _recoverable(account, name):
         what = doomed(account, name, _tell)
         if not what.stack and not (delete_data and what.buckets):
-            take_down(account, name, what, data=False, tell=_tell)  # code that an interrupted run has left
-            _say_gone(account, name, what.buckets)
+            cleared = take_down(account, name, what, data=False, tell=_tell)  # what an interrupted run has left
+            _say_gone(account, name, what.buckets, cleared=cleared)
             return
         if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
             click.echo("nothing was deleted")
@@ -110,15 +110,14 @@ def _listed(what: Doomed, *, data: bool) -> str:
     return "\n".join([*lines, *(f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier)])
 
 
-def _say_gone(account: Account, name: str, left: list[Bucket]) -> None:
+def _say_gone(account: Account, name: str, left: list[Bucket], *, cleared: int) -> None:
     """Tell a stack that was deleted from one that was never here: it may be in another region."""
-    before = account.deleted(name)
-    if not before and not left:
+    if not cleared and not left and not account.deleted(name):
         raise UserError(
             f"there is no stack {name} in {account}, and none was deleted there in the last 90 days; nothing was deleted now. "
             "If it is in another region, set AWS_DEFAULT_REGION"
         )
-    click.echo(f"stack {name} in {account} is gone already")
+    click.echo(f"stack {name} in {account} is gone" + (f"; so is its code now, {cleared} objects" if cleared else " already"))
     _say_left(name, left)
 
 
@@ -135,8 +134,8 @@ def _weighed(bucket: Bucket) -> str:
 
 def _table(changes: list[Change]) -> str:
     """Show changes, one a line."""
-    actions = {"replace": "replace (a new one is made, the old one goes)", "replace?": "change, or replace"}
-    return "\n".join(f"  {actions.get(one.action, one.action):<8} {one.logical:<16} {one.type} {one.physical}".rstrip() for one in changes)
+    width = max(len(one.action) for one in changes)
+    return "\n".join(f"  {one.action:<{width}}  {one.logical:<16} {one.type} {one.physical}".rstrip() for one in changes)
 
 
 def _agree(what: str, question: str, *, yes: bool) -> bool:

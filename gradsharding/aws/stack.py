@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Change(NamedTuple):
     """What will happen to a resource."""
 
     action: str
-    """make, change, replace, replace? (CloudFormation cannot tell yet), delete, or keep: it leaves the stack and lives on."""
+    """What the table says: make, change, replace (the old one is deleted), delete; or leave: it is no longer the stack's, and lives on."""
     logical: str
     type: str
     physical: str
@@ -155,6 +156,7 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
         _check_old(account, found, why)
     found = account.settled(found, tell) if found else None
     if not found or found.empty or found.status == "DELETE_COMPLETE":
+        _check_free(account, order.name)
         return None
     if found.status == "ROLLBACK_COMPLETE":  # it was never made, and nothing of it is there
         tell(f"deleting stack {order.name}, whose making had failed")
@@ -169,6 +171,23 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
     if not found.works:
         raise UserError(f"stack {order.name} in {account} is {found.status}; {remedy(found)}")
     return found
+
+
+def _check_free(account: Account, name: str) -> None:
+    """Raise UserError if something has a name that the stack's resources will have."""
+    try:
+        with suppress(account.functions.exceptions.ResourceNotFoundException):
+            account.functions.get_function_configuration(FunctionName=name)
+            raise UserError(f"a function {name} is in {account} already, and no stack {name} is; choose another name with --name")
+        group = f"/aws/lambda/{name}"
+        groups = account.logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"]
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"looking for what is called {name} in {account}") from error
+    if group in {one["logGroupName"] for one in groups}:
+        raise UserError(
+            f"a log group {group} is in {account} already, and no stack {name} is; choose another name with --name, or, if nobody needs "
+            f"that log: aws logs delete-log-group --log-group-name {group}"
+        )
 
 
 def _check_old(account: Account, stack: Stack, why: str) -> None:
@@ -208,11 +227,20 @@ def _changes(account: Account, stack: Stack, change: str) -> list[Change]:
 
 
 def _change(one: Any) -> Change:
-    policy = one.get("PolicyAction", "")
-    replaced = {"True": "replace", "Conditional": "replace?"}.get(one.get("Replacement", ""), "change")
-    action = {"Add": "make", "Modify": replaced, "Remove": "keep" if policy == "Retain" else "delete"}.get(
-        one["Action"], one["Action"].lower()
-    )
+    kept = one.get("PolicyAction", "").endswith("Retain")
+    match one["Action"], one.get("Replacement"):
+        case "Add", _:
+            action = "make"
+        case "Modify", "True":
+            action = "replace, keep the old one" if kept else "replace"
+        case "Modify", "Conditional":
+            action = "change or replace"
+        case "Modify", _:
+            action = "change"
+        case "Remove", _:
+            action = "leave" if kept else "delete"
+        case other, _:
+            action = str(other).lower()
     return Change(action, one["LogicalResourceId"], one["ResourceType"], one.get("PhysicalResourceId", ""))
 
 

@@ -64,8 +64,8 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack))
 
 
-def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell) -> None:
-    """Delete the stack, then, with ``data``, its buckets, then its code.
+def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell) -> int:
+    """Delete the stack, then, with ``data``, its buckets, then its code; give the number of objects of code.
 
     Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there.
     """
@@ -77,9 +77,7 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
         for bucket in what.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
             _delete_bucket(account, bucket.name)
-        forget_code(account, name, what.code)
-        if what.code != own_bucket(account):
-            forget_code(account, name, own_bucket(account))
+        return sum(forget_code(account, name, bucket) for bucket in {what.code, own_bucket(account)})
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name} in {account}") from error
 

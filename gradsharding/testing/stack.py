@@ -8,7 +8,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from gradsharding.testing.s3 import S3Server, free_port
@@ -47,6 +47,11 @@ def local_account() -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def as_account(environment: Mapping[str, str], number: str) -> dict[str, str]:
+    """Give the environment that leads to another account beside it: ministack has as many as there are numbers of 12 digits."""
+    return {**environment, "AWS_ACCESS_KEY_ID": number}
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:

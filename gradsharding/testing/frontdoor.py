@@ -1,0 +1,154 @@
+"""What AWS does at its front door, and ministack does not: a bucket is compared with its expected owner. A request can be a caller's last.
+
+It stands before an account on loopback, tells which requests came, and can stop who sends them at a request of a given number.
+"""
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple, Self
+from urllib.parse import parse_qs, urlsplit
+
+import boto3
+
+_SCOPE = re.compile(r"Credential=([^/]+)/\d+/[^/]+/([^/]+)/aws4_request")
+_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+_DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+
+class Seen(NamedTuple):
+    """A request that came."""
+
+    account: str
+    service: str
+    """As it is signed: s3, cloudformation, lambda."""
+    action: str
+    """An action's name, or method and path."""
+    bucket: str
+    owner: str | None
+    """Who it expects the bucket's owner to be."""
+
+
+class Stop(NamedTuple):
+    """Stops a process at its request of that number, from 1, counted from now."""
+
+    pid: int
+    number: int
+    how: signal.Signals
+    answered: bool = False
+    """The request is carried out, and only the answer is lost."""
+
+
+@dataclass
+class FrontDoor:
+    """A door to ``endpoint``, on loopback, served by threads of this process; it knows buckets of ``accounts`` alone."""
+
+    endpoint: str
+    accounts: list[str]
+    seen: list[Seen] = field(default_factory=list)
+    stop: Stop | None = None
+
+    def __post_init__(self) -> None:
+        """Open the port."""
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Relay,), {"door": self}))
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, name="front door", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Lead an environment through this door."""
+        return {**environment, "AWS_ENDPOINT_URL": self.url, "AWS_ENDPOINT_URL_S3": self.url}
+
+    def note(self, one: Seen) -> Stop | None:
+        """Count a request; say whether it is the last."""
+        with self._lock:
+            self.seen.append(one)
+            if self.stop:
+                self.stop = self.stop._replace(number=self.stop.number - 1)
+                if self.stop.number == 0:
+                    ended, self.stop = self.stop, None
+                    return ended
+        return None
+
+    def denies(self, one: Seen) -> bool:
+        """Whether the bucket belongs to another account than the one that is expected."""
+        return bool(one.owner) and any(number != one.owner and one.bucket in self._buckets(number) for number in self.accounts)
+
+    def _buckets(self, account: str) -> set[str]:
+        keys = {"aws_access_key_id": account, "aws_secret_access_key": "unchecked"}
+        client: Any = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
+        with contextlib.closing(client):
+            return {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+
+
+class _Relay(BaseHTTPRequestHandler):
+    """Takes each request through."""
+
+    door: FrontDoor
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def relay(self) -> None:
+        """Take one request through."""
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        scope, path = _SCOPE.search(self.headers.get("Authorization", "")), urlsplit(self.path).path
+        account, service = scope.groups() if scope else ("", "")
+        action = (parse_qs(body.decode()).get("Action") or [""])[0] if service in ("cloudformation", "iam", "sts", "monitoring") else ""
+        bucket = path.split("/")[1] if service == "s3" else ""
+        one = Seen(account, service, action or f"{self.command} {path}", bucket, self.headers.get("x-amz-expected-bucket-owner"))
+        stop = self.door.note(one)
+        if stop and not stop.answered:
+            os.kill(stop.pid, stop.how)
+            if stop.how == signal.SIGKILL:
+                self.close_connection = True
+                return
+        if self.door.denies(one):
+            self._answer(403, {"Content-Type": "application/xml"}, b"" if self.command == "HEAD" else _DENIED)
+            return
+        with contextlib.closing(http.client.HTTPConnection(urlsplit(self.door.endpoint).netloc, timeout=120)) as upstream:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("expect", "connection"):  # answered here
+                    upstream.putheader(name, value)
+            upstream.endheaders(body or None)
+            answer = upstream.getresponse()
+            data, headers = answer.read(), dict(answer.getheaders())
+        if stop and stop.answered:
+            os.kill(stop.pid, stop.how)
+        with contextlib.suppress(OSError):
+            self._answer(answer.status, headers, data, answer.getheader("Content-Length"))
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = relay  # noqa: N815 - http.server names them so
+
+    def _answer(self, status: int, headers: Mapping[str, str], data: bytes, length: str | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in _HOP:
+                self.send_header(name, value)
+        self.send_header("Content-Length", (length if self.command == "HEAD" else None) or str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextlib.contextmanager
+def front_door(environment: Mapping[str, str], *accounts: str) -> Iterator[FrontDoor]:
+    """Open a door to the account that an environment leads to."""
+    with FrontDoor(environment["AWS_ENDPOINT_URL"], [*accounts]) as door:
+        yield door
