@@ -16,6 +16,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
+from gradsharding.aws.options import require_consistent
+from gradsharding.aws.template import RELEASE, filled
 from gradsharding.errors import GradShardingError, StackFailed, UserError
 
 TEMPLATES = (Path(__file__).with_name("template.yaml"), Path(__file__).parents[2] / "deploy/template.yaml")
@@ -106,13 +108,14 @@ def _request(
         raise UserError(f"the template has no parameters {', '.join(sorted(unknown))}")
     kept = found.parameters.keys() & takes.keys() - given.keys() if found else frozenset[str]()
     known = {**takes, **{key: found.parameters[key] for key in kept if found}, **given}
+    require_consistent(known, given, found.parameters if found else None, account.region)
     bucket = order.code_bucket or (old.bucket if old and old.bucket != own_bucket(account) else None)
     code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell))
     tags = {**(found.tags if found else {}), **order.tags, TAG: order.name}
     return {
         "StackName": found.id if found else order.name,  # by its ARN it is the one that was looked at
         "ChangeSetType": "UPDATE" if found else "CREATE",
-        "TemplateBody": text.replace("CodeUri: function/", f"CodeUri: {code.url}"),
+        "TemplateBody": filled(text, code.url, known),
         "Capabilities": ["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
         "Parameters": [
             *({"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept)),
@@ -129,13 +132,14 @@ def template() -> str:
 
 
 def defaults(text: str) -> dict[str, str]:
-    """Give the default of each parameter of our template."""
+    """Give the default of each parameter of our template, but for the release, which is filled in."""
     section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
     assert section
     found: dict[str, str] = {}
     for name, said in re.findall(r"^  (\w+):\n((?:    .*\n|\n)*)", section[1], re.MULTILINE):
         default = re.search(r"^    Default: *(.*?) *(?:#.*)?$", said, re.MULTILINE)
-        found[name] = default[1].strip("'\"") if default else ""
+        if name != RELEASE:
+            found[name] = default[1].strip("'\"") if default else ""
     return found
 
 

@@ -1,0 +1,374 @@
+"""What each option of ``deploy`` makes of the template, as SAM's translator and CloudFormation's conditions leave it."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from gradsharding.aws.demands import demanded
+from gradsharding.aws.options import LOG_DAYS, OPTIONS, RUNTIMES, Chosen, chosen, deploy_options, require_consistent
+from gradsharding.aws.stack import TEMPLATES, defaults, template
+from gradsharding.aws.template import filled
+from gradsharding.errors import UserError
+from gradsharding.testing.stack import tool
+from gradsharding.testing.template import PSEUDO, read_template, resolved, translated
+
+REGION = PSEUDO["AWS::Region"]
+KEY = f"arn:aws:kms:{REGION}:123456789012:key/0a1b2c3d-0000-4000-8000-0123456789ab"
+ROLE, BOUNDARY = "arn:aws:iam::123456789012:role/mine", "arn:aws:iam::123456789012:policy/bounds"
+TOPIC = f"arn:aws:sns:{REGION}:123456789012:told"
+TEMPLATE = next(path for path in TEMPLATES if path.exists())
+NO_SAM = None if tool("sam") else "no sam: make rig"
+NO_CHECKOV = None if tool("checkov") else "no checkov: make rig"
+
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "nothing": (),
+    "everything made": (
+        "--kms-key", KEY, "--subnets", "subnet-01234567,subnet-01234568", "--security-groups", "sg-01234567",
+        "--permissions-boundary", BOUNDARY, "--versioning", "--access-log-bucket", "logs", "--prefix", "fl",
+        "--log-days", "365", "--log-format", "json", "--alarm-topic", TOPIC,
+        "--dashboard", "--tracing", "--concurrency", "20",
+    ),
+    "nothing made": ("--bucket", "theirs", "--bucket-owner", "210987654321", "--role", ROLE, "--kms-key", KEY),
+}  # fmt: skip
+"""Options that go together, and between them set every parameter."""
+
+
+def asked(*words: str) -> Chosen:
+    """Read options as ``deploy`` does."""
+
+    @click.command()
+    @deploy_options
+    def command(**given: Any) -> Chosen:
+        return chosen(given)
+
+    ended = CliRunner().invoke(command, words, standalone_mode=False)
+    if ended.exception:
+        raise ended.exception
+    assert isinstance(ended.return_value, Chosen)
+    return ended.return_value
+
+
+@cache
+def plain(*words: str) -> Any:
+    """Give what SAM's translator makes of the template for options, with their conditions decided."""
+    if NO_SAM:
+        pytest.skip(NO_SAM)
+    parameters = asked(*words).parameters
+    text = filled(template(), "s3://code/one/1.zip", parameters)
+    return resolved(translated(read_template(text), parameters), **parameters)
+
+
+def made(*words: str) -> Any:
+    """Give the resources that options make, by their names."""
+    return plain(*words)["Resources"]
+
+
+def sids(role: Any) -> set[str]:
+    """Names of a role's statements."""
+    return {statement["Sid"] for policy in role["Properties"]["Policies"] for statement in policy["PolicyDocument"]["Statement"]}
+
+
+def statement(role: Any, sid: str) -> Any:
+    """One statement of a role."""
+    (found,) = (one for policy in role["Properties"]["Policies"] for one in policy["PolicyDocument"]["Statement"] if one["Sid"] == sid)
+    return found
+
+
+def test_table_and_template_agree() -> None:
+    """Each parameter of the template has one option, each option that names a parameter finds it, and both allow the same."""
+    parameters = read_template(template())["Parameters"]
+    rows = {row.parameter: row for row in OPTIONS if row.parameter}
+
+    assert {name: str(one["Default"]) for name, one in parameters.items() if name != "Release"} == defaults(template())
+    assert rows.keys() == defaults(template()).keys()
+    assert len(rows) == sum(bool(row.parameter) for row in OPTIONS)
+    assert [*LOG_DAYS] == parameters["LogDays"]["AllowedValues"]
+    assert [*RUNTIMES] == parameters["Runtime"]["AllowedValues"]
+    for name, row in rows.items():
+        if row.values:
+            assert {*row.values} == {*parameters[name]["AllowedValues"]}
+        assert "Default" in parameters[name]
+
+
+def test_nothing_given_says_nothing() -> None:
+    """Without options, no parameter is sent, so that what a stack has stays as it is."""
+    assert Chosen({}, None, None, None, None, adopt=False, yes=False) == asked()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_taken(name: str) -> None:
+    """Options that go together pass their own checks and the template's, and leave a template without open conditions."""
+    parameters = asked(*SETTINGS[name]).parameters
+    require_consistent({**defaults(template()), **parameters}, parameters, None, REGION)
+    text = json.dumps(made(*SETTINGS[name]))
+
+    assert not [mark for mark in ("Fn::", '"Ref"', '"Condition": "') if mark in text]
+    assert "${AWS" not in text
+
+
+def test_settings_cover_all_options() -> None:
+    """Between them, the settings of these tests use each option that the template has, but for those that it always had."""
+    used = {name for words in SETTINGS.values() for name in asked(*words).parameters}
+    old = {"Architecture", "Memory", "Timeout", "Runtime", "ExpireDays", "AccessLogPrefix"}
+
+    assert defaults(template()).keys() - old == used - old
+
+
+def test_nothing_changes_for_who_asks_for_nothing() -> None:
+    """By default there is one bucket, its policy, a role, a log, a function with one published version and its alias, and two alarms."""
+    resources = made()
+    kinds = sorted(one["Type"] for one in resources.values())
+    bucket, function = (resources[name]["Properties"] for name in ("Bucket", "Function"))
+
+    assert [
+        "AWS::CloudWatch::Alarm", "AWS::CloudWatch::Alarm", "AWS::IAM::Role", "AWS::Lambda::Alias", "AWS::Lambda::Function",
+        "AWS::Lambda::Version", "AWS::Logs::LogGroup", "AWS::S3::Bucket", "AWS::S3::BucketPolicy",
+    ] == kinds  # fmt: skip
+    assert {"ReadUpdates", "WriteResults", "LeaveUpdates", "Log"} == sids(resources["Role"])
+    assert not {"VersioningConfiguration", "LoggingConfiguration"} & bucket.keys()
+    assert not {"VpcConfig", "KmsKeyArn", "ReservedConcurrentExecutions"} & function.keys()
+    assert "PermissionsBoundary" not in resources["Role"]["Properties"]
+    assert "KmsKeyId" not in resources["Log"]["Properties"]
+    assert "PassThrough" == function["TracingConfig"]["Mode"]
+
+
+def test_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KMS key encrypts bucket and log; the function may use that key, through S3 alone, and its variables are demands that we know."""
+    resources = made("--kms-key", KEY)
+    (rule,) = resources["Bucket"]["Properties"]["BucketEncryption"]["ServerSideEncryptionConfiguration"]
+    use = statement(resources["Role"], "UseKey")
+
+    assert {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": KEY} == rule["ServerSideEncryptionByDefault"]
+    assert rule["BucketKeyEnabled"] is True
+    assert KEY == resources["Log"]["Properties"]["KmsKeyId"]
+    assert ("Allow", ["kms:Decrypt", "kms:GenerateDataKey"], KEY) == (use["Effect"], use["Action"], use["Resource"])
+    assert {"StringEquals": {"kms:ViaService": f"s3.{REGION}.amazonaws.com"}} == use["Condition"]
+    for name, value in resources["Function"]["Properties"]["Environment"]["Variables"].items():
+        monkeypatch.setenv(name, value)
+    owner = PSEUDO["AWS::AccountId"]
+    assert {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": KEY, "ExpectedBucketOwner": owner} == demanded()
+
+
+def test_vpc() -> None:
+    """In a VPC, Lambda may make the function's interfaces in its role's name, and the function's own code may not."""
+    resources = made("--subnets", "subnet-01234567,subnet-01234568", "--security-groups", "sg-01234567")
+    join, leave = (statement(resources["Role"], sid) for sid in ("JoinVpc", "LeaveVpc"))
+
+    assert {"SubnetIds": ["subnet-01234567", "subnet-01234568"], "SecurityGroupIds": ["sg-01234567"]} == resources["Function"][
+        "Properties"
+    ]["VpcConfig"]
+    assert ("Allow", "Deny") == (join["Effect"], leave["Effect"])
+    assert join["Action"] == leave["Action"]
+    assert {"ArnEquals": {"lambda:SourceFunctionArn": f"arn:aws:lambda:{REGION}:123456789012:function:one"}} == leave["Condition"]
+
+
+def test_existing_bucket() -> None:
+    """With a bucket of one's own none is made and none is named as ours; the function's rights are on that one, below the prefix."""
+    options = "--bucket", "theirs", "--bucket-owner", "210987654321", "--prefix", "fl"
+    resources, outputs = made(*options), plain(*options)["Outputs"]
+    variables = resources["Function"]["Properties"]["Environment"]["Variables"]
+
+    assert not {"Bucket", "BucketPolicy"} & resources.keys()
+    assert {"Store", "Executor"} == outputs.keys()
+    assert "s3://theirs/fl" == outputs["Store"]["Value"]
+    assert "arn:aws:s3:::theirs/fl/*" == statement(resources["Role"], "ReadUpdates")["Resource"]
+    assert all(place.startswith("arn:aws:s3:::theirs/fl/") for place in statement(resources["Role"], "WriteResults")["Resource"])
+    assert "210987654321" == variables["GRADSHARDING_S3_EXPECTED_BUCKET_OWNER"]
+
+
+def test_existing_role() -> None:
+    """With a role of one's own none is made, and the function takes that one."""
+    resources = made("--role", ROLE)
+
+    assert "Role" not in resources
+    assert ROLE == resources["Function"]["Properties"]["Role"]
+    assert "Role" not in json.dumps([one.get("DependsOn", []) for one in resources.values()])
+
+
+def test_smaller_options() -> None:
+    """The other options arrive, each where it belongs."""
+    resources = made(*SETTINGS["everything made"])
+    bucket, role, log, function = (resources[name]["Properties"] for name in ("Bucket", "Role", "Log", "Function"))
+
+    assert BOUNDARY == role["PermissionsBoundary"]
+    assert {"Status": "Enabled"} == bucket["VersioningConfiguration"]
+    assert {"DestinationBucketName": "logs", "LogFilePrefix": "gradsharding/"} == bucket["LoggingConfiguration"]
+    assert "365" == str(log["RetentionInDays"])
+    assert "JSON" == function["LoggingConfig"]["LogFormat"]
+    assert "Active" == function["TracingConfig"]["Mode"]
+    assert ["xray:PutTelemetryRecords", "xray:PutTraceSegments"] == statement(resources["Role"], "Trace")["Action"]
+    assert "20" == str(function["ReservedConcurrentExecutions"])
+    assert [[TOPIC]] * 2 == [one["Properties"]["AlarmActions"] for one in resources.values() if one["Type"] == "AWS::CloudWatch::Alarm"]
+    assert "fl/rounds/" in {rule.get("Prefix") for rule in bucket["LifecycleConfiguration"]["Rules"]}
+
+
+def test_dashboard() -> None:
+    """The dashboard is JSON that CloudWatch reads; it shows the function's metrics, of all its versions, and the memory from its log."""
+    assert "Board" not in made()
+    widgets = json.loads(made("--dashboard")["Board"]["Properties"]["DashboardBody"])["widgets"]
+    shown = {row[1]: row[2:4] for one in widgets for row in one["properties"].get("metrics", []) if isinstance(row[0], str)}
+
+    assert {"Invocations", "ConcurrentExecutions", "Duration", "Errors", "Throttles"} == shown.keys()
+    assert all(dimension == ["FunctionName", "${Function}"] for dimension in shown.values())
+    assert [f"SOURCE '{name}'" for name in ("${Log}",)] == [one["properties"]["query"][:15] for one in widgets if one["type"] == "log"]
+    assert {REGION} == {one["properties"]["region"] for one in widgets}
+
+
+def test_alias_leads_to_a_version_that_stays() -> None:
+    """The executor is an alias; it leads to a version that outlives the next one, so that a round that runs goes on with it."""
+    resources = made()
+    ((name, version),) = ((name, one) for name, one in resources.items() if one["Type"] == "AWS::Lambda::Version")
+    (alias,) = (one["Properties"] for one in resources.values() if one["Type"] == "AWS::Lambda::Alias")
+
+    assert "lambda:${Function}:live" == plain()["Outputs"]["Executor"]["Value"]
+    assert ("live", f"${{{name}.Version}}") == (alias["Name"], alias["FunctionVersion"])
+    assert "Retain" == version["DeletionPolicy"]
+    dimensions = [one["Properties"]["Dimensions"] for one in resources.values() if one["Type"] == "AWS::CloudWatch::Alarm"]
+    assert [[{"Name": "FunctionName", "Value": "${Function}"}]] * 2 == dimensions  # an alarm for an alias would miss its versions
+
+
+@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+def test_whatever_changes_publishes_a_version() -> None:
+    """Another code, another value of any parameter or another template makes another version, which the function's description names."""
+
+    def version(text: str, code: str = "s3://code/1.zip", **parameters: str) -> tuple[str, str]:
+        resources = translated(read_template(filled(text, code, parameters)))["Resources"]
+        (name,) = (name for name, one in resources.items() if one["Type"] == "AWS::Lambda::Version")
+        return name, resources["Function"]["Properties"]["Description"]
+
+    text = template()
+    first = version(text)
+    others = [
+        version(text, "s3://code/2.zip"),
+        version(text, Tracing="Active"),
+        version(text.replace("see gradsharding", "read gradsharding")),
+    ]
+
+    assert 4 == len({first, *others}) == len({name for name, _ in (first, *others)}) == len({said for _, said in (first, *others)})
+    assert all(len(said) <= 256 for _, said in (first, *others))  # Lambda takes no more
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--kms-key", "alias/mine"], "--kms-key takes the ARN of a key, arn:aws:kms:REGION:ACCOUNT:key/ID; 'alias/mine' is none"),
+        (["--subnets", "subnet-01234567,vpc-1"], "--subnets takes ids of subnets, such as .*; 'vpc-1' is none"),
+        (["--security-groups", "sg-01234567,"], "--security-groups takes ids of security groups, such as .*; '' is none"),
+        (["--permissions-boundary", ROLE], "--permissions-boundary takes the ARN of a policy, .*; '.*role/mine' is none"),
+        (["--bucket", "My_Bucket"], "--bucket takes the name of a bucket: 3 to 63 small letters, .*; 'My_Bucket' is none"),
+        (["--bucket-owner", "me"], "--bucket-owner takes the 12 digits of an account; 'me' is none"),
+        (["--role", "mine"], "--role takes the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME; 'mine' is none"),
+        (["--service-role", "mine"], "--service-role takes the ARN of a role, .*; 'mine' is none"),
+        (["--access-log-bucket", "x"], "--access-log-bucket takes the name of a bucket: .*; 'x' is none"),
+        (["--access-log-prefix", "a b"], "--access-log-prefix takes up to 512 letters.*; 'a b' is none"),
+        (["--code-bucket", "x/y"], "--code-bucket takes the name of a bucket: .*; 'x/y' is none"),
+        (["--prefix", "a/b"], "--prefix takes up to 64 letters, digits, hyphens and underscores; 'a/b' is none"),
+        (["--alarm-topic", "told"], "--alarm-topic takes the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME; 'told' is none"),
+        (["--tag", "team"], "--tag takes KEY=VALUE, .*; 'team' is none"),
+        (["--tag", "aws:x=1"], "--tag 'aws:x=1': AWS keeps keys that begin with aws: for itself"),
+        (["--tag", "a=1", "--tag", "a=2"], "--tag gives 'a' twice, as '1' and '2'; give it once"),
+        ([word for i in range(50) for word in ("--tag", f"k{i}=")], "50 tags are given with --tag; a stack takes 49: leave out 1"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(words: list[str], says: str) -> None:
+    """A text that its option cannot take is refused with the option's name, what it takes, and the text."""
+    with pytest.raises(UserError, match=f"^{says}"):
+        asked(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "was", "says"),
+    [
+        (["--subnets", "subnet-01234567"], None, "--subnets needs --security-groups: .*; give both"),
+        (["--security-groups", "sg-01234567"], None, "--security-groups needs --subnets: .*; give both"),
+        (["--role", ROLE, "--permissions-boundary", BOUNDARY], None, "--role and --permissions-boundary exclude each other: .*; give one"),
+        (["--bucket-owner", "123456789012"], None, "--bucket-owner needs --bucket: .*; give both"),
+        (["--bucket", "theirs", "--versioning"], None, "--bucket and --versioning exclude each other: .*"),
+        (["--bucket", "theirs", "--access-log-bucket", "logs"], None, "--bucket and --access-log-bucket exclude each other: .*"),
+        (["--bucket", "theirs", "--expire-days", "3"], None, "--expire-days is a rule of the bucket that is made; .*"),
+        (["--access-log-prefix", "x/"], None, "--access-log-prefix needs --access-log-bucket: .*; give both"),
+        (["--kms-key", KEY.replace(REGION, "us-east-1")], None, ".* lies in us-east-1, and the stack in eu-central-1; name one"),
+        (["--bucket", "theirs"], {}, "the stack's bucket is one that it made, .*; put up another stack with --name for theirs"),
+        (["--bucket", ""], {"ExistingBucket": "theirs"}, "the stack's bucket is theirs, and stays so, .* --name for a new one"),
+        (["--prefix", "fl"], {"Prefix": "gradsharding"}, "the stack's prefix is gradsharding, and stays so, .* --name for fl"),
+        (["--permissions-boundary", BOUNDARY], {"ExistingRole": ROLE}, "--role and --permissions-boundary exclude each other"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(words: list[str], was: Mapping[str, str] | None, says: str) -> None:
+    """Options that clash with each other, or with what the stack has, are refused in one sentence that says what to do."""
+    given = asked(*words).parameters
+    with pytest.raises(UserError, match=f"^{says}"):
+        require_consistent({**(was or {}), **given}, given, was, REGION)
+
+
+def test_an_empty_text_takes_an_option_back() -> None:
+    """An option of a stack is taken back by an empty text, and what it excluded is free again."""
+    given = asked("--role", "", "--permissions-boundary", BOUNDARY).parameters
+    was = {"ExistingRole": ROLE}
+    require_consistent({**was, **given}, given, was, REGION)
+
+    assert {"ExistingRole": "", "PermissionsBoundary": BOUNDARY} == given
+
+
+def test_what_goes_to_cloudformation_itself() -> None:
+    """Tags, the service role, termination protection and the code's bucket are no parameters; a tag's value may hold "="."""
+    found = asked(
+        "--tag", "team=fl", "--tag", "note=a=b", "--service-role", ROLE, "--no-termination-protection", "--code-bucket", "code", "--yes"
+    )
+
+    assert Chosen({}, {"team": "fl", "note": "a=b"}, ROLE, False, "code", adopt=False, yes=True) == found
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "AWS_DEFAULT_REGION": REGION, "AWS_EC2_METADATA_DISABLED": "true", "SAM_CLI_TELEMETRY": "0"}
+    return subprocess.run([str(word) for word in command], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What each setting makes of the template, as files."""
+    directory = tmp_path_factory.mktemp("templates")
+    for name, words in SETTINGS.items():
+        (directory / f"{name}.json").write_text(json.dumps(_with_references(plain(*words))))
+    return [directory / f"{name}.json" for name in SETTINGS]
+
+
+@pytest.mark.skipif(bool(NO_CHECKOV), reason=str(NO_CHECKOV))
+def test_checkov(templates: list[Path]) -> None:
+    """Checkov finds nothing, in the text and in what each setting makes of it; each exception stands in the template with its reason."""
+    files = [word for path in (TEMPLATE, *templates) for word in ("--file", path)]
+    ended = _run(tool("checkov") or "", "--framework", "cloudformation", "--skip-download", "--output", "json", *files)
+    found = json.loads(ended.stdout)["results"]
+    checked = {Path(one["file_path"]).name for one in found["passed_checks"]}
+
+    assert [] == [(one["file_path"], one["check_id"], one["resource"], one["check_name"]) for one in found["failed_checks"]]
+    assert {path.name for path in (TEMPLATE, *templates)} == checked
+    assert all(one["check_result"]["suppress_comment"] for one in found["skipped_checks"])
+    excepted = {one["check_id"] for one in found["skipped_checks"]}
+    assert {*re.findall(r"\{id: (CKV_\w+), comment: '\w", template())} == excepted  # each still has something to except
+
+
+@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+def test_each_setting_is_sound(templates: list[Path]) -> None:
+    """CloudFormation's linter finds nothing in what each setting makes of the template, against the schemas of its resources."""
+    ended = _run(tool("cfn-lint") or "", *templates)
+
+    assert 0 == ended.returncode, ended.stdout + ended.stderr
+
+
+def _with_references(one: Any) -> Any:
+    """Put back CloudFormation's own words for what only AWS knows."""
+    if isinstance(one, dict):
+        return {name: _with_references(value) for name, value in one.items()}
+    if isinstance(one, list):
+        return [*map(_with_references, one)]
+    return {"Fn::Sub": one} if isinstance(one, str) and "${" in one else one
