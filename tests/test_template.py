@@ -101,7 +101,7 @@ def test_table_and_template_agree() -> None:
 
 def test_nothing_given_says_nothing() -> None:
     """Without options, no parameter is sent, so that what a stack has stays as it is."""
-    assert Chosen({}, None, None, None, None, adopt=False, yes=False) == asked()
+    assert Chosen({}, {}, None, None, None, adopt=False, yes=False) == asked()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -274,7 +274,8 @@ def test_whatever_changes_publishes_a_version() -> None:
         (["--prefix", "a/b"], "--prefix takes up to 64 letters, digits, hyphens and underscores; 'a/b' is none"),
         (["--alarm-topic", "told"], "--alarm-topic takes the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME; 'told' is none"),
         (["--tag", "team"], "--tag takes KEY=VALUE, .*; 'team' is none"),
-        (["--tag", "aws:x=1"], "--tag 'aws:x=1': AWS keeps keys that begin with aws: for itself"),
+        (["--tag", "aws:x=1"], "--tag 'aws:x=1': the key gradsharding, and those that begin with aws:, are taken; use another key"),
+        (["--tag", "gradsharding=x"], "--tag 'gradsharding=x': the key gradsharding, .* are taken; use another key"),
         (["--tag", "a=1", "--tag", "a=2"], "--tag gives 'a' twice, as '1' and '2'; give it once"),
         ([word for i in range(50) for word in ("--tag", f"k{i}=")], "50 tags are given with --tag; a stack takes 49: leave out 1"),
     ],

@@ -10,12 +10,11 @@ import click
 
 from gradsharding.aws.account import Account, Stack
 from gradsharding.aws.drift import checked, drift
+from gradsharding.aws.options import chosen, deploy_options
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
 from gradsharding.aws.teardown import Bucket, Doomed, doomed, take_down
-from gradsharding.aws.wheels import MACHINES
 from gradsharding.errors import UserError
 from gradsharding.plan import mib
-from gradsharding.platform import DEPLOYED_RUNTIME, DEPLOYED_TIMEOUT, MEMORY, RUNTIMES, TIMEOUT
 from gradsharding.prices import load_prices
 
 name_option = click.option(
@@ -28,28 +27,20 @@ ALARMS = 2
 
 @click.command(short_help="Put the bucket and the function up on AWS.")
 @name_option
-@click.option("--architecture", type=click.Choice([*MACHINES]), help="[default: arm64]")
-@click.option("--memory", type=click.IntRange(192, MEMORY[-1] >> 20), metavar="MIB", help="Memory of one function.  [default: 512]")
-@click.option("--timeout", type=click.IntRange(3, TIMEOUT), metavar="SECONDS", help=f"At most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]")
-@click.option("--concurrency", type=click.IntRange(-1), metavar="N", help="Invocations reserved for it; -1 for none.  [default: -1]")
-@click.option("--expire-days", type=click.IntRange(1), metavar="DAYS", help="Days until rounds are deleted.  [default: 7]")
-@click.option("--alarm-topic", metavar="ARN", help="SNS topic for alarms.")
-@click.option("--runtime", type=click.Choice([*RUNTIMES]), help=f"[default: {DEPLOYED_RUNTIME}]")
-@click.option("--code-bucket", metavar="BUCKET", help="Bucket of yours for the function's code.  [default: one is made]")
-@click.option("--adopt", is_flag=True, help="Take over a stack that an older release put up.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
-def deploy(name: str, *, code_bucket: str | None, adopt: bool, yes: bool, **options: Any) -> None:
+@deploy_options
+def deploy(name: str, **options: Any) -> None:
     """Put up a bucket and a function, or bring them up to date: what is not given stays as it is.
 
-    It shows what will be made, changed and deleted, and asks. Endpoint, region and credentials are those of the usual AWS environment
-    variables and profiles.
+    It shows what will be made, changed and deleted, and asks. An empty text, such as --kms-key "", takes an option back.
+
+    Endpoint, region and credentials are those of the usual AWS environment variables and profiles.
     """
-    keys = {option: "".join(word.capitalize() for word in option.split("_")) for option in options}
-    parameters = {keys[option]: str(value) for option, value in options.items() if value is not None}
-    account = Account()
-    order = Order(name, parameters, code_bucket=code_bucket, adopt=adopt)
+    asked, account = chosen(options), Account()
+    order = Order(
+        name, asked.parameters, asked.tags, asked.service_role, asked.termination_protection, asked.code_bucket, adopt=asked.adopt
+    )
     with _recoverable(account, name):
-        up = put_up(account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=yes), _tell)
+        up = put_up(account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=asked.yes), _tell)
         if not up:
             click.echo("nothing was changed")
             raise click.exceptions.Exit(1)

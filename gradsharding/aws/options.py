@@ -6,19 +6,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from gradsharding.aws.bundle import MACHINES
+from gradsharding.aws.account import TAG
+from gradsharding.aws.wheels import MACHINES
 from gradsharding.errors import UserError
-from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
-
-RUNTIMES = ("python3.11", "python3.12", "python3.13", "python3.14")
-"""Runtimes of Lambda's that the bundle is built for."""
+from gradsharding.platform import DEPLOYED_RUNTIME, DEPLOYED_TIMEOUT, MEMORY, RUNTIMES, TIMEOUT
 
 LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653)
 """Days that CloudWatch keeps a log
 (https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutRetentionPolicy.html)."""
 
 TAGS = 49
-"""Tags that a stack may have beside the one by which it is known as ours: AWS takes 50."""
+"""Tags that a stack may have beside our own, by which it is known as ours: AWS takes 50."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -81,7 +79,7 @@ OPTIONS = (
     Row("--timeout", "Timeout", f"At most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]", kind=click.IntRange(3, TIMEOUT), metavar="SECONDS"),
     Row("--concurrency", "Concurrency", "Invocations reserved for it; -1 for none.  [default: -1]", kind=click.IntRange(-1), metavar="N"),
     Row("--expire-days", "ExpireDays", "Days until rounds are deleted.  [default: 7]", kind=click.IntRange(1), metavar="DAYS"),
-    Row("--runtime", "Runtime", "[default: python3.13]", kind=click.Choice(RUNTIMES)),
+    Row("--runtime", "Runtime", f"[default: {DEPLOYED_RUNTIME}]", kind=click.Choice([*RUNTIMES])),
     Row(
         "--prefix", "Prefix", "Everything lies below it in the bucket.  [default: gradsharding]", metavar="NAME",
         form=Form("[A-Za-z0-9_-]{1,64}", "up to 64 letters, digits, hyphens and underscores"),
@@ -118,7 +116,7 @@ OPTIONS = (
         form=Form(f"{_ARN}:iam::([0-9]{{12}}|aws):policy/.+", "the ARN of a policy, arn:aws:iam::ACCOUNT:policy/NAME"),
     ),
     Row("--log-days", "LogDays", "Days that the log is kept.  [default: 14]", metavar="DAYS", kind=click.Choice([*map(str, LOG_DAYS)])),
-    Row("--log-format", "LogFormat", "[default: Text]", kind=click.Choice(["Text", "JSON"], case_sensitive=False)),
+    Row("--log-format", "LogFormat", "[default: text]", kind=click.Choice(["Text", "JSON"], case_sensitive=False)),
     Row(
         "--alarm-topic", "AlarmTopic", "SNS topic for alarms.", metavar="ARN",
         form=Form(f"{_ARN}:sns:[a-z0-9-]+:[0-9]{{12}}:.+", "the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME"),
@@ -142,11 +140,11 @@ OPTIONS = (
 
 
 class Chosen(NamedTuple):
-    """What the options ask for; None where they say nothing, and what is there stays as it is."""
+    """What the options ask for; where they say nothing, what is there stays as it is."""
 
     parameters: Mapping[str, str]
     """Of the template, those that were given."""
-    tags: Mapping[str, str] | None
+    tags: Mapping[str, str]
     service_role: str | None
     termination_protection: bool | None
     code_bucket: str | None
@@ -170,7 +168,7 @@ def chosen(given: Mapping[str, Any]) -> Chosen:
     }
     return Chosen(
         parameters,
-        _tags(given["tag"]) if given["tag"] else None,
+        _tags(given["tag"]),
         given["service_role"],
         given["termination_protection"],
         given["code_bucket"],
@@ -185,8 +183,8 @@ def _tags(texts: tuple[str, ...]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[\w .:/=+@-]{1,128}", key) or not re.fullmatch(r"[\w .:/=+@-]{0,256}", value):
             raise UserError(f"--tag takes KEY=VALUE, up to 128 and 256 letters, digits, spaces and .:/=+@-_; {text!r} is none")
-        if key.lower().startswith("aws:"):
-            raise UserError(f"--tag {text!r}: AWS keeps keys that begin with aws: for itself; use another key")
+        if key.lower().startswith("aws:") or key == TAG:
+            raise UserError(f"--tag {text!r}: the key {TAG}, and those that begin with aws:, are taken; use another key")
         if key in tags:
             raise UserError(f"--tag gives {key!r} twice, as {tags[key]!r} and {value!r}; give it once")
         tags[key] = value

@@ -89,8 +89,9 @@ class FrontDoor:
         return bool(one.owner) and any(number != one.owner and one.bucket in self._buckets(number) for number in self.accounts)
 
     def _buckets(self, account: str) -> set[str]:
-        keys = {"aws_access_key_id": account, "aws_secret_access_key": "unchecked"}
-        client: Any = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", **keys)
+        client = boto3.client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id=account, aws_secret_access_key="unchecked"
+        )
         with contextlib.closing(client):
             return {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
 
