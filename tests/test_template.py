@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from gradsharding.aws.demands import demanded
-from gradsharding.aws.options import LOG_DAYS, OPTIONS, RUNTIMES, Chosen, chosen, deploy_options, require_consistent
+from gradsharding.aws.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
 from gradsharding.aws.stack import TEMPLATES, defaults, template
 from gradsharding.aws.template import filled
 from gradsharding.errors import UserError
+from gradsharding.platform import RUNTIMES
 from gradsharding.testing.stack import tool
 from gradsharding.testing.template import PSEUDO, read_template, resolved, translated
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
 import boto3
@@ -89,9 +89,7 @@ class FrontDoor:
         return bool(one.owner) and any(number != one.owner and one.bucket in self._buckets(number) for number in self.accounts)
 
     def _buckets(self, account: str) -> set[str]:
-        client = boto3.client(
-            "s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id=account, aws_secret_access_key="unchecked"
-        )
+        client = boto3.session.Session(account, "unchecked", region_name="us-east-1").client("s3", endpoint_url=self.endpoint)
         with contextlib.closing(client):
             return {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
 
