@@ -20,6 +20,7 @@ from botocore.exceptions import (
 from botocore.handlers import validate_bucket_name
 
 from gradsharding.aws.demands import meet_demands
+from gradsharding.aws.keepalive import keep_alive
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.usage import count
 
@@ -176,9 +177,11 @@ def _lambda_client(_: Environment, read_timeout: float) -> "LambdaClient":
         max_pool_connections=1_000,
         connect_timeout=10,
         read_timeout=read_timeout,
-        tcp_keepalive=True,  # a network may forget a connection that is silent for minutes
     )
-    return boto3.session.Session().client("lambda", config=config)
+    session = botocore.session.get_session()
+    client = boto3.session.Session(botocore_session=session).client("lambda", config=config)
+    keep_alive(client, session.get_config_variable("ca_bundle"))
+    return client
 
 
 def environment() -> Environment:

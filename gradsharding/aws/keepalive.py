@@ -1,0 +1,56 @@
+"""A connection that waits for an answer sends something before any network forgets it: TCP's own probes, and no data.
+
+Botocore's ``tcp_keepalive`` turns the probes on, and leaves when they begin to the system: after 7,200 s on Linux. AWS's NAT gateways and
+network load balancers forget a connection that is silent for 350 s
+(https://docs.aws.amazon.com/vpc/latest/userguide/nat-gateway-troubleshooting.html), Azure's after 240 s, many firewalls after 60 s.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
+
+
+class Probes(NamedTuple):
+    """When a silent connection is probed."""
+
+    idle: int
+    """Seconds of silence before the first probe."""
+    every: int
+    """Seconds from one probe to the next, while none is answered."""
+    most: int
+    """Probes without an answer after which the connection is given up."""
+
+
+PROBES = Probes(idle=20, every=20, most=9)
+"""A connection is never silent for more than 20 s; one whose other end is gone is known to be so after 200 s."""
+
+
+def options() -> list[tuple[int, int, int]]:
+    """Socket options that send the probes, as far as this system has them: Linux has all, macOS names the first otherwise."""
+    wanted = {"TCP_KEEPIDLE": PROBES.idle, "TCP_KEEPALIVE": PROBES.idle, "TCP_KEEPINTVL": PROBES.every, "TCP_KEEPCNT": PROBES.most}
+    known = [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wanted.items() if hasattr(socket, name)]
+    return [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *known]
+
+
+def keep_alive(client: Any, ca_bundle: str | None) -> None:
+    """Have a client of botocore's send its requests over connections that are probed.
+
+    Botocore lets no caller choose socket options, and lets a handler of ``before-send`` do the sending. So it is done here, by botocore's
+    own HTTP session, with the same timeouts, proxies and certificates; ``ca_bundle`` is the session's.
+    """
+    config = client.meta.config
+    http = URLLib3Session(
+        verify=ca_bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True,
+        proxies=config.proxies or get_environ_proxies(client.meta.endpoint_url),
+        timeout=(config.connect_timeout, config.read_timeout),
+        max_pool_connections=config.max_pool_connections,
+        socket_options=options(),
+        client_cert=config.client_cert,
+        proxies_config=config.proxies_config,
+    )
+    send: Callable[..., Any] = lambda request, **_: http.send(request)  # noqa: E731 - what the event gives beside it is not needed
+    client.meta.events.register("before-send", send)

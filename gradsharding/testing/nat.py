@@ -1,0 +1,126 @@
+"""A network path that forgets connections that are silent, as NAT does: from then on it drops their packets, and tells nobody.
+
+It is made of the kernel's own TCP and a TUN device: what is sent to one address of the device comes back as sent from there to the other,
+so that packets, TCP's probes among them, pass through this process, which forwards them or does not.
+"""
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from typing import Self
+from urllib.parse import urlsplit
+
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_SIOCSIFADDR, _SIOCSIFDSTADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8916, 0x8918, 0x8913, 0x8914, 0x0001
+
+
+def nat_missing() -> str | None:
+    """Why no such path can be made here; None if one can."""
+    try:
+        ForgetfulNat("http://127.0.0.1:1", 1).close()
+    except OSError as error:
+        return f"no network device may be made here ({error}); it takes root and /dev/net/tun"
+    return None
+
+
+class ForgetfulNat:
+    """A path to ``endpoint``, an HTTP server on loopback, that forgets connections after ``seconds`` of silence.
+
+    Raise OSError where no network device may be made.
+    """
+
+    def __init__(self, endpoint: str, seconds: float) -> None:
+        self.seconds = seconds
+        self.forgotten = 0
+        """Connections that packets came from after they had been forgotten."""
+        self.probes = 0
+        """Packets without data of connections that were silent for half a second or longer."""
+        self._target = urlsplit(endpoint)
+        self._heard: dict[frozenset[int], float] = {}
+        self._lost = set[frozenset[int]]()
+        self._device = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, self._device)
+            answer = fcntl.ioctl(self._device, _TUNSETIFF, struct.pack("16sH22x", b"forget%d", _IFF_TUN | _IFF_NO_PI))
+            name = answer[:16].rstrip(b"\0")
+            number = int(name.removeprefix(b"forget"))
+            self._near, far = (f"198.18.{number % 256}.{last}" for last in (1, 2))  # a network for tests of networks: RFC 2544
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+                for request, address in ((_SIOCSIFADDR, self._near), (_SIOCSIFDSTADDR, far)):
+                    fcntl.ioctl(control, request, struct.pack("16sHH4s8x", name, socket.AF_INET, 0, socket.inet_aton(address)))
+                flags = struct.unpack("16sH22x", fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16s24x", name)))[1]
+                fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name, flags | _IFF_UP))
+            self._entry = stack.enter_context(socket.socket())
+            self._entry.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, name)  # reached from this device alone
+            self._entry.bind((self._near, 0))
+            self._entry.listen(64)
+            self._stop, self._stopped = (stack.enter_context(end) for end in socket.socketpair())
+            self._closing = stack.pop_all()
+        self._thread = threading.Thread(target=self._serve, name="nat", daemon=True)
+        self.endpoint = f"http://{far}:{self._entry.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.send(b"x")
+        self._thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Take the device away."""
+        self._closing.close()
+
+    def _serve(self) -> None:
+        """Take packets and connections, one after another, until it is stopped."""
+        with contextlib.suppress(OSError):
+            while True:
+                ready, _, _ = select.select([self._device, self._entry, self._stopped], [], [])
+                if self._stopped in ready:
+                    return
+                if self._device in ready:
+                    self._forward(bytearray(os.read(self._device, 1 << 16)))
+                if self._entry in ready:
+                    near, _ = self._entry.accept()
+                    far = socket.create_connection((self._target.hostname, self._target.port))
+                    threading.Thread(target=_join, args=(near, far), name="nat-relay", daemon=True).start()
+
+    def _forward(self, packet: bytearray) -> None:
+        """Bring a packet back with its addresses swapped, which leaves all checksums right; or drop it."""
+        if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_TCP and self._remembers(packet):
+            packet[12:16], packet[16:20] = packet[16:20], packet[12:16]
+            os.write(self._device, packet)
+
+    def _remembers(self, packet: bytearray) -> bool:
+        header = 4 * (packet[0] & 15)
+        ports = frozenset(struct.unpack_from("!HH", packet, header))
+        data = len(packet) - header - 4 * (packet[header + 12] >> 4)
+        begins, now = packet[header + 13] & 0x02, time.monotonic()
+        if not begins and ports not in self._heard:  # of a connection through an earlier device of this address
+            return False
+        silent = 0.0 if begins else now - self._heard[ports]
+        if silent > self.seconds or (ports in self._lost and not begins):
+            self.forgotten += ports not in self._lost
+            self._lost.add(ports)
+            return False
+        self._lost.discard(ports)
+        self.probes += not data and silent >= 0.5
+        self._heard[ports] = now
+        return True
+
+
+def _join(*ends: socket.socket) -> None:
+    """Carry bytes both ways until either end closes."""
+    other = dict(zip(ends, reversed(ends), strict=True))
+    with ends[0], ends[1], contextlib.suppress(OSError):
+        while True:
+            for ready in select.select(ends, [], [])[0]:
+                if not (data := ready.recv(1 << 16)):
+                    return
+                other[ready].sendall(data)
