@@ -368,6 +368,7 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
         partials=partials,
         shared_bytes=shared,
         nonfinite=nonfinite,
+        round=round.id,
     )
 
 

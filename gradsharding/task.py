@@ -149,6 +149,8 @@ class Job(Value):
     shared_bytes: int = 0
     """Bytes of all partial sums, if they lie in the memory of the machine."""
     nonfinite: NonFinitePolicy = "raise"
+    round: str = ""
+    """Id of the round, for logs."""
 
     def read_by(self, task: Task) -> tuple[Term, ...]:
         """Give the terms that a task reads."""

@@ -252,14 +252,20 @@ def main() -> None:
 
 def answer(task: Task, job: Job, store: ObjectStore) -> str:
     """Run a task in a process that is its own; give its report, or what it raised, as JSON."""
+    try:
+        return run_alone(task, job, store).model_dump_json()
+    except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call
+        return json.dumps(to_wire(raised))
+
+
+def run_alone(task: Task, job: Job, store: ObjectStore) -> TaskReport:
+    """Run a task in a process that is its own; raise what ``run`` raises, and OutOfMemory where an allocation fails."""
     unmeasured = None if forget_peak() else "this system does not tell the peak of a task alone"
     try:
-        return run(task, job, store, unmeasured=unmeasured).model_dump_json()
+        return run(task, job, store, unmeasured=unmeasured)
     except MemoryError:
-        error: BaseException = OutOfMemory(f"an allocation failed at a peak of {mib(peak_memory())}")
-    except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call
-        error = raised
-    return json.dumps(to_wire(error))
+        peak = peak_memory()
+    raise OutOfMemory(f"an allocation failed at a peak of {mib(peak)}")  # here, so that no frame of the task's is kept with it
 
 
 def _limit_data(allowed: int) -> None:

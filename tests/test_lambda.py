@@ -9,15 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import numpy as np
 import pytest
 
 from gradsharding.aggregate import aggregate
-from gradsharding.aws.call import pack, unpack
+from gradsharding.aws.answers import VERDICTS, Do, Verdict
+from gradsharding.aws.call import answered, pack, unpack
+from gradsharding.aws.smoke import bill_text
 from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
-from gradsharding.aws.smoke import bill_text
-from gradsharding.errors import OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
+from gradsharding.aws.tail import Metered, metered
+from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits
@@ -25,15 +28,16 @@ from gradsharding.platform import PAYLOAD, RUNTIME
 from gradsharding.prices import load_prices
 from gradsharding.reading import STREAM
 from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, ObjectStore
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
 from gradsharding.task import Job, Task, Term
 from gradsharding.testing import ExecutorContract, assert_same, peak, read, reference_mean, sample_updates
 from gradsharding.testing.executors import Started
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing, hold
+from gradsharding.testing.lambdas import HERE, LocalFunction, LocalLambda, Said, emulator_missing, hold
 from gradsharding.testing.s3 import Ceph
 from gradsharding.topology import Topology, lambda_fl, sharded, sharded_tree
 
 MIB = 1 << 20
+UNKNOWN = Settings(None, None, None, None)
 RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
 
 Start = Callable[..., LocalLambda]
@@ -45,7 +49,7 @@ def start(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     with ExitStack() as stack:
 
         def begin(**settings: Any) -> LocalLambda:
-            function = LocalFunction(**{key: settings.pop(key) for key in ("memory", "timeout", "limit") if key in settings})
+            function = LocalFunction(**{key: settings.pop(key) for key in LocalFunction.__dataclass_fields__ if key in settings})
             front = stack.enter_context(LocalLambda(function, **settings))
             for name, value in {**ceph.server.environment(), **front.environment()}.items():
                 monkeypatch.setenv(name, value)
@@ -90,9 +94,10 @@ def test_faults(ceph_store: S3Store, start: Start, fault: str) -> None:
 
 
 @RUNS_HERE
-def test_figures(ceph_store: S3Store, start: Start) -> None:
+@pytest.mark.parametrize("log_format", ["Text", "JSON"])
+def test_figures(ceph_store: S3Store, start: Start, log_format: str) -> None:
     """A report says what the platform measured: a cold start first, warm ones after it, memory, and how many tasks went together."""
-    start(concurrency=1, memory=512)
+    start(concurrency=1, memory=512, log_format=log_format)
     result = aggregate(
         _round(ceph_store, sample_updates()), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding:live")
     )
@@ -135,12 +140,12 @@ def test_settings(start: Start) -> None:
     """Memory, time and concurrency are read from the account, and narrow what is allowed; who may not ask goes by defaults."""
     start(memory=256, timeout=7, concurrency=3)
     executor = LambdaExecutor("gradsharding")
-    assert Settings(256 * MIB, 7, 3, "x86_64") == executor.settings
+    assert Settings(256 * MIB, 7, 3, HERE) == executor.settings
     assert Limits(memory=256 * MIB - RUNTIME, concurrency=3) == executor.limits(None)
     assert Limits(memory=128 * MIB, concurrency=2) == LambdaExecutor("gradsharding", concurrency=2).limits(Limits(memory=128 * MIB))
 
     start(memory=256, tells=False)
-    assert Settings(None, None, None, None) == LambdaExecutor("gradsharding").settings
+    assert UNKNOWN == LambdaExecutor("gradsharding").settings
     assert Limits() == LambdaExecutor("gradsharding").limits(None)
 
 
@@ -194,13 +199,91 @@ def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: 
     """Tasks that get no turn for a quarter of an hour end the round, and it says what takes their place."""
     monkeypatch.setattr("gradsharding.aws.invoke.PATIENCE", 0.2)
     start(faults=dict.fromkeys(range(1, 99), "throttle"))
-    with pytest.raises(TaskFailed, match=r"was throttled for .* other work takes the account's concurrency"):
+    with pytest.raises(TaskFailed, match=r"waited .* s for its turn: other work takes the account's concurrency"):
         aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
+
+
+@RUNS_HERE
+def test_updated_meanwhile(ceph_store: S3Store, start: Start) -> None:
+    """While the function is being updated, tasks wait, and count no failure."""
+    updates = sample_updates()
+    busy = Said(409, "ResourceConflictException", "An update is in progress for resource")
+    front = start(concurrency=1, faults=dict.fromkeys(range(1, 4), busy))
+    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+    assert_same(reference_mean(updates), result.arrays())
+    assert ["409"] * 3 + ["200"] == [call.outcome for call in front.calls]
+
+
+def _of_model() -> dict[str, int]:
+    """Names of all exceptions that Invoke may raise, by botocore's model of the API, and their HTTP status."""
+    shapes = botocore.session.get_session().get_service_model("lambda").operation_model("Invoke").error_shapes
+    return {shape.name: int(shape.metadata["error"]["httpStatusCode"]) for shape in shapes}
+
+
+@pytest.fixture(scope="module")
+def told() -> Iterator[LocalLambda]:
+    """Give a front that runs nothing."""
+    with LocalLambda(LocalFunction()) as front:
+        yield front
+
+
+def _end_of(said: Said, front: LocalLambda, monkeypatch: pytest.MonkeyPatch) -> tuple[GradShardingError, int]:
+    """Give what a task raises if Lambda says this whenever it is asked, and how often it was; waiting takes no time."""
+    monkeypatch.setattr("gradsharding.aws.invoke.PATIENCE", -1.0)
+    monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
+    account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**account, **front.environment()}.items():
+        monkeypatch.setenv(name, value)
+    (job, task), before = _call(1), len(front.calls)
+    front.faults.update(dict.fromkeys(range(before + 1, before + 9), said))
+    with pytest.raises(GradShardingError) as caught:
+        LambdaExecutor("gradsharding", attempts=2).run([task], job, MemoryStore(), Limits(), lambda _: None)
+    return caught.value, len(front.calls) - before
+
+
+@pytest.mark.parametrize(("kind", "status"), sorted(_of_model().items()))
+def test_all_that_lambda_says(told: LocalLambda, monkeypatch: pytest.MonkeyPatch, kind: str, status: int) -> None:
+    """Each exception of Lambda's API is waited for, tried again, or refused with the remedy; a new one must be given its row."""
+    error, asked = _end_of(Said(status, kind), told, monkeypatch)
+    match VERDICTS[kind]:
+        case Verdict(Do.WAIT, why):
+            assert re.fullmatch(rf"task t/2 waited 0 s for its turn: {re.escape(why)}", error.message)
+            assert 1 == asked
+        case Verdict(Do.AGAIN, why):
+            assert (f"task t/2 failed: Lambda answered {kind}; run it again (2 times)", "") == (error.message, why)
+            assert 2 == asked
+        case Verdict(Do.REFUSE, why):
+            absent = "there is no function 'gradsharding' in this account and region; put it up with: gradsharding deploy"
+            refused = f"invocation of function gradsharding: {why} ({kind})"
+            assert (absent if kind == "ResourceNotFoundException" else refused) == error.message
+            assert isinstance(error, StoreRefused)
+            assert 1 == asked
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (Said(400, "ThrottlingException"), "waited 0 s for its turn: more is asked a second"),
+        (Said(502, "KMSAccessDeniedException", "KMS Exception: ThrottlingException"), "waited 0 s for its turn: more is asked a second"),
+        (Said(502, "KMSAccessDeniedException", "KMS Exception: AccessDeniedException"), "allow it kms:Decrypt"),
+        (Said(409, "ResourceConflictException", "The function is currently in the following state: Pending"), "being created or updated"),
+        (Said(409, "ResourceConflictException", "The function is currently in the following state: Failed"), "could not be created"),
+        (
+            Said(429, "TooManyRequestsException", reason="ReservedFunctionConcurrentInvocationLimitExceeded"),
+            "other work takes the function's reserved concurrency",
+        ),
+        (Said(503, "SomethingNewException"), "Lambda answered SomethingNewException; run it again (2 times)"),
+        (Said(403, "AccessDeniedException"), "access is denied"),
+    ],
+)
+def test_what_lambda_adds(told: LocalLambda, monkeypatch: pytest.MonkeyPatch, said: Said, message: str) -> None:
+    """What an exception's text and reason say of it decides, too; of others, the status does."""
+    assert message in _end_of(said, told, monkeypatch)[0].message
 
 
 def test_what_functions_cannot_reach(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store, an update or an output on this machine is refused by name."""
-    monkeypatch.setattr(LambdaExecutor, "settings", Settings(None, None, None, None))
+    monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
     with pytest.raises(UserError, match=r"file://.* cannot be reached by Lambda functions; use an s3:// store"):
         aggregate(_round(DirectoryStore(tmp_path), sample_updates()), executor=LambdaExecutor("gradsharding"))
     round_ = Round.create(ceph_store, "r2")
@@ -238,8 +321,126 @@ def test_call_too_large() -> None:
 def test_call_of_another_release() -> None:
     """A function of another release says so, and what to do."""
     event = {"release": "0.0.1", "job": {}, "tasks": []}
-    with pytest.raises(UserError, match=re.escape("was called by 0.0.1; run `gradsharding deploy` to update it")):
-        unpack(event)
+    with pytest.raises(UserError, match=r"was called by 0\.0\.1; to update it, run: gradsharding deploy --name other$"):
+        unpack(event, "other")
+
+
+_BUGGY = """
+from gradsharding import worker
+
+real, asked = worker.run_alone, []
+
+
+def run_alone(task, job, store):
+    asked.append(task.id)
+    if len(asked) == 2:
+        raise KeyError("at https://bucket.example/key?X-Amz-Signature=0a1b, by AKIAIOSFODNN7EXAMPLE")
+    return real(task, job, store)
+
+
+worker.run_alone = run_alone
+from gradsharding.aws.handler import handler
+"""
+
+
+def _lines(log: str) -> list[dict[str, Any]]:
+    """Give our own lines of a log."""
+    objects = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [line for line in objects if line.get("service") == "gradsharding"]
+
+
+@RUNS_HERE
+@pytest.mark.parametrize("log_format", ["Text", "JSON"])
+def test_faults_are_counted(ceph_store: S3Store, start: Start, tmp_path: Path, log_format: str) -> None:
+    """A bug counts among the function's errors, is in its log with its place and without secrets, and loses no report of other tasks."""
+    (tmp_path / "buggy.py").write_text(_BUGGY)
+    paths, updates = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}, sample_updates()
+    front = start(concurrency=1, code=tmp_path, handler="buggy.handler", environment=paths, log_format=log_format)
+    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding"))
+    assert_same(reference_mean(updates), result.arrays())
+    failed, good = front.calls
+    assert ("Unhandled", "200") == (failed.outcome, good.outcome)
+    assert [failed.log.count(one.invocation.request) > 0 for one in result.reports if one.invocation] == [True, False, False]
+    assert [0, 0, 0] == [one.lost for one in result.reports]
+
+    [error], [done] = _lines(failed.log), _lines(good.log)
+    assert ("ERROR", "sharded/1", "r", True, "KeyError") == tuple(
+        error[key] for key in ("level", "task", "round", "cold_start", "exception_name")
+    )
+    assert "in run_alone" in error["exception"]
+    assert ("INFO", "2 of 2 tasks done", ["sharded/1", "sharded/2"], False) == tuple(
+        done[key] for key in ("level", "message", "tasks", "cold_start")
+    )
+    for line in (error, done):
+        assert {"timestamp", "location", "function_name", "function_memory_size", "function_arn", "function_request_id"} <= line.keys()
+        assert ("gradsharding", 512) == (line["function_name"], line["function_memory_size"])
+    assert not re.search("0a1b|AKIA", failed.log)
+
+
+@RUNS_HERE
+def test_refusals_are_counted(ceph_store: S3Store, start: Start) -> None:
+    """A function that its store refuses counts among the function's errors, and the caller hears why."""
+    front = start(concurrency=1, environment={"AWS_ACCESS_KEY_ID": "nobody"})
+    with pytest.raises(StoreRefused, match="there is no such access key"):
+        aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
+    [call] = front.calls
+    assert "Unhandled" == call.outcome
+    assert [("ERROR", "StoreRefused")] == [(line["level"], line["error"]) for line in _lines(call.log)]
+
+
+@RUNS_HERE
+def test_bad_updates_are_not(ceph_store: S3Store, start: Start) -> None:
+    """An update that holds NaN is a warning in the log, and no error of the function's."""
+    front = start(concurrency=1)
+    with pytest.raises(NonFinite, match="clients bad hold NaN"):
+        aggregate(_round(ceph_store, {"bad": ({"w": np.array([np.nan], "f4")}, 1)}), executor=LambdaExecutor("gradsharding"))
+    [call] = front.calls
+    assert "200" == call.outcome
+    assert [("WARNING", "NonFinite")] == [(line["level"], line["error"]) for line in _lines(call.log)]
+
+
+@RUNS_HERE
+def test_foreign_function(ceph_store: S3Store, start: Start, tmp_path: Path) -> None:
+    """A function that is not ours is told apart from one that fails, by what it answers."""
+    (tmp_path / "foreign.py").write_text("def handler(event, context):\n    return {'statusCode': 200}\n")
+    front = start(concurrency=1, code=tmp_path, handler="foreign.handler")
+    said = r"^function gradsharding runs other code than gradsharding's: it answered b'{\"statusCode\": ?200}'; name another function$"
+    with pytest.raises(UserError, match=said):
+        aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
+    assert 1 == len(front.calls)
+
+
+def test_cut_fault() -> None:
+    """Of a fault whose text was cut on the way, the error is taken as any other of the function's."""
+    cut = {"errorType": "Fault", "errorMessage": '{"error": "StoreFailed", "mess'}
+    assert answered(json.dumps(cut).encode(), error=True) is None
+
+
+_REQUEST = "6d68ca91-49c9-448d-89b8-7ca3e6dc66aa"
+_MEASURED = Metered(_REQUEST, 0.694, 128 * MIB, 84 * MIB, 397.68 / 1000)
+"""The platform's example at https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html#platform-report."""
+
+_METRICS = {"billedDurationMs": 694, "durationMs": 693.92, "initDurationMs": 397.68, "maxMemoryUsedMB": 84, "memorySizeMB": 128}
+_EVENT = {"time": "2022-10-12T00:01:15.000Z", "type": "platform.report", "record": {"metrics": _METRICS, "requestId": _REQUEST}}
+_JSON = f'a task\'s {{"type"\n{json.dumps(_EVENT)}\n'
+_TEXT = (
+    f"END RequestId: {_REQUEST}\nREPORT RequestId: {_REQUEST}\tDuration: 693.92 ms\tBilled Duration: 694 ms\tMemory Size: 128 MB\t"
+    "Max Memory Used: 84 MB\tInit Duration: 397.68 ms\t\nXRAY TraceId: 1-5759e988\tSegmentId: 07f99ef3\tSampled: true\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (_JSON, _MEASURED),
+        (_TEXT, _MEASURED),
+        ('{"type":"platform.report","record":{"metrics":{}}}\n[1]\n{"type": "function"}\nREPORT\n', None),
+        ("", None),
+    ],
+)
+def test_metered(log: str, expected: Metered | None) -> None:
+    """What was billed is read from a log of either format, whatever else is in it."""
+    assert expected == metered(log)
 
 
 @RUNS_HERE

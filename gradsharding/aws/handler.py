@@ -3,12 +3,14 @@
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gradsharding import worker
-from gradsharding.aws.call import unpack
-from gradsharding.errors import UserError, to_wire
+from gradsharding.aws.call import failed, is_fault, unpack
+from gradsharding.aws.log import Invoked, about, log
+from gradsharding.errors import GradShardingError, UserError
 from gradsharding.store import ObjectStore, open_store
+from gradsharding.task import Job, Task
 
 MARGIN = 1.5
 """Another task is begun only if so many times the longest one so far is left."""
@@ -17,33 +19,46 @@ BUNDLE = Path(__file__).parents[2] / "bundle.json"
 """What the code is made of, where it was built for a function."""
 
 if BUNDLE.exists():  # once for each cold start: the log says which code ran
-    print(json.dumps({"level": "INFO", "message": "cold start", "bundle": json.loads(BUNDLE.read_text())["sha256"]}))  # noqa: T201 - Lambda's log
-
-
-class Invoked(Protocol):
-    """What the runtime tells of an invocation."""
-
-    def get_remaining_time_in_millis(self) -> int:
-        """Milliseconds until the function is stopped."""
-        ...
+    log.info("cold start", extra={"facts": {"bundle": json.loads(BUNDLE.read_text())["sha256"]}})
 
 
 def handler(event: Any, context: Invoked) -> dict[str, Any]:
-    """Run an invocation's tasks; give the reports of those that were done, and the error that ended them, if one did."""
-    try:
-        job, tasks = unpack(event)
-    except UserError as error:
-        return {"reports": [], **to_wire(error)}
-    store, reports, longest = _opened(job.store), list[Any](), 0.0
+    """Run an invocation's tasks; give the reports of those that were done, and the error that ended them, if one did.
+
+    Raise Fault, which carries the same, for an error that lies with the function.
+    """
+    with about(context):
+        try:
+            job, tasks = unpack(event, context.function_name)
+        except UserError as error:
+            log.error(error.message)
+            return failed(error, [])
+        return _run(job, tasks, context)
+
+
+def _run(job: Job, tasks: tuple[Task, ...], context: Invoked) -> dict[str, Any]:
+    reports, longest = list[Any](), 0.0
     for task in tasks:
         if reports and context.get_remaining_time_in_millis() < 1000 * MARGIN * longest:
             break
-        answer = json.loads(worker.answer(task, job, store))
-        if "error" in answer:
-            return {"reports": reports, **answer}
-        reports.append(answer)
-        longest = max(longest, answer["seconds"])
+        try:
+            report = worker.run_alone(task, job, _opened(job.store))
+        except Exception as error:  # noqa: BLE001 - it crosses the wire and is raised again at the call
+            _tell(error, job, task)
+            return failed(error, reports)
+        reports.append(report.model_dump(mode="json"))
+        longest = max(longest, report.seconds)
+    facts = {"round": job.round, "tasks": [one["task"] for one in reports], "seconds": sum(one["seconds"] for one in reports)}
+    log.info("%d of %d tasks done", len(reports), len(tasks), extra={"facts": facts})
     return {"reports": reports}
+
+
+def _tell(error: Exception, job: Job, task: Task) -> None:
+    """Log what has ended a task: a fault with the place in our code, where it is a bug of ours."""
+    ours = isinstance(error, GradShardingError)
+    facts = {"round": job.round, "task": task.id, "error": type(error).__name__}
+    say = log.error if is_fault(error) else log.warning
+    say(error.message if isinstance(error, GradShardingError) else str(error), extra={"facts": facts}, exc_info=None if ours else error)
 
 
 @lru_cache(maxsize=16)

@@ -16,9 +16,21 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
-from gradsharding.aws.call import pack
+from gradsharding.aws.answers import Do, Verdict, verdict
+from gradsharding.aws.call import answered, pack
 from gradsharding.aws.client import code_of, explained, lambda_client
-from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, StoreFailed, StoreRefused, TaskFailed, UserError, from_wire
+from gradsharding.aws.tail import metered
+from gradsharding.errors import (
+    GradShardingError,
+    NonFinite,
+    OutOfMemory,
+    StoreFailed,
+    StoreRefused,
+    TaskFailed,
+    UserError,
+    from_wire,
+    quoted,
+)
 from gradsharding.executor import Outcome, Progress, run_eagerly
 from gradsharding.plan import Limits, mib
 from gradsharding.platform import RUNTIME, TIMEOUT, Architecture
@@ -30,17 +42,9 @@ CONCURRENCY = 100
 """Invocations at once, where the account does not say what it allows."""
 
 PATIENCE = 900.0
-"""Seconds that throttled tasks wait for their turn before the round is given up."""
-
-_THROTTLED = {"TooManyRequestsException", "EC2ThrottledException", "ThrottlingException", "429"}
+"""Seconds that tasks wait for their turn, or for a function that is being updated, before the round is given up."""
 
 _KILLED = ("OutOfMemory", "signal: killed", "exited without providing a reason")
-
-_REPORT = re.compile(
-    r"REPORT RequestId: (?P<request>\S+)\s.*?Billed Duration: (?P<billed>[0-9.]+) ms\s+Memory Size: (?P<size>\d+) MB\s+"
-    r"Max Memory Used: (?P<used>\d+) MB(?:\s+Init Duration: (?P<init>[0-9.]+) ms)?"
-)
-
 
 class Settings(NamedTuple):
     """What the account says of a function; None where it does not tell."""
@@ -115,8 +119,11 @@ class LambdaExecutor:
         return StoreRefused(f"there is no function {self.function!r} in this account and region; put it up with: gradsharding deploy")
 
 
-class _Throttled(Exception):
-    """There was no room for the invocation: nothing ran."""
+class _Wait(Exception):
+    """Nothing ran, and time may mend it."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
 
 
 class _Failed(Exception):
@@ -184,14 +191,10 @@ class _Run:
             asked += 1
             try:
                 outcomes = self._invoke(data, some, asked, vain)
-            except _Throttled:
+            except _Wait as wait:
                 waited += _pause(asked)
                 if waited > PATIENCE:
-                    raise TaskFailed(
-                        f"task {some[0].id} was throttled for {waited:.0f} s: other work takes the account's concurrency; "
-                        "raise it, or reserve some for the function",
-                        task=some[0].id,
-                    ) from None
+                    raise TaskFailed(f"task {some[0].id} waited {waited:.0f} s for its turn: {wait.why}", task=some[0].id) from None
                 continue
             except _Failed as failed:
                 failures += 1
@@ -209,29 +212,40 @@ class _Run:
     def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[Outcome]:
         """Ask once: give the outcomes of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.
 
-        Raise _Throttled, _Failed, or what tries cannot mend.
+        Raise _Wait, _Failed, or what tries cannot mend.
         """
         name, first = self._executor.function, tasks[0].id
         try:
             answer = self._client.invoke(FunctionName=name, Payload=data, LogType="Tail")
             payload = answer["Payload"].read()
         except ClientError as error:
-            if code_of(error) in _THROTTLED:
-                raise _Throttled from error
-            if code_of(error) == "ResourceNotFoundException":
-                raise self._executor._absent() from error  # noqa: SLF001 - the same module
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
-                raise explained(error, f"invocation of function {name}") from error
-            raise _Failed(TaskFailed(f"task {first} failed: Lambda answered {code_of(error)}; run it again", task=first)) from error
+            raise self._said(error, first) from error
         except (BotoCoreError, HTTPError, OSError) as error:
             if isinstance(error, BotoCoreError) and isinstance(refused := explained(error, f"invocation of function {name}"), StoreRefused):
                 raise refused from error
             raise _Failed(TaskFailed(f"task {first} failed: its answer was lost ({error}); run it again", task=first)) from error
         log = base64.b64decode(answer.get("LogResult", "")).decode(errors="replace")
-        told = self._told(log, asked, len(tasks))
-        if "FunctionError" in answer:
+        told = self._metered(log, asked, len(tasks))
+        broken = "FunctionError" in answer
+        if found := answered(payload, error=broken):
+            return self._answered(found, tasks, told, vain)
+        if broken:
             raise self._broken(tasks[0], payload.decode(errors="replace"), told)
-        return self._answered(json.loads(payload), tasks, told, vain)
+        raise UserError(f"function {name} runs other code than gradsharding's: it answered {quoted(payload)}; name another function")
+
+    def _said(self, error: ClientError, task: str) -> Exception:
+        """Give what to raise for what Lambda said instead of running the function."""
+        if code_of(error) == "ResourceNotFoundException":
+            return self._executor._absent()  # noqa: SLF001 - the same module
+        doing, found = f"invocation of function {self._executor.function}", verdict(error)
+        match found:
+            case None:
+                return explained(error, doing)
+            case Verdict(Do.WAIT, why):
+                return _Wait(why)
+            case Verdict(Do.REFUSE, why):
+                return StoreRefused(f"{doing}: {why} ({code_of(error)})", code=code_of(error))
+        return _Failed(TaskFailed(f"task {task} failed: Lambda answered {code_of(error)}; run it again", task=task))
 
     def _answered(self, found: dict[str, Any], tasks: Sequence[Task], told: Invocation | None, vain: dict[str, _Vain]) -> list[Outcome]:
         """Read what the handler said."""
@@ -252,18 +266,18 @@ class _Run:
             raise self._too_small(tasks[0], error.message)
         raise _Failed(error, lost=False) if type(error) in (TaskFailed, StoreFailed) else error
 
-    def _told(self, log: str, asked: int, tasks: int) -> Invocation | None:
-        """Read the REPORT line that Lambda writes at the end of an invocation's log."""
-        if not (found := _REPORT.search(log)):
+    def _metered(self, log: str, asked: int, tasks: int) -> Invocation | None:
+        """Read what Lambda measured, at the end of an invocation's log."""
+        if not (found := metered(log)):
             return None
         return Invocation(
-            request=found["request"],
+            request=found.request,
             attempts=asked,
             tasks=tasks,
-            billed_seconds=float(found["billed"]) / 1000,
-            memory_size=int(found["size"]) << 20,
-            max_memory=int(found["used"]) << 20,
-            init_seconds=float(found["init"]) / 1000 if found["init"] else None,
+            billed_seconds=found.billed,
+            memory_size=found.memory_size,
+            max_memory=found.max_memory,
+            init_seconds=found.init,
             architecture=self._executor.settings.architecture,
             region=self._client.meta.region_name,
         )

@@ -43,14 +43,15 @@ def keep_alive(client: Any, ca_bundle: str | None) -> None:
     own HTTP session, with the same timeouts, proxies and certificates; ``ca_bundle`` is the session's.
     """
     config = client.meta.config
-    http = URLLib3Session(
-        verify=ca_bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True,
-        proxies=config.proxies or get_environ_proxies(client.meta.endpoint_url),
-        timeout=(config.connect_timeout, config.read_timeout),
-        max_pool_connections=config.max_pool_connections,
-        socket_options=options(),
-        client_cert=config.client_cert,
-        proxies_config=config.proxies_config,
-    )
+    settings: dict[str, Any] = {
+        "verify": ca_bundle or os.environ.get("REQUESTS_CA_BUNDLE") or True,
+        "proxies": config.proxies or get_environ_proxies(client.meta.endpoint_url),
+        "timeout": (config.connect_timeout, config.read_timeout),
+        "max_pool_connections": config.max_pool_connections,
+        "socket_options": options(),
+        "client_cert": config.client_cert,
+        "proxies_config": config.proxies_config,
+    }
+    http = URLLib3Session(**settings)  # its stubs know less than it takes
     send: Callable[..., Any] = lambda request, **_: http.send(request)  # noqa: E731 - what the event gives beside it is not needed
     client.meta.events.register("before-send", send)

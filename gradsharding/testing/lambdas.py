@@ -20,11 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import unquote
 
 from gradsharding.cgroup import Hold, MemoryCgroup
 from gradsharding.errors import UserError
+from gradsharding.platform import Architecture
 from gradsharding.testing.s3 import free_port
 
 Fault = Literal["raise", "kill", "timeout", "lost", "throttle", "twice", "error"]
@@ -34,10 +35,20 @@ raise: the handler raises. kill: its process is killed as it runs. timeout: it d
 answer is not delivered. throttle: 429. twice: it runs twice, and the second answer is delivered. error: 500, and nothing runs.
 """
 
+
+class Said(NamedTuple):
+    """What Lambda's API answers instead of running the function: a status, an exception's name, a message, and why it throttles."""
+
+    status: int
+    kind: str
+    message: str = "said by a test"
+    reason: str | None = None
+
+
 PAYLOAD = 6 << 20
 """Bytes of a synchronous request, at most."""
 
-HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+HERE: Architecture = "arm64" if os.uname().machine == "aarch64" else "x86_64"
 """This machine's architecture, as Lambda names it."""
 
 
@@ -76,6 +87,10 @@ class LocalFunction:
     environment: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     """MiB that it really has, where that is less than it says."""
+    log_format: Literal["Text", "JSON"] = "Text"
+    """How the platform writes START, END and REPORT, and the runtime its own lines."""
+    qualifiers: tuple[str, ...] = ("live",)
+    """Its aliases and versions, beside $LATEST; all run the same code."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +99,8 @@ class Call:
 
     number: int
     outcome: str
+    log: str = ""
+    """The end of what it logged."""
 
 
 class LocalLambda:
@@ -94,9 +111,18 @@ class LocalLambda:
     """
 
     def __init__(
-        self, function: LocalFunction, *, concurrency: int = 10, faults: Mapping[int, Fault] | None = None, tells: bool = True
+        self,
+        function: LocalFunction,
+        *,
+        concurrency: int = 10,
+        faults: Mapping[int, Fault | Said] | None = None,
+        tells: bool = True,
+        reserved: bool = True,
     ) -> None:
-        """``faults`` go wrong by the invocation's number, from 1. Without ``tells``, nobody may read its settings."""
+        """``faults`` go wrong by the invocation's number, from 1. Without ``tells``, nobody may read its settings.
+
+        ``reserved`` says whether the concurrency is the function's own, or what the account has unreserved.
+        """
         if function.limit and hold() == "nothing":
             raise UserError(f"nothing can hold a function to {function.limit} MiB here: no memory cgroup may be made; try as root")
         self.function = function
@@ -104,6 +130,7 @@ class LocalLambda:
         self.calls: list[Call] = []
         self.faults = dict(faults or {})
         self.tells = tells
+        self.reserved = reserved
         self._lock = threading.Lock()
         self._running = self._asked = 0
         self._idle: list[_Environment] = []
@@ -113,7 +140,7 @@ class LocalLambda:
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, name="local-lambda", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), name="local-lambda", daemon=True).start()  # it ends as soon
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,12 +160,17 @@ class LocalLambda:
         _, _, what, *rest = path.rstrip("/").split("/")  # the first is empty, the second the API's date
         if what == "account-settings":
             return 200, {"AccountLimit": {"ConcurrentExecutions": 1000, "UnreservedConcurrentExecutions": self.concurrency}}
-        name = _unqualified(rest[0])
-        if name != self.function.name:
-            return 404, {"Message": f"Function not found: {name}", "Type": "User"}
+        name, qualifier = _named(rest[0])
+        if not self._has(name, qualifier):
+            return 404, {"Message": f"Function not found: {unquote(rest[0])}", "Type": "User"}
         if rest[1:] == ["concurrency"]:
-            return 200, {"ReservedConcurrentExecutions": self.concurrency}
+            if qualifier:
+                return 400, {"Message": "concurrency is reserved for a function, not for a version or an alias", "Type": "User"}
+            return 200, {"ReservedConcurrentExecutions": self.concurrency} if self.reserved else {}
         return 200, {"FunctionName": name, "MemorySize": self.function.memory, "Timeout": self.function.timeout, "Architectures": [HERE]}
+
+    def _has(self, name: str, qualifier: str) -> bool:
+        return name == self.function.name and qualifier in ("", "$LATEST", *self.function.qualifiers)
 
     def invoke(self, name: str, body: bytes) -> tuple[int, dict[str, str], Any] | None:
         """Answer an invocation: status, headers, body. None for no answer."""
@@ -152,12 +184,16 @@ class LocalLambda:
         finally:
             with self._lock:
                 self._running -= not full
+        outcome = str(answer[1].get("X-Amz-Function-Error", answer[0])) if fault != "lost" else "lost"
+        log = base64.b64decode(answer[1].get("X-Amz-Log-Result", "")).decode(errors="replace")
         with self._lock:
-            self.calls.append(Call(number, str(answer[1].get("X-Amz-Function-Error", answer[0])) if fault != "lost" else "lost"))
+            self.calls.append(Call(number, outcome, log))
         return None if fault == "lost" else answer
 
-    def _answer(self, name: str, body: bytes, fault: Fault | None, *, full: bool) -> tuple[int, dict[str, str], Any]:
-        if _unqualified(name) != self.function.name:
+    def _answer(self, name: str, body: bytes, fault: Fault | Said | None, *, full: bool) -> tuple[int, dict[str, str], Any]:
+        if isinstance(fault, Said):
+            return _error(*fault)
+        if not self._has(*_named(name)):
             return _error(404, "ResourceNotFoundException", f"Function not found: {name}")
         if len(body) > PAYLOAD:
             return _error(413, "RequestTooLargeException", f"Request must be smaller than {PAYLOAD} bytes for the InvokeFunction operation")
@@ -189,7 +225,7 @@ class _Environment:
         self._process: subprocess.Popen[bytes] | None = None
         self._warm = False
 
-    def invoke(self, body: bytes, fault: Fault | None) -> tuple[bool, bytes, str]:
+    def invoke(self, body: bytes, fault: Fault | Said | None) -> tuple[bool, bytes, str]:
         """Run the function once: whether it failed, its answer, and its log with Lambda's REPORT at the end."""
         cold, begun, request = not self._warm, time.perf_counter(), str(uuid.uuid4())
         if not self._process or self._process.poll() is not None:
@@ -198,7 +234,7 @@ class _Environment:
         self._log.seek(0, os.SEEK_END)
         start = self._log.tell()
         timers = {"kill": signal.SIGKILL, "timeout": signal.SIGSTOP}
-        interference = threading.Timer(0.05, self._signal, [timers[fault]]) if fault in timers else None
+        interference = threading.Timer(0.05, self._signal, [timers[fault]]) if isinstance(fault, str) and fault in timers else None
         if interference:
             interference.start()
         status, payload = self._ask(body)
@@ -213,13 +249,9 @@ class _Environment:
         used = (self._function.limit or self._function.memory) if killed else min(peak, self._function.memory)
         self._log.seek(start)
         log = re.sub(r"(?m)^(START|END|REPORT|INIT_).*\n?", "", self._log.read().decode(errors="replace"))
-        seconds = ended - ready
         size = self._function.limit or self._function.memory
-        report = (
-            f"REPORT RequestId: {request}\tDuration: {1000 * seconds:.2f} ms\tBilled Duration: {int(1000 * seconds) + 1} ms\t"
-            f"Memory Size: {size} MB\tMax Memory Used: {used} MB\t" + (f"Init Duration: {1000 * (ready - begun):.2f} ms\t" if cold else "")
-        )
-        return verdict != "done", payload, f"START RequestId: {request} Version: $LATEST\n{log}END RequestId: {request}\n{report}\n"
+        framed = _framed_as_json if self._function.log_format == "JSON" else _framed_as_text
+        return verdict != "done", payload, framed(log, request, ended - ready, size, used, ready - begun if cold else None)
 
     def close(self) -> None:
         """End the processes."""
@@ -236,6 +268,7 @@ class _Environment:
             "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": str(function.memory),
             "AWS_LAMBDA_FUNCTION_TIMEOUT": str(function.timeout),
             "AWS_LAMBDA_FUNCTION_VERSION": "$LATEST",
+            "AWS_LAMBDA_LOG_FORMAT": function.log_format,
             "LAMBDA_TASK_ROOT": code,
             "PYTHONPATH": code,
             **function.environment,
@@ -318,7 +351,7 @@ class _Front(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer what is asked about the function."""
         status, answer = self.front.settings(self.path.partition("?")[0])
-        kinds = {403: "AccessDeniedException", 404: "ResourceNotFoundException"}
+        kinds = {400: "InvalidParameterValueException", 403: "AccessDeniedException", 404: "ResourceNotFoundException"}
         self._send(status, {"x-amzn-ErrorType": kinds[status]} if status in kinds else {}, json.dumps(answer).encode())
 
     def do_POST(self) -> None:
@@ -340,9 +373,36 @@ class _Front(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _error(status: int, kind: str, message: str) -> tuple[int, dict[str, str], bytes]:
-    return status, {"x-amzn-ErrorType": kind}, json.dumps({"Type": "User", "Message": message}).encode()
+def _error(status: int, kind: str, message: str, reason: str | None = None) -> tuple[int, dict[str, str], bytes]:
+    why = {"Reason": reason} if reason else {}
+    return status, {"x-amzn-ErrorType": kind}, json.dumps({"Type": "User", "Message": message, **why}).encode()
 
 
-def _unqualified(name: str) -> str:
-    return unquote(name).split(":")[0]
+def _named(name: str) -> tuple[str, str]:
+    """Give a function's name, and its version or alias, of what an API's URL names: a name or an ARN."""
+    function, _, qualifier = unquote(name).rpartition("function:")[2].partition(":")
+    return function, qualifier
+
+
+def _framed_as_text(log: str, request: str, seconds: float, size: int, used: int, init: float | None) -> str:
+    """Put a log between the lines that Lambda writes around it."""
+    cold = "" if init is None else f"Init Duration: {1000 * init:.2f} ms\t"
+    return (
+        f"START RequestId: {request} Version: $LATEST\n{log}END RequestId: {request}\n"
+        f"REPORT RequestId: {request}\tDuration: {1000 * seconds:.2f} ms\tBilled Duration: {int(1000 * seconds) + 1} ms\t"
+        f"Memory Size: {size} MB\tMax Memory Used: {used} MB\t{cold}\n"
+    )
+
+
+def _framed_as_json(log: str, request: str, seconds: float, size: int, used: int, init: float | None) -> str:
+    """Put a log between the events that a function logs instead, if it is set to log JSON.
+
+    Their shape is that of https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html#platform-report.
+    """
+    cold = {} if init is None else {"initDurationMs": round(1000 * init, 3)}
+    metrics = {"durationMs": round(1000 * seconds, 3), "billedDurationMs": int(1000 * seconds) + 1, "memorySizeMB": size}
+    start = {"type": "platform.start", "record": {"requestId": request, "version": "$LATEST"}}
+    report = {"requestId": request, "metrics": {**metrics, "maxMemoryUsedMB": used, **cold}, "status": "success"}
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
+    before, after = (json.dumps({"time": now, **event}) for event in (start, {"type": "platform.report", "record": report}))
+    return f"{before}\n{log}{after}\n"

@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -79,9 +79,10 @@ class ForgetfulNat:
 
     def _serve(self) -> None:
         """Take packets and connections, one after another, until it is stopped."""
+        ends: list[Any] = [self._device, self._entry, self._stopped]
         with contextlib.suppress(OSError):
             while True:
-                ready, _, _ = select.select([self._device, self._entry, self._stopped], [], [])
+                ready, _, _ = select.select(ends, [], [])
                 if self._stopped in ready:
                     return
                 if self._device in ready:
