@@ -25,7 +25,7 @@ from gradsharding.errors import (
     UserError,
     naming,
 )
-from gradsharding.executor import Executor, InlineExecutor, Progress
+from gradsharding.executor import Executor, InlineExecutor, Progress, taken
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits, Plan, mib
 from gradsharding.prices import HOME_REGION, Prices, load_prices
@@ -59,6 +59,10 @@ class Result:
     """What the call itself has asked, beside its tasks, by kind of store."""
     seconds: float
     """Of the whole call, by the clock on the wall."""
+    limits: Limits | None = None
+    """Of its functions, as the executor had them; None if the round was done before."""
+    taken: str | None = None
+    """What the functions took of what others use, too, in words; None if it was nothing."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Read the result; BF16, which numpy lacks, comes as the equal float32. Raise ChangedObject if it is not what was published."""
@@ -155,6 +159,7 @@ class Result:
         ``cost`` is null where it is not known, and so is each sum in it; ``cost_missing`` then says why.
         ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
         done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
+        ``concurrency`` is that of its functions, and ``taken`` says of how many, where others use them, too; else they are null.
         """
         digest = self.digest()
         plan = self.plan if self.planned else None
@@ -166,6 +171,8 @@ class Result:
             "clients": len(self.record.clients),
             "bytes": self.record.layout.nbytes,
             "stages": self._stages() if plan else [],
+            "concurrency": self.limits.concurrency if self.limits else None,
+            "taken": self.taken,
             "projected": _projected(plan) if plan else None,
             "observed": {
                 **total(self.usage).model_dump(),
@@ -232,13 +239,14 @@ def aggregate(
     runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
-            record, plan = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
+            record, plan, had = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as error:
             if "client" in error.details:
                 error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
             error.usage = together(error.usage, ledger.spent, *(report.usage for report in reports))
             raise
-    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started)
+    said = taken(runner, had) if had else None
+    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started, had, said)
 
 
 def _aggregated(
@@ -251,11 +259,14 @@ def _aggregated(
     progress: Callable[[Plan], Progress] | None,
     reports: list[TaskReport],
     overwrite: bool,  # noqa: FBT001
-) -> tuple[ResultRecord, Plan | None]:
-    """Do it; ``reports`` holds those of the tasks that have ended, also when this raises. There is no plan if the round is done."""
+) -> tuple[ResultRecord, Plan | None, Limits | None]:
+    """Do it, and give what was planned, and within which limits; neither if the round is done.
+
+    ``reports`` holds those of the tasks that have ended, also when this raises.
+    """
     published = round_.published()
     if published.record:
-        return _summed_alike(published.record, arithmetic, round_), None
+        return _summed_alike(published.record, arithmetic, round_), None, None
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
@@ -279,7 +290,7 @@ def _aggregated(
         except MissingObject:  # completed by a call that died before it could say so, or lost
             plan = plan.placed(resumed=False, lost=True)
             if record := None if overwrite else _made_of(begun.upload, round_, manifest, plan):
-                return record, plan
+                return record, plan, limits
             round_.forget_plan()
             begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
     job = _job(round_, plan, begun.upload, nonfinite)
@@ -297,14 +308,14 @@ def _aggregated(
         stat = target.complete(key, begun.upload, plan.parts, overwrite=overwrite)
     except (MissingObject, ObjectExists, IncompleteUpload):
         if record := round_.result() or (None if overwrite else _another_made(begun.upload, round_, manifest, plan)):
-            return record, plan
+            return record, plan, limits
         raise
     except NonFinite as error:
         raise _named(error, plan, round_.store) from error
     if len(plan.stages) > 1:
         left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
         round_.forget_partials(begun.upload, left)
-    return round_.publish(manifest, stat.version, plan.arithmetic), plan
+    return round_.publish(manifest, stat.version, plan.arithmetic), plan, limits
 
 
 def _lost(round: Round) -> dict[str, str]:  # noqa: A002
@@ -419,7 +430,8 @@ def _cost(result: Result) -> tuple[dict[str, Any] | None, str | None]:
     if not prices.figures:
         return None, prices.origin
     told = result.invocations[0]
-    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64")
+    at_once = result.limits.concurrency if result.limits else None
+    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64", concurrency=at_once)
     return {
         "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
         "round_trip": _sums(expected.cost.round_trip, billed.round_trip),

@@ -122,6 +122,12 @@ def cli() -> None:
     show_default=True,
     help="inline, processes[:N], threads[:N] or lambda:FUNCTION[:QUALIFIER].",
 )
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Invocations of a Lambda function at once.  [default: what is reserved for it, or half of what the account has left]",
+)
 @click.option("--store", metavar="URL", help="Keep the round's records there, so that it can be resumed.  [default: keep none]")
 @click.option(
     "--nonfinite", type=click.Choice(get_args(NonFinitePolicy)), default="raise", show_default=True, help="What NaN or infinity does."
@@ -136,6 +142,7 @@ def aggregate_command(
     fan_in: int | None,
     memory: int | None,
     where: str,
+    concurrency: int | None,
     store: str | None,
     nonfinite: NonFinitePolicy,
     report: str | None,
@@ -161,7 +168,8 @@ def aggregate_command(
     By default functions are worker processes, one for each CPU, each held to --memory. processes:N starts N of them;
     inline runs all in this process, which starts sooner and holds nobody to anything. lambda:FUNCTION runs them on AWS
     Lambda, where all that is read and written must be in S3. Endpoint, region and credentials are those of the usual AWS
-    environment variables and profiles.
+    environment variables and profiles. It takes all invocations at once that are reserved for the function; where none are, half of
+    what the account has unreserved, unless --concurrency says otherwise.
 
     The output is complete or not there. If the command is stopped, even by kill -9, the same command with the same --store
     goes on where it stopped; without --store it begins anew.
@@ -175,7 +183,8 @@ def aggregate_command(
         inputs = [update.place for update in given]
         out = writable(output, inputs)
         report_path = writable(report, [*inputs, out]).path if report else None
-        divide, runner = _topology(topology, shards, fan_in, shared_memory=shared_memory), executor.open_executor(where)
+        divide = _topology(topology, shards, fan_in, shared_memory=shared_memory)
+        runner = executor.open_executor(where, concurrency=concurrency)
         limits = runner.limits(Limits(memory=memory) if memory is not None else None)
         arithmetic: Arithmetic = "exact" if exact else "float64"
         with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
@@ -269,6 +278,7 @@ def _summary(result: Result, output: str) -> str:
     return (
         f"{made}, {plan.topology}: {slices}\n"
         f"memory per function: {mib(plan.memory)} projected, {observed_memory(result)}; {result.seconds:.2f} s{requests}"
+        + (f"\nconcurrency: {result.taken}" if result.taken else "")
     )
 
 

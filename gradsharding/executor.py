@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from queue import SimpleQueue
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from gradsharding import worker
 from gradsharding.cgroup import Hold, MemoryCgroup, usable_cpus
@@ -61,6 +61,20 @@ class Executor(Protocol):
         the end, and names whatever client any of them has found.
         """
         ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """An executor whose functions are taken out of what others use, too, such as those of an account."""
+
+    def taken(self, limits: Limits) -> str:
+        """Say how many functions at once a run within ``limits`` takes, and of how many."""
+        ...
+
+
+def taken(executor: Executor, limits: Limits) -> str | None:
+    """Say what a run within ``limits``, which the executor has given, takes away from others; None if it is nothing."""
+    return executor.taken(limits) if isinstance(executor, Sharing) else None
 
 
 class _Local:
@@ -326,9 +340,14 @@ def _left_in_memory(tasks: Sequence[Task], job: Job, store: ObjectStore) -> int:
     return sum(task.bytes_written for task in tasks if not task.written_to_memory and (task.part != PARTIAL) in kept)
 
 
-def open_executor(spec: str) -> Executor:
-    """Make an executor from ``inline``, ``processes``, ``processes:N``, ``threads:N`` or ``lambda:FUNCTION[:QUALIFIER]``."""
+def open_executor(spec: str, *, concurrency: int | None = None) -> Executor:
+    """Make an executor from ``inline``, ``processes``, ``processes:N``, ``threads:N`` or ``lambda:FUNCTION[:QUALIFIER]``.
+
+    ``concurrency`` bounds a function's invocations at once; raise UserError for it beside an executor that counts otherwise.
+    """
     name, _, number = spec.partition(":")
+    if concurrency is not None and name not in ELSEWHERE:
+        raise UserError(f"a concurrency of {concurrency} goes with lambda:FUNCTION, not with {spec}; use processes:{concurrency}, say")
     if re.fullmatch(r"inline|(processes|threads)(:[1-9][0-9]{0,3})?", spec):
         count = int(number) if number else None
         if name == "processes":
@@ -339,7 +358,7 @@ def open_executor(spec: str) -> Executor:
             kind = resolve_name(ELSEWHERE[name])
         except ImportError as error:
             raise UserError(f"{spec} needs more than is installed here ({error}); install gradsharding[aws]") from error
-        executor: Executor = kind(number)
+        executor: Executor = kind(number, concurrency=concurrency)
         return executor
     raise UserError(f"no executor is known for {spec!r}; use inline, processes:N, threads:N or lambda:FUNCTION")
 

@@ -276,19 +276,9 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     report, data = reports[5], (tmp_path / "out").read_bytes()
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
-    assert {
-        "made_by",
-        "topology",
-        "arithmetic",
-        "clients",
-        "bytes",
-        "stages",
-        "projected",
-        "observed",
-        "cost",
-        "cost_missing",
-        "digest",
-    } == set(report)
+    of_round = {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "cost", "cost_missing", "digest"}
+    assert of_round | {"concurrency", "taken", "projected", "observed"} == set(report)
+    assert (None, None) == (report["concurrency"], report["taken"])
     assert (None, "no function of Lambda told what it is billed for") == (report["cost"], report["cost_missing"])
     assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "held_by", "lost_attempts"}) == (
         set(projected),

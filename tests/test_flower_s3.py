@@ -1,6 +1,7 @@
 """Federations over S3 whose nodes hold no credentials: the server signs what each may read and write."""
 
 import json
+import logging
 import os
 import re
 import time
@@ -253,9 +254,10 @@ def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypat
 
 
 @pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
-def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds whose slices are averaged by Lambda functions give the same model; the function's memory is the limit."""
-    with LocalLambda(LocalFunction(memory=512), concurrency=2) as front:
+def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Rounds whose slices are averaged by Lambda functions give the same model; the server logs how many functions it takes at once."""
+    caplog.set_level(logging.INFO)
+    with LocalLambda(LocalFunction(memory=512), concurrency=4, reserved=False) as front:
         for name, value in front.environment().items():
             monkeypatch.setenv(name, value)
         strategy = sharding(ceph_store, executor="lambda:gradsharding")
@@ -264,6 +266,8 @@ def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None
     assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
     assert {"200"} == {call.outcome for call in front.calls}
     assert 2 * 2 == len(front.calls)  # three slices, two functions, two rounds
+    [said] = [line for line in caplog.messages if line.startswith("Concurrency")]
+    assert said.startswith("Concurrency: 2 of 4 unreserved invocations at once; the rest is left to others")
 
 
 def test_nodes_with_rights_of_their_own(ceph_store: S3Store) -> None:

@@ -16,10 +16,12 @@ import pytest
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.answers import VERDICTS, Do, Verdict
 from gradsharding.aws.call import answered, pack, unpack
-from gradsharding.aws.smoke import bill_text
 from gradsharding.aws.invoke import LambdaExecutor, Settings
 from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.smoke import bill_text
 from gradsharding.aws.tail import Metered, metered
+from gradsharding.cli import main
+from gradsharding.cost import forecast
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic
@@ -37,7 +39,7 @@ from gradsharding.testing.s3 import Ceph
 from gradsharding.topology import Topology, lambda_fl, sharded, sharded_tree
 
 MIB = 1 << 20
-UNKNOWN = Settings(None, None, None, None)
+UNKNOWN = Settings(None, None, None, None, None)
 RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
 
 Start = Callable[..., LocalLambda]
@@ -140,13 +142,13 @@ def test_settings(start: Start) -> None:
     """Memory, time and concurrency are read from the account, and narrow what is allowed; who may not ask goes by defaults."""
     start(memory=256, timeout=7, concurrency=3)
     executor = LambdaExecutor("gradsharding")
-    assert Settings(256 * MIB, 7, 3, HERE) == executor.settings
+    assert Settings(256 * MIB, 7, 3, 3, HERE) == executor.settings
     assert Limits(memory=256 * MIB - RUNTIME, concurrency=3) == executor.limits(None)
     assert Limits(memory=128 * MIB, concurrency=2) == LambdaExecutor("gradsharding", concurrency=2).limits(Limits(memory=128 * MIB))
 
     start(memory=256, tells=False)
     assert UNKNOWN == LambdaExecutor("gradsharding").settings
-    assert Limits() == LambdaExecutor("gradsharding").limits(None)
+    assert Limits(concurrency=100) == LambdaExecutor("gradsharding").limits(None)
 
 
 @RUNS_HERE
@@ -166,8 +168,91 @@ def test_refused_before_it_runs(ceph_store: S3Store, start: Start) -> None:
 def test_no_such_function(ceph_store: S3Store, start: Start) -> None:
     """A function that is not there is named, with the command that puts one up."""
     start()
-    with pytest.raises(StoreRefused, match="there is no function 'other' in this account and region; put it up with: gradsharding deploy"):
-        aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("other"))
+    round_ = _round(ceph_store, sample_updates())
+    for name, command in {
+        "other": "gradsharding deploy --name other",
+        "gradsharding:gone": "gradsharding deploy",
+        "arn:aws:lambda:us-east-1:123456789012:function:other:live": "gradsharding deploy --name other",
+    }.items():
+        said = re.escape(f"there is no function {name!r} in this account and region; put it up with: {command}")
+        with pytest.raises(StoreRefused, match=f"^{said}$"):
+            aggregate(round_, executor=LambdaExecutor(name))
+
+
+def test_no_name() -> None:
+    """What can name no function is refused before anything is asked."""
+    with pytest.raises(UserError, match=r"^'a b' can name no Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN$"):
+        open_executor("lambda:a b")
+
+
+@RUNS_HERE
+@pytest.mark.parametrize("name", ["gradsharding:live", "123456789012:function:gradsharding:live"])
+def test_qualifiers(start: Start, name: str) -> None:
+    """A version or an alias has its own memory and time; its concurrency is the function's."""
+    start(memory=256, timeout=7, concurrency=3)
+    assert Settings(256 * MIB, 7, 3, 3, HERE) == LambdaExecutor(name).settings
+
+
+@RUNS_HERE
+def test_qualified(ceph_store: S3Store, start: Start) -> None:
+    """A round runs on an alias by the function's ARN."""
+    updates = sample_updates()
+    start(concurrency=2)
+    arn = "arn:aws:lambda:us-east-1:123456789012:function:gradsharding:live"
+    assert_same(reference_mean(updates), aggregate(_round(ceph_store, updates), executor=open_executor(f"lambda:{arn}")).arrays())
+
+
+@pytest.mark.parametrize(
+    ("reserved", "unreserved", "asked", "at_once", "said"),
+    [
+        (None, 100, None, 50, "50 of 100 unreserved invocations at once; the rest is left to others (--concurrency N, or "),
+        (None, 100, 70, 70, "70 of 100 unreserved invocations at once; the rest is left to others (--concurrency N, or "),
+        (None, 100, 300, 100, "100 of 100 unreserved invocations at once"),
+        (None, 1, None, 1, "1 of 1 unreserved invocations at once"),
+        (None, 0, None, 0, "0 of 0 unreserved invocations at once"),
+        (20, 100, None, 20, "20 of 20 invocations at once that are reserved for f"),
+        (20, 100, 30, 20, "20 of 20 invocations at once that are reserved for f"),
+        (0, 100, None, 0, "0 of 0 invocations at once that are reserved for f"),
+        (None, None, None, 100, "100 invocations at once; these credentials may not ask how many the account has"),
+        (None, None, 300, 300, "300 invocations at once; these credentials may not ask how many the account has"),
+    ],
+)
+def test_share(
+    monkeypatch: pytest.MonkeyPatch, reserved: int | None, unreserved: int | None, asked: int | None, at_once: int, said: str
+) -> None:
+    """A run takes what is reserved for the function, else half of what the account has left, else the number it is told; and says so."""
+    monkeypatch.setattr(LambdaExecutor, "settings", Settings(None, None, reserved, unreserved, None))
+    executor = LambdaExecutor("f:live", concurrency=asked)
+    limits = executor.limits(None)
+    assert Limits(concurrency=at_once) == limits == executor.limits(limits)
+    assert Limits(concurrency=at_once) == LambdaExecutor("f").limits(Limits(concurrency=asked))
+    told = executor.taken(limits)
+    assert told.startswith(said)
+    assert told == said or said.endswith("or ")
+
+
+@RUNS_HERE
+def test_taken(ceph_store: S3Store, start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    """The summary and the report say how many of the account's invocations a run took; its forecast goes by the same number."""
+    round_, half = _round(ceph_store, sample_updates()), "2 of 4 unreserved invocations at once; the rest is left to others"
+    start(concurrency=4, reserved=False)
+    result = aggregate(round_, topology=partial(sharded, shards=4), executor=LambdaExecutor("gradsharding"))
+    report = result.report()
+    assert (2, True) == (report["concurrency"], str(report["taken"]).startswith(half))
+    expected = forecast(result.plan, load_prices(), 512 * MIB, architecture=HERE, concurrency=2).cost
+    assert f"{expected.aggregation.usd:f}" == report["cost"]["aggregation"]["projected"]
+
+    update = f"{ceph_store.url}/{round_.update_key('client-0')}"
+    command = ["aggregate", update, "-o", f"{ceph_store.url}/mean.safetensors", "--executor", "lambda:gradsharding:live"]
+    assert main([*command, "--concurrency", "3"]) == 0
+    assert "\nconcurrency: 3 of 4 unreserved invocations at once; the rest is left to others" in capsys.readouterr().out
+
+
+def test_concurrency_of_processes() -> None:
+    """A concurrency is refused beside an executor that counts otherwise."""
+    assert main(["aggregate", __file__, "-o", "x", "--executor", "processes", "--concurrency", "3"]) == 2
+    with pytest.raises(UserError, match=r"^a concurrency of 3 goes with lambda:FUNCTION, not with inline; use processes:3, say$"):
+        open_executor("inline", concurrency=3)
 
 
 @RUNS_HERE

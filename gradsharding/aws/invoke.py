@@ -17,7 +17,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.answers import Do, Verdict, verdict
-from gradsharding.aws.call import answered, pack
+from gradsharding.aws.call import answered, deploying, pack
 from gradsharding.aws.client import code_of, explained, lambda_client
 from gradsharding.aws.tail import metered
 from gradsharding.errors import (
@@ -44,7 +44,17 @@ CONCURRENCY = 100
 PATIENCE = 900.0
 """Seconds that tasks wait for their turn, or for a function that is being updated, before the round is given up."""
 
+SHARE = 2
+"""A run takes one in so many of the account's unreserved invocations, unless it is told a number: others run functions there, too."""
+
 _KILLED = ("OutOfMemory", "signal: killed", "exited without providing a reason")
+
+_NAME = re.compile(
+    r"(?P<whole>(?:arn:(?:aws[a-zA-Z-]*)?:lambda:)?(?:[a-z]{2,4}(?:-[a-z]+)+-\d:)?(?:\d{12}:)?(?:function:)?(?P<function>[A-Za-z0-9_-]+))"
+    r"(?::(?P<qualifier>\$LATEST|[A-Za-z0-9_-]+))?"
+)
+"""A function's name or ARN, whole or in part, with or without a version or alias, as Lambda's API reads it."""
+
 
 class Settings(NamedTuple):
     """What the account says of a function; None where it does not tell."""
@@ -53,39 +63,81 @@ class Settings(NamedTuple):
     """Bytes."""
     timeout: int | None
     """Seconds."""
-    concurrency: int | None
-    """Invocations at once."""
+    reserved: int | None
+    """Invocations at once that are kept for the function, and its most; None also if none are kept."""
+    unreserved: int | None
+    """Invocations at once that the account has for all functions without a reservation."""
     architecture: Architecture | None
+
+    @property
+    def most(self) -> int | None:
+        """Invocations at once that may be had, if others leave them."""
+        return self.unreserved if self.reserved is None else self.reserved
 
 
 class LambdaExecutor:
     """Tasks on the AWS Lambda function that ``gradsharding deploy`` puts up; its handler is ``gradsharding.aws.handler.handler``."""
 
     def __init__(self, function: str, *, concurrency: int | None = None, attempts: int = 3) -> None:
-        """Use ``function``: a name, ``name:qualifier`` or ARN. ``concurrency`` bounds its invocations; else, what the account allows."""
+        """Use ``function``: a name, ``name:qualifier`` or ARN; a qualifier is a version or an alias.
+
+        ``concurrency`` bounds its invocations at once. By default they are all that are reserved for the function; where none are, half of
+        what the account has unreserved. Raise UserError for what can name no function.
+        """
+        named = _NAME.fullmatch(function)
+        if not named:
+            raise UserError(f"{function!r} can name no Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN")
         self.function = function
         self.concurrency = concurrency
         self.attempts = attempts
+        self._unqualified, self._name = named["whole"], named["function"]
 
     @cached_property
     def settings(self) -> Settings:
-        """What the account says of the function, as far as these credentials may ask; raise StoreRefused if there is none."""
-        client, name = lambda_client(), self.function
-        unqualified = re.sub(r"^((?:arn:[^:]*:lambda:[^:]*:[^:]*:function:)?[^:]+):[^:]+$", r"\1", name)
-        config = self._told(lambda: client.get_function_configuration(FunctionName=name)) or {}
-        reserved = self._told(lambda: client.get_function_concurrency(FunctionName=unqualified)) or {}
+        """What the account says of the function, as far as these credentials may ask; raise StoreRefused if there is none.
+
+        Memory, time and architecture are the version's or alias's; concurrency is reserved for a function as a whole.
+        """
+        client = lambda_client()
+        config = self._told(lambda: client.get_function_configuration(FunctionName=self.function)) or {}
+        reserved = self._told(lambda: client.get_function_concurrency(FunctionName=self._unqualified)) or {}
         account = self._told(client.get_account_settings) or {}
-        free = account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions")
         memory = config.get("MemorySize")
-        most = reserved.get("ReservedConcurrentExecutions", free)
-        return Settings(memory and memory << 20, config.get("Timeout"), most, next(iter(config.get("Architectures", [])), None))
+        return Settings(
+            memory=memory and memory << 20,
+            timeout=config.get("Timeout"),
+            reserved=reserved.get("ReservedConcurrentExecutions"),
+            unreserved=account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions"),
+            architecture=next(iter(config.get("Architectures", [])), None),
+        )
 
     def limits(self, limits: Limits | None) -> Limits:
-        """What the function has, if it is less than what is allowed."""
-        memory, most = self.settings.memory, self.settings.concurrency
+        """What the function has, if it is less than what is allowed; of concurrency, its share, or the number that is asked for."""
+        memory = self.settings.memory
         room = memory - RUNTIME if memory else Limits().memory
-        counts = [count for count in (most, self.concurrency, limits.concurrency if limits else None) if count is not None]
-        return Limits(memory=min(room, limits.memory) if limits else room, concurrency=min(counts) if counts else None)
+        asked = [count for count in (self.concurrency, limits.concurrency if limits else None) if count is not None]
+        most = self.settings.most
+        at_once = min(asked, default=self._share)
+        return Limits(memory=min(room, limits.memory) if limits else room, concurrency=at_once if most is None else min(at_once, most))
+
+    @property
+    def _share(self) -> int:
+        """Invocations at once that are taken unasked."""
+        reserved, unreserved = self.settings.reserved, self.settings.unreserved
+        if reserved is not None:
+            return reserved
+        return CONCURRENCY if unreserved is None else min(unreserved, max(1, unreserved // SHARE))
+
+    def taken(self, limits: Limits) -> str:
+        """Say how many invocations at once a run takes, of how many."""
+        count, (_, _, reserved, unreserved, _) = limits.concurrency, self.settings
+        if reserved is not None:
+            return f"{count} of {reserved} invocations at once that are reserved for {self._name}"
+        if unreserved is None:
+            return f"{count} invocations at once; these credentials may not ask how many the account has"
+        more = "--concurrency N, or LambdaExecutor(..., concurrency=N), takes more"
+        left = "" if count == unreserved else f"; the rest is left to others ({more})"
+        return f"{count} of {unreserved} unreserved invocations at once{left}"
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         sources = {term.source for term in job.terms} if tasks else ()
@@ -94,8 +146,7 @@ class LambdaExecutor:
                 raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
         if not tasks:
             return []
-        most = self.limits(limits).concurrency
-        count = min(len(tasks), CONCURRENCY if most is None else max(most, 1))
+        count = min(len(tasks), max(self.limits(limits).concurrency or 1, 1))
         run = _Run(self, job, limits)
         with ThreadPoolExecutor(count, thread_name_prefix="gradsharding-lambda") as pool:
 
@@ -116,7 +167,8 @@ class LambdaExecutor:
             raise explained(error, f"settings of function {self.function}") from error
 
     def _absent(self) -> StoreRefused:
-        return StoreRefused(f"there is no function {self.function!r} in this account and region; put it up with: gradsharding deploy")
+        put_up = deploying(self._name)
+        return StoreRefused(f"there is no function {self.function!r} in this account and region; put it up with: {put_up}")
 
 
 class _Wait(Exception):

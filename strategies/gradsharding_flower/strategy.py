@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
+from gradsharding.executor import taken
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import mib
@@ -265,6 +266,8 @@ class GradSharding(Strategy):
         one = Term(client="", source="", version="", base=0, weight=1)
         manifest = Manifest(round="", layout=layout, terms=(one,))
         limits = self.executor.limits(self.limits)
+        if said := taken(self.executor, limits):
+            log.info("Concurrency: %s", said)
         store = self.store
         self.topology(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
         if self._lender and self._model:
