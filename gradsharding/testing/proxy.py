@@ -1,4 +1,4 @@
-"""A path to an HTTP server that is slow or faulty on command: it waits, paces, cuts and loses as it is told, and changes no byte.
+"""A path to an HTTP server that is slow or faulty on command: it waits, paces, refuses, cuts and loses as it is told, and changes no byte.
 
 ``python -m gradsharding.testing.proxy`` runs one as a process of its own, so that its work is not its clients'.
 """
@@ -19,6 +19,8 @@ from urllib.parse import urlsplit
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "proxy-connection"}
 _CHUNK = 256 << 10
+_BURST = 0.1
+"""Seconds of quiet that a later burst may make up for."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -36,6 +38,8 @@ class Path:
     """Bytes/s of each answer."""
     total: float = math.inf
     """Bytes/s of all answers together."""
+    rate: float = math.inf
+    """Requests/s that it lets through, evenly; all others it answers with 503 SlowDown, as S3 does."""
     faults: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -46,8 +50,11 @@ class Proxy:
         self.target = urlsplit(endpoint).netloc
         self.path = path
         self.requests = 0
+        self.slowed = 0
+        """Requests that were beyond the rate."""
         self._lock = threading.Lock()
         self._free_at = 0.0
+        self._open_at = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Relay,), {"proxy": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -64,7 +71,14 @@ class Proxy:
         """Count a request; give what is to go wrong with it, or nothing."""
         with self._lock:
             self.requests += 1
-            return self.path.faults.get(self.requests, "")
+            if fault := self.path.faults.get(self.requests, ""):
+                return fault
+            if (now := time.monotonic()) < self._open_at:
+                self.slowed += 1
+                return "503"
+            # it need not have been quiet for a whole interval: a few may come at once, as long as they do not go on so
+            self._open_at = max(self._open_at + 1 / self.path.rate, now - _BURST)
+            return ""
 
     def pace(self, count: int) -> None:
         """Wait until ``count`` more bytes may pass, of all answers together."""
@@ -147,9 +161,11 @@ class _Relay(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def slow_path(endpoint: str, *, latency: float = 0.0, per_connection: float = math.inf, total: float = math.inf) -> Iterator[str]:
+def slow_path(
+    endpoint: str, *, latency: float = 0.0, per_connection: float = math.inf, total: float = math.inf, rate: float = math.inf
+) -> Iterator[str]:
     """Start a slow path to ``endpoint`` as a process of its own; give the endpoint to use instead."""
-    settings = {"latency": latency, "per_connection": per_connection, "total": total}
+    settings = {"latency": latency, "per_connection": per_connection, "total": total, "rate": rate}
     command = [sys.executable, "-m", "gradsharding.testing.proxy", endpoint, json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
