@@ -12,6 +12,7 @@ from gradsharding.reading import Reading, connections
 
 _LAMBDA = "https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html"
 _S3 = "https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"
+_S3_RATES = "https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html"
 
 
 class Figure(NamedTuple):
@@ -73,6 +74,22 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             source=_S3,
             date="2026-11-28",
             note="48.8 TiB: as many parts as there may be, each as large as it may be; older copies of the page say 5 TiB",
+        ),
+        "get rate": Figure(
+            value=5_500,
+            unit="requests a second",
+            of="GET and HEAD requests to one prefix of a bucket",
+            source=_S3_RATES,
+            date="2026-11-28",
+            note="what S3 bears at least; it splits a busy prefix by itself, which takes longer than a round",
+        ),
+        "put rate": Figure(
+            value=3_500,
+            unit="requests a second",
+            of="PUT, COPY, POST and DELETE requests to one prefix of a bucket",
+            source=_S3_RATES,
+            date="2026-11-28",
+            note="what S3 bears at least",
         ),
     }
 )

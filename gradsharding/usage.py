@@ -7,7 +7,7 @@ themselves: what a task asks inside its own ledger is in its report, and not in 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import ParamSpec, TypeVar
 
 from gradsharding.value import Value
@@ -114,14 +114,10 @@ def count(kind: str, *, gets: int = 0, puts: int = 0, deletes: int = 0, bytes_re
 
 
 def carried(function: Callable[P, T]) -> Callable[P, T]:
-    """Give ``function``, to be run in another thread, with the ledger that is open here."""
-    ledger = _open.get()
+    """Give ``function``, to be run in other threads, with all that is open here, such as the ledger."""
+    context = copy_context()
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        token = _open.set(ledger)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            _open.reset(token)
+        return context.copy().run(function, *args, **kwargs)  # of one context, one thread at a time can run in it
 
     return run
