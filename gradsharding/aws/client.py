@@ -12,16 +12,20 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     CredentialRetrievalError,
+    HTTPClientError,
     NoCredentialsError,
     NoRegionError,
     PartialCredentialsError,
     ProfileNotFound,
 )
+from botocore.exceptions import ConnectionError as NotConnected
 from botocore.handlers import validate_bucket_name
 
 from gradsharding.aws.demands import meet_demands
 from gradsharding.aws.keepalive import keep_alive
+from gradsharding.aws.patience import BUSY, FAILED, FAILURES, THROTTLES, Patience
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
+from gradsharding.pace import take_turn
 from gradsharding.usage import count
 
 if TYPE_CHECKING:
@@ -35,13 +39,13 @@ S3_CONFIG: dict[str, Any] = {
     "signature_version": "s3v4",
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
-    "retries": {"mode": "standard", "total_max_attempts": 6},
+    "retries": {"mode": "standard"},  # which ``prepare`` replaces
     "max_pool_connections": CONNECTIONS,
     "connect_timeout": 10,
     "read_timeout": 60,
     "tcp_keepalive": True,
 }
-"""Botocore's settings for S3, also aiobotocore's: six attempts, with jitter between them, on 5xx, throttling and lost connections."""
+"""Botocore's settings for S3, also aiobotocore's."""
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role is attached"
 
@@ -59,6 +63,9 @@ _DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "Al
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "BadRequest"}
 
 
+PATIENCE = "gradsharding.patience"
+"""Where botocore keeps, with a request and with its answer, how patient we have been."""
+
 Environment = tuple[tuple[str, str], ...]
 """Variables that a client is made by."""
 
@@ -74,8 +81,9 @@ DELETES = {"DeleteObjects"}
 and HTTP knows as POST."""
 
 
-def _count_sent(request: Any, event_name: str, **_: Any) -> None:
+def _before_send(request: Any, event_name: str, **_: Any) -> None:
     operation, method = event_name.rpartition(".")[2], request.method
+    take_turn(reads=method in ("GET", "HEAD"))  # tasks have a share, whose threads may wait; event loops have none
     if operation in DELETES or method == "DELETE":
         count("s3", deletes=1)
     elif operation in LISTS:
@@ -85,6 +93,18 @@ def _count_sent(request: Any, event_name: str, **_: Any) -> None:
     else:
         objects = operation in ("PutObject", "UploadPart")
         count("s3", puts=1, bytes_written=int(request.headers.get("Content-Length") or 0) if objects else 0)
+
+
+def _needs_retry(response: Any, caught_exception: Exception | None, request_dict: dict[str, Any], **_: Any) -> float | None:
+    """Tell botocore how many seconds to wait before it asks again; None to take the answer as it is."""
+    patience: Patience = request_dict["context"].setdefault(PATIENCE, Patience())
+    if response is None:
+        return patience.broke() if isinstance(caught_exception, (NotConnected, HTTPClientError)) else None
+    status, code = response[0].status_code, response[1].get("Error", {}).get("Code", "")
+    if status in BUSY or code in THROTTLES:
+        response[1].setdefault("ResponseMetadata", {})[PATIENCE] = patience
+        return patience.too_much()
+    return patience.broke() if status in FAILURES or code in FAILED else None
 
 
 def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
@@ -107,9 +127,16 @@ def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
 
 
 def prepare(client: Any) -> None:
-    """Have an S3 client, boto3's or aiobotocore's, count what it sends, send what is demanded, and take Ceph's names of buckets, too."""
+    """Have an S3 client, boto3's or aiobotocore's, ask as ours do.
+
+    It counts what it sends, keeps to its share, is patient, sends what is demanded, and takes Ceph's names of buckets, too.
+    """
+    # Botocore's standard mode takes what is too much for broken: six attempts, 15 s in the mean; and no more at all, whatever the request,
+    # once a quota of the client's is spent: 500 tokens, of which each retry takes five, and a success gives but the last five back.
+    client.meta.events.unregister("needs-retry.s3", unique_id="retry-config-s3")
+    client.meta.events.register("needs-retry.s3", _needs_retry)
     client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)  # it refuses tenant:bucket; S3Store checks names
-    client.meta.events.register("before-send.s3", _count_sent)
+    client.meta.events.register("before-send.s3", _before_send)
     meet_demands(client)
 
 
@@ -147,6 +174,9 @@ def _refused(error: ClientError, doing: str) -> GradShardingError:
     meta: Any = answer.get("ResponseMetadata", {})
     status, region = meta.get("HTTPStatusCode", 0), meta.get("HTTPHeaders", {}).get("x-amz-bucket-region")
     region = region or answer.get("Error", {}).get("Region")
+    if patience := meta.get(PATIENCE):
+        error_: GradShardingError = patience.error(doing, code)
+        return error_
     if code in _REFUSALS:
         return StoreRefused(f"{doing}: {_REFUSALS[code]}", code=code)
     if code in _ELSEWHERE and (region or code != "BadRequest"):

@@ -9,8 +9,10 @@ import hashlib
 import logging
 import mmap
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,6 +23,7 @@ from pydantic import Field
 from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.body import Body
+from gradsharding.aws.patience import BUSY, FAILURES, Patience
 from gradsharding.aws.ranged import Answer, first_of, stream
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
@@ -157,12 +160,21 @@ def with_headers(url: str, headers: Mapping[str, str]) -> str:
 def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: Body | None = None) -> urllib3.BaseHTTPResponse:
     url, _, more = url.partition("#")
     headers = {name: value for name, value in parse_qsl(more) if name.lower().startswith("x-amz-")} | headers
-    try:
-        return _HTTP.request(
-            method, url, headers=headers, body=cast("IO[bytes] | None", body), preload_content=False, decode_content=False, redirect=False
-        )
-    except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
-        raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
+    patience, content = Patience(), cast("IO[bytes] | None", body)
+    ask = partial(_HTTP.request, method, url, headers=headers, body=content, preload_content=False, decode_content=False, redirect=False)
+    while True:
+        try:
+            answer = ask()
+        except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
+            raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
+        if answer.status not in BUSY:
+            return answer
+        answer.drain_conn()
+        if (seconds := patience.too_much()) is None:
+            raise patience.error(doing, str(answer.status))
+        time.sleep(seconds)
+        if body is not None:
+            body.seek(0)
 
 
 def _refused(status: int, doing: str) -> GradShardingError:
@@ -206,7 +218,8 @@ _HTTP = urllib3.PoolManager(
         redirect=False,
         backoff_factor=0.1,
         backoff_jitter=0.2,
-        status_forcelist=(429, 500, 502, 503, 504),
+        status_forcelist=tuple(FAILURES),
+        respect_retry_after_header=False,  # it would have urllib3 wait, without a bound, where ``_request`` does
         allowed_methods=("GET", "PUT"),
         raise_on_status=False,
     ),

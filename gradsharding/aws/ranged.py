@@ -1,19 +1,15 @@
 """A stream of bytes goes on where it broke off: what has come is good, and the rest is asked for again."""
 
 import contextlib
-import random
-import time
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple, Protocol, cast
 
 from urllib3.exceptions import HTTPError
 
 from gradsharding import usage
+from gradsharding.aws.patience import ATTEMPTS, pause
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import StoreFailed
-
-ATTEMPTS = 6
-"""How often a read that breaks off goes on, and a conditional write in conflict is tried."""
 
 STAGE = 256 << 10
 """Bytes of a read buffer: fits the second-level cache."""
@@ -63,8 +59,3 @@ def first_of(answer: Answer, ask: Ask, nbytes: int, what: str, broken: tuple[typ
     there = iter([answer])
     asked = stream(lambda *range_: next(there, None) or ask(*range_), 0, nbytes, answer.version, what, broken)
     return b"".join(bytes(chunk) for chunk in asked)
-
-
-def pause(failures: int) -> None:
-    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
-    time.sleep(random.uniform(0, 0.1 * 2**failures))

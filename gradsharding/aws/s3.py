@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,8 +12,9 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
 from gradsharding.aws.body import Body
-from gradsharding.aws.client import code_of, explained, s3_client
-from gradsharding.aws.ranged import ATTEMPTS, Answer, Ask, first_of, pause, stream
+from gradsharding.aws.client import PATIENCE, code_of, explained, s3_client
+from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
+from gradsharding.aws.ranged import Answer, Ask, first_of, stream
 from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
@@ -336,19 +338,20 @@ class S3Store:
 
     def _delete(self, places: Sequence[str]) -> None:
         for i in range(0, len(places), 1000):
-            left = places[i : i + 1000]
-            for attempt in range(1, ATTEMPTS + 1):
-                batch: Any = {"Objects": [{"Key": place} for place in left], "Quiet": True}
-                with self._asking("DeleteObjects", left[0].removeprefix(self.prefix)):
-                    failed = self.client.delete_objects(Bucket=self.bucket, Delete=batch).get("Errors", [])
-                if not failed:
-                    break
+            left, patience = places[i : i + 1000], Patience()
+            while left:
+                key, batch = left[0].removeprefix(self.prefix), {"Objects": [{"Key": place} for place in left], "Quiet": True}
+                with self._asking("DeleteObjects", key):
+                    failed = self.client.delete_objects(Bucket=self.bucket, Delete=cast("Any", batch)).get("Errors", [])
                 left = [one.get("Key", "") for one in failed]
-                meta = {"Error": {name: failed[0].get(name, "") for name in ("Code", "Message")}, "ResponseMetadata": {}}
-                error = self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", left[0].removeprefix(self.prefix))  # type: ignore[arg-type]
-                if attempt == ATTEMPTS or not isinstance(error, StoreFailed):
-                    raise error
-                pause(attempt)  # Ceph fails where another deletes the same object at the same time
+                for one in failed[:1]:
+                    code, wait = one.get("Code", ""), patience.after(one.get("Code", ""))
+                    told: Any = {PATIENCE: patience} if code in THROTTLES else {}
+                    meta: Any = {"Error": {"Code": code, "Message": one.get("Message", "")}, "ResponseMetadata": told}
+                    error = self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", key)
+                    if wait is None or not isinstance(error, StoreFailed):
+                        raise error
+                    time.sleep(wait)  # S3 may be asked for too much, and Ceph fails where another deletes the same object at the same time
 
 
 @contextlib.contextmanager

@@ -1,0 +1,82 @@
+"""What a store refuses as too much at once is asked again for minutes; what breaks is asked again a few times: one law for all clients."""
+
+import random
+import time
+
+from gradsharding.errors import StoreFailed
+from gradsharding.pace import time_left
+
+PATIENCE = 300.0
+"""Seconds that one request waits, all in all, while the store says that it is too much."""
+
+LONGEST = 20.0
+"""Seconds of one wait, at most."""
+
+ATTEMPTS = 6
+"""How often a request that is broken or not answered is made, a read that breaks off goes on, and a write in conflict is tried."""
+
+BUSY = {429, 503}
+"""HTTP statuses that say so."""
+
+THROTTLES = {
+    "SlowDown",
+    "ServiceUnavailable",
+    "Throttling",
+    "ThrottlingException",
+    "ThrottledException",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestLimitExceeded",
+    "BandwidthLimitExceeded",
+    "TooManyRequestsException",
+}
+"""Codes that say so, be it of one key in an answer of status 200."""
+
+FAILURES = {500, 502, 504}
+"""HTTP statuses of a server that has failed."""
+
+FAILED = {"InternalError", "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
+"""Codes of a server that has failed."""
+
+
+class Patience:
+    """What one request has waited; what is too much does not count as broken, nor the other way about."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        """Seconds, all in all, because it was too much."""
+        self.refused = 0
+        """How often it was too much."""
+        self._broken = 0
+
+    def after(self, code: str) -> float | None:
+        """Count what the store calls ``code``, as what it is."""
+        return self.too_much() if code in THROTTLES else self.broke()
+
+    def too_much(self) -> float | None:
+        """Count a refusal; give the seconds to wait, at random so that many do not come back together; None if it has been long enough."""
+        self.refused += 1
+        seconds = random.uniform(0.5, 1) * min(LONGEST, 0.1 * 2.0 ** min(self.refused, 30))
+        if self.waited + seconds > PATIENCE or seconds > time_left():
+            return None
+        self.waited += seconds
+        return seconds
+
+    def broke(self) -> float | None:
+        """Count a failure; give the seconds to wait before another attempt; None if there have been enough."""
+        self._broken += 1
+        seconds = random.uniform(0, 2.0 ** (self._broken - 1))
+        return None if self._broken == ATTEMPTS or seconds > time_left() else seconds
+
+    def error(self, doing: str, code: str) -> StoreFailed:
+        """Say that it was too much for too long; ``doing`` is what was asked for, ``code`` is what the store calls it."""
+        return StoreFailed(
+            f"{doing}: the store was asked for too much at once, and has said so {self.refused} times in a row ({code}), through "
+            f"{self.waited:.0f} s of waiting; run fewer functions at once, use fewer shards, or keep the updates below another prefix",
+            code=code,
+        )
+
+
+def pause(failures: int) -> None:
+    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
+    time.sleep(random.uniform(0, 0.1 * 2**failures))
