@@ -25,6 +25,7 @@ from gradsharding.cost import forecast
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic
+from gradsharding.pace import share
 from gradsharding.plan import Limits
 from gradsharding.platform import PAYLOAD, RUNTIME
 from gradsharding.prices import load_prices
@@ -389,10 +390,10 @@ def test_call() -> None:
     twin = task.model_copy(update={"id": "t/3", "part": 3})
     event = pack(job, [task, twin])
 
-    assert (job, (task, twin)) == unpack(json.loads(event))
+    assert (job, (task, twin), None) == unpack(json.loads(event))
     assert len(event) < 1.1 * len(pack(job, [task]))
     half = task.model_copy(update={"first": 500})
-    assert (job.narrowed([half]), (half,)) == unpack(json.loads(pack(job, [half])))
+    assert (job.narrowed([half]), (half,), share(7)) == unpack(json.loads(pack(job, [half], share(7))))
     assert len(pack(job, [half])) < 0.6 * len(event)
 
 

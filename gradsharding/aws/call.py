@@ -10,6 +10,7 @@ from typing import Any
 from gradsharding import __version__
 from gradsharding.aws.log import redacted
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreFailed, StoreRefused, TaskFailed, UserError, to_wire
+from gradsharding.pace import Share
 from gradsharding.platform import PAYLOAD
 from gradsharding.task import Job, Task
 from gradsharding.value import Value
@@ -30,11 +31,13 @@ class Event(Value):
     release: str
     job: Job
     tasks: tuple[Task, ...]
+    share: Share | None = None
+    """What it may ask of S3 a second; None for as much as it can."""
 
 
-def pack(job: Job, tasks: Sequence[Task]) -> bytes:
+def pack(job: Job, tasks: Sequence[Task], share: Share | None = None) -> bytes:
     """Write a job, with the terms that ``tasks`` read, and the tasks as the event of an invocation; raise PlanTooLarge beyond 6 MiB."""
-    event = Event(release=__version__, job=job.narrowed(tasks), tasks=tuple(tasks))
+    event = Event(release=__version__, job=job.narrowed(tasks), tasks=tuple(tasks), share=share)
     data = event.model_dump_json().encode()
     if len(data) > PAYLOAD:
         raise PlanTooLarge(
@@ -44,14 +47,14 @@ def pack(job: Job, tasks: Sequence[Task]) -> bytes:
     return data
 
 
-def unpack(event: Any, function: str = STACK) -> tuple[Job, tuple[Task, ...]]:
+def unpack(event: Any, function: str = STACK) -> tuple[Job, tuple[Task, ...], Share | None]:
     """Read the event of an invocation of ``function``; raise UserError if another release wrote it."""
     if event["release"] != __version__:
         raise UserError(
             f"the function runs gradsharding {__version__}, and was called by {event['release']}; to update it, run: {deploying(function)}"
         )
     read = Event.model_validate_json(json.dumps(event))  # Lambda's runtime has parsed it, and strict values refuse lists from Python
-    return read.job, read.tasks
+    return read.job, read.tasks, read.share
 
 
 def is_fault(error: BaseException) -> bool:

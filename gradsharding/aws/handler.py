@@ -9,11 +9,15 @@ from gradsharding import worker
 from gradsharding.aws.call import failed, is_fault, unpack
 from gradsharding.aws.log import Invoked, about, log
 from gradsharding.errors import GradShardingError, UserError
+from gradsharding.pace import keeping
 from gradsharding.store import ObjectStore, open_store
 from gradsharding.task import Job, Task
 
 MARGIN = 1.5
 """Another task is begun only if so many times the longest one so far is left."""
+
+LAST = 5.0
+"""Seconds before the end of its time in which a function no longer waits for S3, so that it can say what it has waited for."""
 
 BUNDLE = Path(__file__).parents[2] / "bundle.json"
 """What the code is made of, where it was built for a function."""
@@ -29,11 +33,12 @@ def handler(event: Any, context: Invoked) -> dict[str, Any]:
     """
     with about(context):
         try:
-            job, tasks = unpack(event, context.function_name)
+            job, tasks, share = unpack(event, context.function_name)
         except UserError as error:
             log.error(error.message)
             return failed(error, [])
-        return _run(job, tasks, context)
+        with keeping(share, context.get_remaining_time_in_millis() / 1000 - LAST):
+            return _run(job, tasks, context)
 
 
 def _run(job: Job, tasks: tuple[Task, ...], context: Invoked) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import random
 import re
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import MappingProxyType
@@ -32,6 +32,7 @@ from gradsharding.errors import (
     quoted,
 )
 from gradsharding.executor import Outcome, Progress, run_eagerly
+from gradsharding.pace import share
 from gradsharding.plan import Limits, mib
 from gradsharding.platform import RUNTIME, TIMEOUT, Architecture
 from gradsharding.store import ObjectStore
@@ -147,7 +148,8 @@ class LambdaExecutor:
         if not tasks:
             return []
         count = min(len(tasks), max(self.limits(limits).concurrency or 1, 1))
-        run = _Run(self, job, limits)
+        levels = Counter(bool(task.reads) for task in tasks)
+        run = _Run(self, job, limits, {reads: min(count, of) for reads, of in levels.items()})
         with ThreadPoolExecutor(count, thread_name_prefix="gradsharding-lambda") as pool:
 
             def submit(ready: Sequence[Task]) -> list[Future[list[Outcome]]]:
@@ -209,11 +211,13 @@ class _Vain(NamedTuple):
 class _Run:
     """One call of ``LambdaExecutor.run``: what its invocations share."""
 
-    def __init__(self, executor: LambdaExecutor, job: Job, limits: Limits) -> None:
+    def __init__(self, executor: LambdaExecutor, job: Job, limits: Limits, at_once: Mapping[bool, int]) -> None:
         self.given_up = threading.Event()
         self._executor = executor
         self._job = job
         self._limits = limits
+        self._at_once = at_once
+        """Functions that share what S3 bears: those that read partial sums (True), and those that read updates."""
         self._client = lambda_client(read_timeout=(executor.settings.timeout or TIMEOUT) + 30)
 
     def batch(self, tasks: Sequence[Task]) -> list[Outcome]:
@@ -234,7 +238,7 @@ class _Run:
         while left and not self.given_up.is_set():
             some = [*left.values()][:size]
             try:
-                data = pack(self._job, some)
+                data = pack(self._job, some, share(max(self._at_once[bool(task.reads)] for task in some)))
             except UserError:
                 if len(some) == 1:
                     raise

@@ -1,0 +1,102 @@
+"""Functions at once share what a prefix of S3 bears, and keep to it: in words, by a clock, and on the way to a server that counts."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsharding.aggregate import aggregate
+from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.aws.s3 import S3Store
+from gradsharding.pace import GETS, PUTS, keeping, share, take_turn, time_left
+from gradsharding.platform import FIGURES
+from gradsharding.round import Round
+from gradsharding.testing import assert_same, reference_mean
+from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
+from gradsharding.testing.proxy import Path, Proxy
+from gradsharding.testing.s3 import Ceph
+from gradsharding.topology import sharded
+from gradsharding.usage import carried
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Give a clock that moves only by sleeping: its list has what it shows."""
+    now = [100.0]
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now[0])
+        patch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
+        yield now
+
+
+@given(st.integers(1, 10_000))
+def test_shares(at_once: int) -> None:
+    """All shares together are what a round takes of a prefix, which is less than the prefix bears."""
+    kept = share(at_once)
+
+    assert pytest.approx((GETS, PUTS)) == (at_once * kept.gets, at_once * kept.puts)
+    assert (GETS, PUTS) < (FIGURES["get rate"].value, FIGURES["put rate"].value)
+
+
+def test_turns(clock: list[float]) -> None:
+    """The first request goes at once, each later one in its turn, reads and writes by rates of their own; idle time is not saved up."""
+    with keeping(share(4_400), 60.0):
+        went = []
+        for reads in (True, True, True, False, False):
+            take_turn(reads=reads)
+            went.append(clock[0])
+        clock[0] += 30
+        take_turn(reads=True)
+        take_turn(reads=True)
+
+    assert pytest.approx([100, 101, 102, 102, 102 + 4_400 / PUTS]) == went
+    assert pytest.approx(102 + 4_400 / PUTS + 30 + 1) == clock[0]
+
+
+def test_without_a_share(clock: list[float]) -> None:
+    """Who has no share does not wait; who has nothing to keep to may wait for ever."""
+    for _ in range(100):
+        take_turn(reads=True)
+    with keeping(None, 7.0):
+        take_turn(reads=False)
+        assert 7.0 == time_left()
+    assert (100.0, float("inf")) == (clock[0], time_left())
+
+
+def test_threads_keep_to_it(clock: list[float]) -> None:
+    """Threads that carried functions run in keep to the share together; others know nothing of it."""
+    with ThreadPoolExecutor(4) as pool, keeping(share(4_400), 60.0):
+        [*pool.map(carried(partial(take_turn, reads=True)), ())]
+        for _ in range(3):
+            pool.submit(carried(partial(take_turn, reads=True))).result()
+        for _ in range(9):
+            pool.submit(partial(take_turn, reads=True)).result()
+
+    assert pytest.approx(102) == clock[0]
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.parametrize("paced", [True, False])
+def test_functions_keep_to_it(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, paced: bool) -> None:
+    """On Lambda, two functions that know how many they are ask a server for no more than it bears; without a pace, it refuses some."""
+    draw, rate = np.random.default_rng(0), 20
+    updates = {f"c{i}": ({"w": draw.normal(size=60_000).astype("f4")}, i + 1) for i in range(12)}
+    round_ = Round.create(ceph_store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    monkeypatch.setattr("gradsharding.pace.GETS", 0.8 * rate if paced else GETS)
+    with Proxy(ceph.server.endpoint, Path(rate=rate)) as path, ExitStack() as stack:
+        function = LocalFunction(memory=512, environment={"AWS_ENDPOINT_URL_S3": path.endpoint})
+        front = stack.enter_context(LocalLambda(function, concurrency=2))
+        for name, value in front.environment().items():
+            monkeypatch.setenv(name, value)
+        result = aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+
+    assert_same(reference_mean(updates), result.arrays())
+    assert 24 + 4 == path.requests - path.slowed  # of each, the slices, whether the upload is there, and a part
+    assert paced == (path.slowed <= 4)  # both may write at the same time, and a loaded machine bunches requests
