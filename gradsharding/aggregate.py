@@ -28,6 +28,7 @@ from gradsharding.errors import (
 from gradsharding.executor import Executor, InlineExecutor, Progress, taken
 from gradsharding.kernel import Arithmetic
 from gradsharding.plan import Limits, Plan, mib
+from gradsharding.platform import RUNTIME
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.projection import HEADER_PART, READERS
 from gradsharding.reading import Reading, combined
@@ -36,6 +37,7 @@ from gradsharding.store import ObjectStore, locate
 from gradsharding.store.private import private_directory
 from gradsharding.store.protocol import changed
 from gradsharding.task import Invocation, Job, NonFinitePolicy, TaskReport, Term
+from gradsharding.timing import suited
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
 from gradsharding.usage import Spent, Usage, carried, counting, together, total
@@ -271,6 +273,7 @@ def _aggregated(
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
     plan = topology(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
+    plan = plan.but(reading=suited(plan, limits.memory + RUNTIME, limits.concurrency))
     plan = plan.placed(
         home=round_.store.charges,
         output=target.charges,
@@ -280,6 +283,7 @@ def _aggregated(
         reading=target.reading,
         digest=arithmetic == "exact",
         published=published.stale,
+        concurrency=limits.concurrency,
     )
     plan.check(limits)
     begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
@@ -429,9 +433,9 @@ def _cost(result: Result) -> tuple[dict[str, Any] | None, str | None]:
         return None, "no function of Lambda told what it is billed for"
     if not prices.figures:
         return None, prices.origin
-    told = result.invocations[0]
-    at_once = result.limits.concurrency if result.limits else None
-    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64", concurrency=at_once)
+    told, setting = result.invocations[0], result.plan.setting
+    most = setting.concurrency if setting else None
+    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64", concurrency=most)
     return {
         "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
         "round_trip": _sums(expected.cost.round_trip, billed.round_trip),

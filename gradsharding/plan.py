@@ -131,8 +131,8 @@ class Plan(Value):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of what its tasks do: plans that differ in their setting alone have equal digests."""
-        return hashlib.sha256(self.model_dump_json(exclude={"setting"}).encode()).hexdigest()
+        """SHA-256 (hex) of what its tasks write: plans that differ in their setting alone, or in how they read, have equal digests."""
+        return hashlib.sha256(self.model_dump_json(exclude={"setting", "reading"}).encode()).hexdigest()
 
     @property
     def clients(self) -> int:

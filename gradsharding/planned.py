@@ -20,7 +20,7 @@ from gradsharding.errors import UserError
 from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
 from gradsharding.plan import MAX_PARTS, mib
-from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend
+from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend, requests
 from gradsharding.platform import ACCOUNT_CONCURRENCY, DEPLOYED_TIMEOUT, DIRECTORY_BUCKETS, MEMORY, TIMEOUT, Figure
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
@@ -219,6 +219,7 @@ def _row(option: Option) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "seconds": {"p50": seconds.p50, "p95": seconds.p95},
+        "requests_a_second": {"gets": option.rates.gets, "puts": option.rates.puts, "paced": option.rates.much},
         "usd": {"aggregation": known(cost.aggregation.known), "round_trip": known(cost.round_trip.known)},
         "fits": option.problem is None,
         "problem": option.problem,
@@ -267,7 +268,7 @@ def _show(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> N
         click.echo("Exact sums: a tree's figures are upper bounds, and each takes in that the result is read once, for its digest.")
     if needs.storage == "express":
         click.echo(f"S3 Express is {'' if advice.missing else 'priced, and '}not supported as a store yet: {DIRECTORY_BUCKETS}.")
-    for line in (*_money(advice, manifest, needs, prices), *_servers(advice, manifest, needs, prices)):
+    for line in (*_money(advice, manifest, needs, prices), *_rates(advice.best, needs), *_servers(advice, manifest, needs, prices)):
         click.echo(line)
     click.echo(_capital(f"{prices.origin}; times are modelled." if prices.figures else "times are modelled."))
 
@@ -279,6 +280,12 @@ def _money(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> 
     if not needs.on_aws and not prices.lacking(["transfer_out_gigabyte"]):
         moved = Decimal(len(manifest.terms) * manifest.layout.nbytes) / (1 << 30) * prices.usd("transfer_out_gigabyte")
         yield f"Of each round trip, ${moved:,.5f} are downloads of the new model through the internet, whatever the topology."
+
+
+def _rates(best: Option | None, needs: Needs) -> list[str]:
+    """Say how fast S3 would be asked, where that is a good part of what it bears, and is not said yet."""
+    bound = requests(best.plan, best.memory, needs.concurrency, best.rates) if best and best.rates.busy else None
+    return [f"{bound.says}."] if bound and best and best.bound != bound else []
 
 
 def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> list[str]:

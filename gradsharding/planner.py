@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gradsharding.cost import GIB, Bill, Clients, Forecast, Storage, forecast
 from gradsharding.errors import UserError
 from gradsharding.kernel import Arithmetic
+from gradsharding.pace import share
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.platform import (
     ACCOUNT_CONCURRENCY,
@@ -29,7 +30,7 @@ from gradsharding.platform import (
 from gradsharding.prices import HOME_REGION, PACKAGED, Money, Prices, load_prices
 from gradsharding.projection import commanded
 from gradsharding.round import RECORD, Manifest
-from gradsharding.timing import Speeds, bottleneck, unlucky, working
+from gradsharding.timing import Rates, Speeds, at_once, borne, bottleneck, rates, suited, unlucky, working
 from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.update import inspection
 from gradsharding.value import Value
@@ -110,6 +111,8 @@ class Option(NamedTuple):
     """The limit that it goes beyond, or else the one that it comes next to; None where there is neither."""
     bottleneck: str
     """What its functions wait for most."""
+    rates: Rates
+    """Requests a second that its functions would make of S3 if they did not wait."""
 
     @property
     def problem(self) -> str | None:
@@ -270,15 +273,21 @@ class _Search:
         seconds = option.forecast.seconds
         return option.plan.memory > self.needs.memory - RUNTIME, max(seconds.longest, self.needs.timeout), seconds.p95
 
-    def options(self, plan: Plan) -> Iterator[Option]:
+    def options(self, made: Plan) -> Iterator[Option]:
         """Give the options of a plan: one for each size of function that is worth a try."""
-        needed = max(MEMORY[0], -(-(plan.memory + RUNTIME) // MIB) * MIB)
+        plans = {made.reading: made}
+        needed = max(MEMORY[0], -(-(made.memory + RUNTIME) // MIB) * MIB)
         for memory in (needed, *(size for size in SIZES if needed < size <= self.needs.memory)):
+            reading = suited(made, memory, self.needs.concurrency, self.speeds)
+            if reading not in plans:
+                plans[reading] = made.but(reading=reading)
+            plan = plans[reading]
             expected = self.forecast(plan, memory, self.prices)
             waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))
-            bound = min(self.bounds(plan, memory, expected, waves), key=lambda bound: bound.fits, default=None)
+            asked = rates(plan, memory, self.needs.concurrency, self.speeds)
+            bound = min(self.bounds(plan, memory, expected, waves, asked), key=lambda bound: bound.fits, default=None)
             slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
-            yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds))
+            yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds), asked)
 
     def forecast(self, plan: Plan, memory: int, prices: Prices) -> Forecast:
         """Forecast a plan by functions of ``memory`` bytes."""
@@ -293,13 +302,15 @@ class _Search:
             clients=Clients(on_aws=self.needs.on_aws),
         )
 
-    def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int) -> Iterator[Bound]:
+    def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int, asked: Rates) -> Iterator[Bound]:
         """Give the limits that a plan comes next to, or goes beyond."""
-        if waves > len(plan.fan_ins):
+        if waves > len(plan.fan_ins) and not asked.much:
             yield Bound("concurrency", f"{plan.functions:,} functions run {self.needs.concurrency:,} at a time", fits=True)
         for limit, taken, allowed, says in self.measured(plan, memory, expected):
             if taken > NEAR * allowed:
                 yield Bound(limit, says, fits=taken <= allowed)
+        if asked.much:
+            yield requests(plan, memory, self.needs.concurrency, asked, self.speeds)
 
     def measured(self, plan: Plan, memory: int, expected: Forecast) -> Iterator[tuple[str, float, float, str]]:
         """Give each limit with what the plan takes of it, what there is, and the same in words."""
@@ -336,6 +347,14 @@ class _Search:
                 alike = rounds if rounds <= Decimal(3600 / seconds) else None
             found.append(Server(name, box.hour, seconds, alike))
         return tuple(found)
+
+
+def requests(plan: Plan, memory: int, concurrency: int, asked: Rates, speeds: Speeds | None = None) -> Bound:
+    """Say how many requests S3 would be asked for a second, what one prefix bears, and what each function keeps to."""
+    count, free = max(at_once(plan, concurrency)), borne((kind.task for kinds in plan.kinds for kind in kinds), memory, speeds)
+    says = f"S3 would be asked for {asked.gets:,.0f} GETs a second, and one prefix bears {FIGURES['get rate'].value:,}"
+    kept = f": each of {count:,} functions keeps to {share(count).gets:,.1f}; {free:,} at once would not have to wait" if asked.much else ""
+    return Bound("get rate", says + kept, fits=True)
 
 
 def _choose(fit: Iterable[Option]) -> Option | None:

@@ -47,6 +47,8 @@ class Setting(Value):
     """Whether a result was published before; its object is looked for."""
     reading: Reading = STREAM
     """How the store of the result is read, for its digest."""
+    concurrency: int | None = None
+    """Functions that may run at once, where something bounds them."""
     digest: bool = False
     """Whether the result is read once for its digest."""
 

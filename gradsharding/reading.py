@@ -47,6 +47,16 @@ class Reading(Value):
         even = -(-nbytes // max(count, 1))
         return min(nbytes, -(-even // _ALIGNED) * _ALIGNED)
 
+    def rarer(self) -> "Iterator[Reading]":
+        """Give the readings that ask less often: for twice or four times as many bytes at a time, by as many requests at once, or fewer.
+
+        >>> [(one.chunk >> 20, one.parallel) for one in Reading(chunk=8 << 20, parallel=2).rarer()]
+        [(16, 1), (16, 2), (32, 1), (32, 2)]
+        """
+        for times in (2, 4):
+            for parallel in range(1, self.parallel + 1):
+                yield self.model_copy(update={"parallel": parallel, "chunk": times * self.chunk})
+
     def memory(self, nbytes: int) -> int:
         """Bytes that reading slices of ``nbytes`` takes, at most."""
         buffers = 2 if self.whole else self.parallel + 2 if self.chunk else 0

@@ -4,12 +4,15 @@
 """
 
 import math
+from collections.abc import Iterable
 from statistics import NormalDist
 from typing import NamedTuple
 
 from gradsharding.kernel import Arithmetic
+from gradsharding.pace import GETS, Share, share
 from gradsharding.plan import Kind, Plan
-from gradsharding.platform import VCPU
+from gradsharding.platform import ACCOUNT_CONCURRENCY, RUNTIME, VCPU
+from gradsharding.reading import Reading
 from gradsharding.task import Task
 from gradsharding.value import Value
 
@@ -56,24 +59,84 @@ class Seconds(NamedTuple):
     """Of the slowest function: what must keep within Lambda's time limit."""
 
 
+class Rates(NamedTuple):
+    """Requests a second of one prefix of S3: what functions that do not wait would make.
+
+    Each reads before it writes, and no less often, so that of the two limits it is that of GETs which binds.
+    """
+
+    gets: float
+    puts: float
+
+    @property
+    def much(self) -> bool:
+        """Whether it is more than a round takes of a prefix, so that its functions must be paced."""
+        return self.gets > GETS
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is half of that, or more."""
+        return self.gets > GETS / 2
+
+
 def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
-    """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once."""
+    """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once, each of which keeps to its share."""
     known = speeds or Speeds()
     assembly = _assembly_seconds(plan, known)
-    stages = [_stage(kinds, memory, concurrency, known) for kinds in plan.kinds]
+    shares = [share(count) for count in at_once(plan, concurrency)]
+    stages = [_stage(kinds, memory, concurrency, known, kept) for kinds, kept in zip(plan.kinds, shares, strict=True)]
     p50 = assembly + sum(wall for wall, _ in stages)
-    billed = sum(kind.times * task_seconds(kind.task, memory, known) for kinds in plan.kinds for kind in kinds)
+    billed = sum(k.times * task_seconds(k.task, memory, known, kept) for kinds, kept in zip(plan.kinds, shares, strict=True) for k in kinds)
     p95 = unlucky(p50, known) + known.cold_start * len(stages)
     return Seconds(p50, p95, billed, max(longest for _, longest in stages))
 
 
-def task_seconds(task: Task, memory: int, speeds: Speeds) -> float:
-    """Forecast what a function of ``memory`` bytes takes for a task, in the mean."""
+def at_once(plan: Plan, concurrency: int | None = None) -> list[int]:
+    """Give, for each level of a plan, how many functions share a prefix: those that read updates do, and so do all others."""
+    functions = [width * len(plan.slices) for width in plan.widths]
+    return [min(count, concurrency or count) for count in (functions[0], *[sum(functions[1:])] * len(functions[1:]))]
+
+
+def rates(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Rates:
+    """Forecast what functions of ``memory`` bytes that do not wait, ``concurrency`` of them at once, ask of a prefix at most."""
+    levels = zip(at_once(plan, concurrency), plan.kinds, strict=True)
+    found = [(count, _asked(kind.task, memory, speeds)) for count, kinds in levels for kind in kinds]
+    return Rates(max(count * one.gets for count, one in found), max(count * one.puts for count, one in found))
+
+
+def borne(tasks: Iterable[Task], memory: int, speeds: Speeds | None = None) -> int:
+    """Give how many functions of ``memory`` bytes may run ``tasks`` at once without being paced: at least one."""
+    gets = max(_asked(task, memory, speeds).gets for task in tasks)
+    return max(1, int(GETS / gets)) if gets else ACCOUNT_CONCURRENCY
+
+
+def suited(plan: Plan, memory: int, concurrency: int | None, speeds: Speeds | None = None) -> Reading:
+    """Give the reading by which functions of ``memory`` bytes, so many at once, do the plan soonest: its own, or one that asks less often.
+
+    That is so where they would ask more of S3 than a prefix bears, so that requests are what they wait for, and where they have the memory.
+    Without a ``concurrency``, nobody knows how many there are, and none keeps to a share: the plan's own reading stays.
+    """
+    if not concurrency or not plan.reading.chunk or not rates(plan, memory, concurrency, speeds).much:
+        return plan.reading
+    known, shares = speeds or Speeds(), [share(count) for count in at_once(plan, concurrency)]
+    found = []
+    for reading in (plan.reading, *plan.reading.rarer()):
+        levels = [tuple(Kind(kind.times, kind.task.model_copy(update={"reading": reading})) for kind in kinds) for kinds in plan.kinds]
+        most = max(kind.task.memory for kinds in levels for kind in kinds)
+        if reading is plan.reading or most + RUNTIME <= memory:
+            walls = (_stage(kinds, memory, concurrency, known, kept)[0] for kinds, kept in zip(levels, shares, strict=True))
+            found.append((sum(walls), most, reading))
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = None) -> float:
+    """Forecast what a function of ``memory`` bytes takes for a task, in the mean, if it keeps to a share of S3's requests."""
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
     written = task.bytes_written / speeds.shared_rate if task.written_to_memory else to_store
     cpu = min(1.0, memory / VCPU)
     ended = task.nbytes / (cpu * speeds.exact_end_rate) if task.arithmetic == "exact" else 0
-    return _read_seconds(task, cpu, speeds) + ended + written
+    paced = (task.gets - 1) / kept.gets if kept else 0  # the first request need not wait
+    return max(_read_seconds(task, cpu, speeds), paced) + ended + written
 
 
 def working(cpu: float, arithmetic: Arithmetic, speeds: Speeds) -> float:
@@ -116,15 +179,23 @@ def _assembly_seconds(plan: Plan, speeds: Speeds) -> float:
     return rounds * speeds.latency + sum(step.usage.bytes_read for step in plan.steps) / speeds.client_rate
 
 
-def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds) -> tuple[float, float]:
+def _asked(task: Task, memory: int, speeds: Speeds | None) -> Rates:
+    """What a function asks a second: while it reads, and task after task."""
+    known = speeds or Speeds()
+    reading = _read_seconds(task, min(1.0, memory / VCPU), known)
+    return Rates(task.gets / reading, 0 if task.written_to_memory else 1 / (known.invoke + task_seconds(task, memory, known)))
+
+
+def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds, kept: Share) -> tuple[float, float]:
     """Seconds until a stage's last function has ended, and of its slowest one."""
     functions = sum(kind.times for kind in kinds)
-    at_once = min(functions, concurrency or functions)
-    each = [task_seconds(kind.task, memory, speeds) for kind in kinds]
+    most = min(functions, concurrency or functions)
+    each = [task_seconds(kind.task, memory, speeds, kept) for kind in kinds]
     mean = sum(kind.times * seconds for kind, seconds in zip(kinds, each, strict=True)) / functions
-    waves = -(-functions // at_once)
+    mean = max(mean, 1 / kept.puts)  # one after another, each writes an object
+    waves = -(-functions // most)
     # a function of the next wave begins as soon as one of this wave has ended: only those of the last one are waited for
-    last = max(each) * slowest(functions - (waves - 1) * at_once, speeds.spread)
+    last = max(each) * slowest(functions - (waves - 1) * most, speeds.spread)
     return waves * speeds.invoke + (waves - 1) * mean + last, last
 
 

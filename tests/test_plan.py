@@ -11,6 +11,7 @@ from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.kernel import SCRATCH
 from gradsharding.layout import ITEM_SIZE, Layout
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.platform import READING
 from gradsharding.reading import STAGING
 from gradsharding.round import Manifest
 from gradsharding.sizes import size
@@ -61,7 +62,7 @@ def test_json() -> None:
 
 
 def test_digest() -> None:
-    """Plans have one digest if they are equal; a shard, a weight, a version or a place makes another."""
+    """Plans have one digest if they write the same, however they read; a shard, a weight, a version or a place makes another."""
     sealed = manifest({"w": ("F32", 11)})
     first, *others = (
         sharded(sealed, Limits(), shards=2),
@@ -75,6 +76,7 @@ def test_digest() -> None:
     )
 
     assert first.digest == sharded(manifest({"w": ("F32", 11)}), Limits(), shards=2).digest
+    assert first.digest == sharded(manifest({"w": ("F32", 11)}), Limits(), shards=2, reading=READING).digest
     assert len({plan.digest for plan in others} | {first.digest}) == 6
 
 

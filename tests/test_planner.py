@@ -1,5 +1,6 @@
 """The planner names a way that keeps to what is asked, says why, and says what stands against the others."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -183,6 +184,7 @@ def test_refused_by_a_limit(limit: str, allowed: int | None, advice: Callable[[]
         ("memory", lambda: recommend(manifest(5_000 << 20, 3), topologies=["flat"])),
         ("parts", lambda: recommend(manifest(100 * GB, 3), Needs(concurrency=10_000), topologies=["sharded"], shards=9_999)),
         ("payload", lambda: recommend(manifest(MB // 4, 40_500), Needs(timeout=1_800), topologies=["flat"])),
+        ("get rate", lambda: recommend(manifest(GB, 20), topologies=["sharded"], shards=1_000)),
         (None, lambda: recommend(manifest(GB, 20), topologies=["sharded"])),
     ],
 )
@@ -195,6 +197,17 @@ def test_bound_by_a_limit(limit: str | None, advice: Callable[[], Advice]) -> No
     assert said.best.problem is None
     assert (said.best.bottleneck if limit is None else str(said.best.bound)) == said.best.binds
     assert said.why.endswith(f"What binds it: {said.best.binds}")
+
+
+def test_says_what_s3_is_asked() -> None:
+    """A plan that would ask S3 for more than one prefix bears says so, with what each function keeps to, and takes the time it takes."""
+    (paced,) = recommend(manifest(GB, 20), topologies=["sharded"], shards=1_000).options
+    requests = 1_000 * 20
+
+    assert paced.rates.much
+    assert f"get rate: S3 would be asked for {paced.rates.gets:,.0f} GETs a second, and one prefix bears 5,500" in paced.binds
+    assert re.search(r": each of 1,000 functions keeps to 4\.4; \d\d at once would not have to wait$", paced.binds)
+    assert paced.forecast.seconds.p50 > (requests - 1_000) / (0.8 * 5_500)
 
 
 def test_figures_have_sources() -> None:

@@ -10,10 +10,23 @@ from hypothesis import strategies as st
 
 import calibration
 from gradsharding import Limits, flat, sharded
+from gradsharding.pace import share
 from gradsharding.plan import Plan
-from gradsharding.platform import CHARGES, READING
-from gradsharding.timing import Seconds, Speeds, bottleneck, forecast_seconds, slowest, task_seconds
-from gradsharding.topology import lambda_fl, lifl
+from gradsharding.platform import CHARGES, READING, RUNTIME
+from gradsharding.reading import STREAM
+from gradsharding.timing import (
+    Seconds,
+    Speeds,
+    at_once,
+    borne,
+    bottleneck,
+    forecast_seconds,
+    rates,
+    slowest,
+    suited,
+    task_seconds,
+)
+from gradsharding.topology import lambda_fl, lifl, sharded_tree
 from modelled import MB, in_paper, manifest
 
 GIB = 1 << 30
@@ -66,12 +79,12 @@ def test_more_functions_are_faster_and_the_slowest_counts() -> None:
 
 @given(shards=st.integers(1, 200), concurrency=st.integers(1, 50))
 def test_waves(shards: int, concurrency: int) -> None:
-    """Fewer functions at once never make a round faster, nor its bill another; a round of w waves takes at least w mean functions."""
+    """Fewer functions at once never make a round faster, nor its bill larger; a round of w waves takes at least w mean functions."""
     free, bound = seconds(shards), seconds(shards, concurrency=concurrency)
 
     assert bound.p50 >= 0.7 * free.p50  # the last wave may be smaller, and its slowest less slow
-    assert bound.billed == free.billed
-    assert bound.p50 >= -(-shards // concurrency) * free.billed / shards
+    assert bound.billed <= free.billed  # they need not wait for each other's requests
+    assert bound.p50 >= -(-shards // concurrency) * bound.billed / shards
 
 
 def test_memory_brings_cpu() -> None:
@@ -92,6 +105,68 @@ def test_stages_add_up() -> None:
 
     assert one.billed < two.billed < three.billed
     assert shared.p50 < three.p50
+
+
+def test_paced_by_hand() -> None:
+    """Of a thousand functions, one that reads 1 MiB of each of 100 updates waits for its requests: 99 intervals, and it writes."""
+    plan = sharded(manifest(1_000 * MB, 100), Limits(), reading=READING, shards=1_000)
+    known, kept = Speeds(), share(1_000)
+    ((_, task),) = plan.kinds[0]
+    free = task_seconds(task, GIB, known)
+    written = known.latency + task.bytes_written / known.write_rate
+
+    assert pytest.approx(99 / (0.8 * 5.5) + written) == task_seconds(task, GIB, known, kept)
+    assert pytest.approx(1_000 * 100 / (free - written)) == rates(plan, GIB).gets
+    assert rates(plan, GIB).gets > 60_000
+    assert rates(plan, GIB).much
+
+
+@given(shards=st.integers(1, 2_000), concurrency=st.integers(1, 2_000), size=st.sampled_from([MB, 100 * MB, 10_000 * MB]))
+def test_borne(shards: int, concurrency: int, size: int) -> None:
+    """So many functions at once as a prefix bears need not be paced, and read as they are; one more would have to be."""
+    plan = sharded(manifest(size, 10), Limits(), reading=READING, shards=min(shards, size // 4))
+    most = borne((kind.task for kinds in plan.kinds for kind in kinds), GIB)
+    (functions,) = at_once(plan, concurrency)
+
+    assert rates(plan, GIB, concurrency).much == (functions > most)
+    if functions <= most:
+        assert READING == suited(plan, GIB, concurrency)
+
+
+def test_suited() -> None:
+    """Where a thousand functions would be paced, they ask for more at a time, as far as their memory goes, and are as fast as one alone."""
+    plan = sharded(manifest(32_000 * MB, 20), Limits(), reading=READING, shards=1_000)
+    roomy = suited(plan, 1_769 * MB, 1_000)
+    alone = forecast_seconds(plan, 1_769 * MB, 100).billed
+    paced, larger = (forecast_seconds(plan.but(reading=reading), 1_769 * MB, 1_000) for reading in (READING, roomy))
+
+    assert 8_900 < rates(plan, 1_769 * MB).gets < 9_000
+    assert paced.billed > 1.8 * alone
+    assert larger.billed < 1.01 * alone
+    assert rates(plan.but(reading=roomy), 1_769 * MB).gets < 4_500
+    assert paced.p50 > 1.8 * larger.p50
+    assert READING == suited(plan, 1_769 * MB, None)  # nobody knows how many there are
+    assert STREAM == suited(plan.but(reading=STREAM), 1_769 * MB, 1_000)
+
+
+@pytest.mark.parametrize("more", [0, 40 * MB, 400 * MB])
+def test_suited_to_the_memory(more: int) -> None:
+    """What functions ask for at a time is no more than they have memory for, and with more of it they are no slower."""
+    plan = sharded(manifest(128_000 * MB, 20), Limits(), reading=READING, shards=1_000)
+    memory = plan.memory + RUNTIME + more
+    chosen = plan.but(reading=suited(plan, memory, 1_000))
+
+    assert plan.reading != chosen.reading
+    assert chosen.memory <= memory - RUNTIME
+    assert forecast_seconds(plan, memory, 1_000).p50 > forecast_seconds(chosen, memory, 1_000).p50
+
+
+def test_levels_have_shares_of_their_own() -> None:
+    """The few functions that bring partial sums together do not keep to the share of the many that wrote them."""
+    plan = sharded_tree(manifest(3_000 * MB, 100), Limits(), reading=READING, shards=100, fan_in=10)
+
+    assert [1_000, 100] == at_once(plan)
+    assert [700, 100] == at_once(plan, 700)
 
 
 def test_slowest() -> None:
