@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import gradsharding
 from gradsharding.aws import bundle as bundles
 from gradsharding.aws import wheels as wheeling
 from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, ours, probe
+from gradsharding.aws.code import zipped
 from gradsharding.aws.commands import deploy
 from gradsharding.aws.wheels import MACHINES, PACKAGES, fetch, installed, listed
 from gradsharding.errors import UserError
@@ -218,13 +220,18 @@ def test_unlisted_version_is_said(wheels: Path, tmp_path: Path, index: Index, mo
     )
 
 
-def test_locked_bundle_has_the_listed_versions(tmp_path: Path, wheels: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If locked, a bundle has the first listed version of each package, whatever is installed here."""
+def test_locked_bundle_has_the_listed_versions(wheels: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If locked, what ``deploy`` sends has the first listed version of each package, whatever is installed; it shows the difference."""
     index(wheels)
-    monkeypatch.setattr(wheeling, "installed", lambda: dict.fromkeys(PACKAGES, "0.0.1"))
-    found = fetch(tmp_path / "wheels", RUNTIMES[f"python{PYTHON}"], HERE[0], locked=True)
+    for module in (wheeling, bundles):
+        monkeypatch.setattr(module, "installed", lambda: dict.fromkeys(PACKAGES, "0.0.1"))
+    said: list[str] = []
+    with zipfile.ZipFile(io.BytesIO(zipped(HERE[0], f"python{PYTHON}", said.append, locked=True))) as archive:
+        label = json.loads(archive.read("bundle.json"))
+    expected = sorted(listed(RUNTIMES[f"python{PYTHON}"], HERE[0]))
 
-    assert [*found] == sorted(listed(RUNTIMES[f"python{PYTHON}"], HERE[0]))
+    assert [(wheel.file, wheel.sha256) for wheel in expected] == [(wheel["file"], wheel["sha256"]) for wheel in label["wheels"]]
+    assert said[0].endswith(", ".join(f"{wheel.package} {wheel.version} (here it is 0.0.1)" for wheel in expected))
 
 
 def test_package_that_comes_along_is_refused(wheels: Path, tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

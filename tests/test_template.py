@@ -102,7 +102,7 @@ def test_table_and_template_agree() -> None:
 
 def test_nothing_given_says_nothing() -> None:
     """Without options, no parameter is sent, so that what a stack has stays as it is."""
-    assert Chosen({}, {}, None, None, None, adopt=False, yes=False) == asked()
+    assert Chosen({}, {}, None, None, None, locked=False, adopt=False, yes=False) == asked()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -322,12 +322,11 @@ def test_an_empty_text_takes_an_option_back() -> None:
 
 
 def test_what_goes_to_cloudformation_itself() -> None:
-    """Tags, the service role, termination protection and the code's bucket are no parameters; a tag's value may hold "="."""
-    found = asked(
-        "--tag", "team=fl", "--tag", "note=a=b", "--service-role", ROLE, "--no-termination-protection", "--code-bucket", "code", "--yes"
-    )
+    """Tags, the service role, termination protection, the code's bucket and lock are no parameters; a tag's value may hold "="."""
+    words = "--tag team=fl --tag note=a=b --no-termination-protection --code-bucket code --locked --yes"
+    found = asked(*words.split(), "--service-role", ROLE)
 
-    assert Chosen({}, {"team": "fl", "note": "a=b"}, ROLE, False, "code", adopt=False, yes=True) == found
+    assert Chosen({}, {"team": "fl", "note": "a=b"}, ROLE, False, "code", locked=True, adopt=False, yes=True) == found
 
 
 def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:

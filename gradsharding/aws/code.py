@@ -56,10 +56,10 @@ Zipped = Callable[[str, str, Tell], bytes]
 """Makes the zip of a function's code for an architecture and a runtime."""
 
 
-def zipped(architecture: str, runtime: str, tell: Tell) -> bytes:
-    """Build the bundle and give its zip."""
+def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False) -> bytes:
+    """Build the bundle and give its zip; if ``locked``, of the packages that the release lists."""
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"))
+        bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"), locked=locked)
         path = Path(scratch) / "bundle.zip"
         size = bundle.zip(path)
         tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")

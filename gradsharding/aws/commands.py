@@ -4,11 +4,13 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import click
 
 from gradsharding.aws.account import Account, Stack
+from gradsharding.aws.code import zipped
 from gradsharding.aws.drift import checked, drift
 from gradsharding.aws.options import chosen, deploy_options
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
@@ -40,7 +42,10 @@ def deploy(name: str, **options: Any) -> None:
         name, asked.parameters, asked.tags, asked.service_role, asked.termination_protection, asked.code_bucket, adopt=asked.adopt
     )
     with _recoverable(account, name):
-        up = put_up(account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=asked.yes), _tell)
+        make = partial(zipped, locked=asked.locked)
+        up = put_up(
+            account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=asked.yes), _tell, make
+        )
         if not up:
             click.echo("nothing was changed")
             raise click.exceptions.Exit(1)

@@ -133,6 +133,7 @@ OPTIONS = (
         "--code-bucket", "", "A bucket that you have, for the function's code.  [default: one is made]",
         metavar="NAME", form=_NAME_OF_BUCKET,
     ),
+    Row("--locked", "", "Give the function the packages that this release lists, whatever is installed here.", is_flag=True),
     Row("--adopt", "", "Take over a stack of an older gradsharding.", is_flag=True),
     Row("--yes", "", "Do not ask.", is_flag=True),
 )  # fmt: skip
@@ -148,6 +149,7 @@ class Chosen(NamedTuple):
     service_role: str | None
     termination_protection: bool | None
     code_bucket: str | None
+    locked: bool
     adopt: bool
     yes: bool
 
@@ -172,6 +174,7 @@ def chosen(given: Mapping[str, Any]) -> Chosen:
         given["service_role"],
         given["termination_protection"],
         given["code_bucket"],
+        given["locked"],
         given["adopt"],
         given["yes"],
     )
