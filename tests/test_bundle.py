@@ -234,6 +234,28 @@ def test_locked_bundle_has_the_listed_versions(wheels: Path, index: Index, monke
     assert said[0].endswith(", ".join(f"{wheel.package} {wheel.version} (here it is 0.0.1)" for wheel in expected))
 
 
+def test_wheel_is_unpacked_into_the_bundle_alone(tmp_path: Path) -> None:
+    """Of a wheel, what is imported is unpacked, to where it is imported from; nothing lands outside, and no scripts, stubs or tests."""
+    kept = {"a/__init__.py", "a-1.data/purelib/b.py", "a-1.data/platlib/c.so", "../outside.py", "/absolute.py", "a-1.dist-info/METADATA"}
+    left = {
+        "a/x.pyi",
+        "a/lib/libx.a",
+        "a/tests/test_a.py",
+        "a/include/a.h",
+        "a-1.data/scripts/a",
+        "a-1.dist-info/RECORD",
+        "numpy/f2py/f.py",
+    }
+    with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as archive:
+        for name in kept | left:
+            archive.writestr(name, name)
+    bundles._unpack(tmp_path / "a-1-py3-none-any.whl", tmp_path / "bundle")
+    found = {path.relative_to(tmp_path / "bundle").as_posix() for path in (tmp_path / "bundle").rglob("*") if path.is_file()}
+
+    assert {"a/__init__.py", "b.py", "c.so", "outside.py", "absolute.py", "a-1.dist-info/METADATA"} == found
+    assert {"bundle", "a-1-py3-none-any.whl"} == {path.name for path in tmp_path.iterdir()}
+
+
 def test_package_that_comes_along_is_refused(wheels: Path, tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dependency that nobody pinned is refused, and the way out is said."""
     index(wheels)
