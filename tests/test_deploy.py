@@ -108,7 +108,9 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     assert "it costs $0.20 a month for 2 alarms" in up.stdout
     smoked = command("smoke", "--name", "one")
     assert 0 == smoked.returncode, smoked.stderr
-    assert "every element is right" in smoked.stdout
+    assert 2 == smoked.stdout.count("every element is right")
+    assert "\n4 slices: 4 functions, " in smoked.stdout
+    assert "\n2 slices in a tree of fan-in 2: 6 functions, " in smoked.stdout
     assert "MiB projected" in smoked.stdout
     assert "invocations: Lambda told no figures" in smoked.stdout  # ministack writes none into an invocation's log
     assert "list prices of us-east-1" in smoked.stdout

@@ -110,6 +110,8 @@ def _left(rounds: list[Round]) -> list[str]:
             left += [f"{store.url}/{key}" for key, _ in store.list(prefix)]
         except GradShardingError as error:
             left.append(f"{store.url}/{prefix} ({error.message})")
+        except KeyboardInterrupt:  # again
+            left.append(f"{store.url}/{prefix} (interrupted)")
     return left
 
 
