@@ -51,8 +51,8 @@ SHARE = 2
 _KILLED = ("OutOfMemory", "signal: killed", "exited without providing a reason")
 
 _NAME = re.compile(
-    r"(?P<whole>(?:arn:(?:aws[a-zA-Z-]*)?:lambda:)?(?:[a-z]{2,4}(?:-[a-z]+)+-\d:)?(?:\d{12}:)?(?:function:)?(?P<function>[A-Za-z0-9_-]+))"
-    r"(?::(?P<qualifier>\$LATEST|[A-Za-z0-9_-]+))?"
+    r"(?P<whole>(?:arn:(?:aws[a-zA-Z-]*)?:lambda:)?(?:(?P<region>[a-z]{2,4}(?:-[a-z]+)+-\d):)?(?:\d{12}:)?(?:function:)?"
+    r"(?P<function>[A-Za-z0-9_-]+))(?::(?P<qualifier>\$LATEST|[A-Za-z0-9_-]+))?"
 )
 """A function's name or ARN, whole or in part, with or without a version or alias, as Lambda's API reads it."""
 
@@ -91,7 +91,7 @@ class LambdaExecutor:
         self.function = function
         self.concurrency = concurrency
         self.attempts = attempts
-        self._unqualified, self._name = named["whole"], named["function"]
+        self._unqualified, self._region, self._name = named["whole"], named["region"], named["function"]
 
     @cached_property
     def settings(self) -> Settings:
@@ -169,7 +169,12 @@ class LambdaExecutor:
             raise explained(error, f"settings of function {self.function}") from error
 
     def _absent(self) -> StoreRefused:
-        put_up = deploying(self._name)
+        chosen, put_up = lambda_client().meta.region_name, deploying(self._name)
+        if self._region not in (None, chosen):
+            return StoreRefused(
+                f"function {self.function!r} is in {self._region}, and the region chosen here is {chosen}; "
+                f"set AWS_DEFAULT_REGION to {self._region}"
+            )
         return StoreRefused(f"there is no function {self.function!r} in this account and region; put it up with: {put_up}")
 
 
