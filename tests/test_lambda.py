@@ -196,16 +196,19 @@ def test_no_name() -> None:
 def test_qualifiers(start: Start, name: str) -> None:
     """A version or an alias has its own memory and time; its concurrency is the function's."""
     start(memory=256, timeout=7, concurrency=3)
-    assert Settings(256 * MIB, 7, 3, 3, HERE) == LambdaExecutor(name).settings
+    assert Settings(256 * MIB, 7, 3, 3, HERE, "1") == LambdaExecutor(name).settings
 
 
 @RUNS_HERE
-def test_qualified(ceph_store: S3Store, start: Start) -> None:
-    """A round runs on an alias by the function's ARN."""
+def test_alias_is_looked_up_once(ceph_store: S3Store, start: Start) -> None:
+    """All tasks run on the version that an alias leads to at first, also if it is moved meanwhile."""
     updates = sample_updates()
-    start(concurrency=2)
-    arn = "arn:aws:lambda:us-east-1:123456789012:function:gradsharding:live"
-    assert_same(reference_mean(updates), aggregate(_round(ceph_store, updates), executor=open_executor(f"lambda:{arn}")).arrays())
+    front = start(concurrency=2)
+    executor = open_executor("lambda:arn:aws:lambda:us-east-1:123456789012:function:gradsharding:live")
+    assert executor.limits(None).concurrency == 2
+    front.aliases.update(live="2", old="1")
+    assert_same(reference_mean(updates), aggregate(_round(ceph_store, updates), executor=executor).arrays())
+    assert {"1"} == {call.qualifier for call in front.calls}
 
 
 @pytest.mark.parametrize(

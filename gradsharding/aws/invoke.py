@@ -69,6 +69,8 @@ class Settings(NamedTuple):
     unreserved: int | None
     """Invocations at once that the account has for all functions without a reservation."""
     architecture: Architecture | None
+    version: str | None = None
+    """The published version that was asked for, or that the alias led to."""
 
     @property
     def most(self) -> int | None:
@@ -92,12 +94,14 @@ class LambdaExecutor:
         self.concurrency = concurrency
         self.attempts = attempts
         self._unqualified, self._region, self._name = named["whole"], named["region"], named["function"]
+        self._qualified = named["qualifier"] is not None
 
     @cached_property
     def settings(self) -> Settings:
         """What the account says of the function, as far as these credentials may ask; raise StoreRefused if there is none.
 
-        Memory, time and architecture are the version's or alias's; concurrency is reserved for a function as a whole.
+        They are asked for once. Memory, time and architecture are the version's or alias's; concurrency is reserved for a function as a
+        whole.
         """
         client = lambda_client()
         config = self._told(lambda: client.get_function_configuration(FunctionName=self.function)) or {}
@@ -110,7 +114,14 @@ class LambdaExecutor:
             reserved=reserved.get("ReservedConcurrentExecutions"),
             unreserved=account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions"),
             architecture=next(iter(config.get("Architectures", [])), None),
+            version=config.get("Version") if self._qualified else None,
         )
+
+    @property
+    def target(self) -> str:
+        """What is invoked: the version that the alias led to, so that all tasks run the same code, also if the function is updated."""
+        version = self.settings.version
+        return f"{self._unqualified}:{version}" if version else self.function
 
     def limits(self, limits: Limits | None) -> Limits:
         """What the function has, if it is less than what is allowed; of concurrency, its share, or the number that is asked for."""
@@ -131,7 +142,7 @@ class LambdaExecutor:
 
     def taken(self, limits: Limits) -> str:
         """Say how many invocations at once a run takes, of how many."""
-        count, (_, _, reserved, unreserved, _) = limits.concurrency, self.settings
+        count, reserved, unreserved = limits.concurrency, self.settings.reserved, self.settings.unreserved
         if reserved is not None:
             return f"{count} of {reserved} invocations at once that are reserved for {self._name}"
         if unreserved is None:
@@ -277,7 +288,7 @@ class _Run:
         """
         name, first = self._executor.function, tasks[0].id
         try:
-            answer = self._client.invoke(FunctionName=name, Payload=data, LogType="Tail")
+            answer = self._client.invoke(FunctionName=self._executor.target, Payload=data, LogType="Tail")
             payload = answer["Payload"].read()
         except ClientError as error:
             raise self._said(error, first) from error

@@ -89,8 +89,8 @@ class LocalFunction:
     """MiB that it really has, where that is less than it says."""
     log_format: Literal["Text", "JSON"] = "Text"
     """How the platform writes START, END and REPORT, and the runtime its own lines."""
-    qualifiers: tuple[str, ...] = ("live",)
-    """Its aliases and versions, beside $LATEST; all run the same code."""
+    aliases: Mapping[str, str] = field(default_factory=lambda: {"live": "1"})
+    """Its aliases, and the published versions that they lead to; all run the same code."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ class Call:
     outcome: str
     log: str = ""
     """The end of what it logged."""
+    qualifier: str = ""
+    """The version or alias that was asked for."""
 
 
 class LocalLambda:
@@ -131,6 +133,7 @@ class LocalLambda:
         self.faults = dict(faults or {})
         self.tells = tells
         self.reserved = reserved
+        self.aliases = dict(function.aliases)
         self._lock = threading.Lock()
         self._running = self._asked = 0
         self._idle: list[_Environment] = []
@@ -167,10 +170,12 @@ class LocalLambda:
             if qualifier:
                 return 400, {"Message": "concurrency is reserved for a function, not for a version or an alias", "Type": "User"}
             return 200, {"ReservedConcurrentExecutions": self.concurrency} if self.reserved else {}
-        return 200, {"FunctionName": name, "MemorySize": self.function.memory, "Timeout": self.function.timeout, "Architectures": [HERE]}
+        version = self.aliases.get(qualifier, qualifier or "$LATEST")
+        told = {"FunctionName": name, "Version": version, "MemorySize": self.function.memory, "Timeout": self.function.timeout}
+        return 200, told | {"Architectures": [HERE]}
 
     def _has(self, name: str, qualifier: str) -> bool:
-        return name == self.function.name and qualifier in ("", "$LATEST", *self.function.qualifiers)
+        return name == self.function.name and qualifier in ("", "$LATEST", *self.aliases, *self.aliases.values())
 
     def invoke(self, name: str, body: bytes) -> tuple[int, dict[str, str], Any] | None:
         """Answer an invocation: status, headers, body. None for no answer."""
@@ -187,7 +192,7 @@ class LocalLambda:
         outcome = str(answer[1].get("X-Amz-Function-Error", answer[0])) if fault != "lost" else "lost"
         log = base64.b64decode(answer[1].get("X-Amz-Log-Result", "")).decode(errors="replace")
         with self._lock:
-            self.calls.append(Call(number, outcome, log))
+            self.calls.append(Call(number, outcome, log, _named(name)[1]))
         return None if fault == "lost" else answer
 
     def _answer(self, name: str, body: bytes, fault: Fault | Said | None, *, full: bool) -> tuple[int, dict[str, str], Any]:
