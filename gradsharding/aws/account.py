@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.client import code_of, explained, prepare, s3_settings
+from gradsharding.aws.client import code_of, explained, prepare, s3_settings, session
 from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:
@@ -82,13 +81,13 @@ class Account:
 
     def __init__(self) -> None:
         """Ask who we are; raise StoreRefused if there are no credentials or no region."""
-        self._session = session = boto3.session.Session()
+        self._session = own = session()
         try:
-            who = session.client("sts").get_caller_identity()
+            who = own.client("sts").get_caller_identity()
             self.number, self.partition = who["Account"], who["Arn"].split(":")[1]
-            self.s3: S3Client = session.client("s3", config=Config(**s3_settings(session._session, "")))  # noqa: SLF001 - botocore's own
+            self.s3: S3Client = own.client("s3", config=Config(**s3_settings(own._session, "")))  # noqa: SLF001 - botocore's own
             self.region = self.s3.meta.region_name
-            self.formation: CloudFormationClient = session.client("cloudformation")
+            self.formation: CloudFormationClient = own.client("cloudformation")
         except (BotoCoreError, ClientError) as error:
             raise explained(error, "looking up the account") from error
         self.s3.meta.events.register("provide-client-params.s3", self._expect_owner)  # type: ignore[arg-type]  # what it gives is used

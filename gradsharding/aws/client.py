@@ -2,29 +2,24 @@
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    NoCredentialsError,
-    NoRegionError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
+from botocore.credentials import RefreshableCredentials
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NotConnected
 from botocore.handlers import validate_bucket_name
 
+from gradsharding.aws import refusals
 from gradsharding.aws.demands import meet_demands
 from gradsharding.aws.keepalive import keep_alive
 from gradsharding.aws.patience import BUSY, FAILED, FAILURES, THROTTLES, Patience
-from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
+from gradsharding.errors import GradShardingError
 from gradsharding.pace import take_turn
 from gradsharding.usage import count
 
@@ -47,21 +42,7 @@ S3_CONFIG: dict[str, Any] = {
 }
 """Botocore's settings for S3, also aiobotocore's."""
 
-_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role is attached"
-
-_REFUSALS = {
-    "InvalidAccessKeyId": f"there is no such access key; {_CREDENTIALS}",
-    "SignatureDoesNotMatch": f"the secret key does not belong to the access key; {_CREDENTIALS}",
-    "ExpiredToken": "the session has expired; renew the credentials",
-    "InvalidToken": f"the session token is not valid; {_CREDENTIALS}",
-    "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
-    "KeyTooLongError": "the key is longer than 1,024 bytes; use shorter names",
-}
-
-_DENIED = {"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AllAccessDisabled", "403", "Forbidden"}
-
-_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301", "BadRequest"}
-
+code_of = refusals.code_of
 
 PATIENCE = "gradsharding.patience"
 """Where botocore keeps, with a request and with its answer, how patient we have been."""
@@ -110,9 +91,10 @@ def _needs_retry(response: Any, caught_exception: Exception | None, request_dict
 def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
     """Give the S3 client of the environment as it is now, for a bucket; threads may share it.
 
-    ``signer`` names another signature than botocore's own. Raise UserError for a demand of the environment's that makes no sense.
+    ``signer`` names another signature than botocore's own. Raise UserError for a demand of the environment's that makes no sense, and
+    StoreRefused as ``session`` does.
     """
-    with _MAKING:
+    with _MAKING, _setting_up():
         return _s3_client(environment(), _is_arn(bucket), signer)
 
 
@@ -146,54 +128,87 @@ def _is_arn(bucket: str) -> bool:
 
 def lambda_client(read_timeout: float = 60) -> "LambdaClient":
     """Give a Lambda client of the environment as it is now. It never tries again by itself: who calls it knows what may run twice."""
-    with _MAKING:
+    with _MAKING, _setting_up():
         return _lambda_client(environment(), read_timeout)
 
 
-def code_of(error: Exception) -> str:
-    """AWS's name for what went wrong, such as NoSuchKey; "" if AWS did not answer."""
-    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, ClientError) else ""
+def session() -> boto3.session.Session:
+    """Give boto3's session of the environment as it is now, whose credentials have been found: none, if there are none.
+
+    Raise StoreRefused for a profile, a file, a login or a program of the user's that gives none although it should.
+    """
+    with _MAKING, _setting_up():
+        return _session(environment()).boto3
 
 
-def explained(error: BotoCoreError | ClientError, doing: str) -> GradShardingError:
-    """Say what AWS refused, or that it did not answer, and what to do; ``doing`` is what was asked for, such as "GetObject of s3://b/k"."""
-    match error:
-        case NoCredentialsError() | PartialCredentialsError() | CredentialRetrievalError():
-            return StoreRefused(f"{doing}: there are no AWS credentials; {_CREDENTIALS}")
-        case NoRegionError():
-            return StoreRefused(f"{doing}: no AWS region is chosen; set AWS_DEFAULT_REGION")
-        case ProfileNotFound():
-            return StoreRefused(f"{doing}: {error}; set AWS_PROFILE to one that exists")
-        case ClientError():
-            return _refused(error, doing)
-    return StoreFailed(f"{doing}: no answer after several attempts ({error}); check the network and the endpoint, then run it again")
+def seconds_left(least: float) -> float | None:
+    """Seconds that the environment's credentials will last; None if they last, or do not say.
+
+    Those that end in fewer than ``least`` seconds are renewed first, if they can be. Raise StoreRefused for a login that has ended.
+    """
+    found: Any = session().get_credentials()
+    if not isinstance(found, RefreshableCredentials) or getattr(found, "_expiry_time", None) is None:
+        return None
+    own: Any = found  # botocore tells nobody when they end, and renews them by a time of its own only
+    with _setting_up(), own._refresh_lock:  # noqa: SLF001
+        if own.refresh_needed(least):
+            own._protected_refresh(is_mandatory=True)  # noqa: SLF001
+        return float(own._seconds_remaining())  # noqa: SLF001
 
 
-def _refused(error: ClientError, doing: str) -> GradShardingError:
-    code, answer = code_of(error), error.response
-    meta: Any = answer.get("ResponseMetadata", {})
-    status, region = meta.get("HTTPStatusCode", 0), meta.get("HTTPHeaders", {}).get("x-amz-bucket-region")
-    region = region or answer.get("Error", {}).get("Region")
-    if patience := meta.get(PATIENCE):
-        error_: GradShardingError = patience.error(doing, code)
-        return error_
-    if code in _REFUSALS:
-        return StoreRefused(f"{doing}: {_REFUSALS[code]}", code=code)
-    if code in _ELSEWHERE and (region or code != "BadRequest"):
-        return StoreRefused(
-            f"{doing}: it lies in {f'region {region}' if region else 'another region'}; set AWS_DEFAULT_REGION to that", code=code
-        )
-    if code in _DENIED:
-        return StoreRefused(f"{doing}: access is denied ({code}); allow these credentials this action there, or use others", code=code)
-    message = answer.get("Error", {}).get("Message", "")
-    return StoreFailed(f"{doing}: AWS answered {status} {code} {message}".rstrip() + "; run it again", code=code)
+def explained(error: Exception, doing: str) -> GradShardingError:
+    """Say what AWS refused, or that it did not answer, and what to do; ``doing`` is what was asked for, such as "GetObject of s3://b/k".
+
+    ``details["denied"]`` says that it is, or looks like, a lack of permission.
+    """
+    meta: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
+    patience: Patience | None = meta.get(PATIENCE)
+    if patience:
+        return patience.error(doing, code_of(error))
+    why, code = refusals.reason(error), code_of(error)
+    facts: dict[str, Any] = ({"code": code} if code else {}) | ({"denied": True} if why.denied else {})
+    return why.kind(f"{doing}: {why.said}", **facts)
+
+
+@contextmanager
+def explaining(doing: str) -> Iterator[None]:
+    """Turn what botocore raises within into our errors."""
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, doing) from error
+
+
+@contextmanager
+def _setting_up() -> Iterator[None]:
+    """Turn whatever botocore, a file or a program of the user's raises within into our errors."""
+    try:
+        yield
+    except GradShardingError:
+        raise
+    except Exception as error:
+        raise explained(error, "AWS") from error
+
+
+class _Session(NamedTuple):
+    """What clients are made of: they share the credentials, and when those are renewed."""
+
+    botocore: botocore.session.Session
+    boto3: boto3.session.Session
 
 
 @lru_cache(maxsize=8)
-def _s3_client(_: Environment, arn: bool, signer: str | None) -> "S3Client":  # noqa: FBT001 - where lru_cache is used
-    session = botocore.session.get_session()
-    config = Config(**s3_settings(session, "arn:" if arn else ""))
-    client = boto3.session.Session(botocore_session=session).client("s3", config=config)
+def _session(_: Environment) -> _Session:
+    found = botocore.session.get_session()
+    if credentials := found.get_credentials():
+        credentials.get_frozen_credentials()  # of a role, a login or a program: what goes wrong there is told now, not in a request
+    return _Session(found, boto3.session.Session(botocore_session=found))
+
+
+@lru_cache(maxsize=8)
+def _s3_client(environment: Environment, arn: bool, signer: str | None) -> "S3Client":  # noqa: FBT001 - where lru_cache is used
+    session = _session(environment)
+    client = session.boto3.client("s3", config=Config(**s3_settings(session.botocore, "arn:" if arn else "")))
     prepare(client)
     if signer:
         client.meta.events.register("choose-signer.s3", lambda **_: signer)  # type: ignore[arg-type]  # what it gives is used
@@ -201,16 +216,16 @@ def _s3_client(_: Environment, arn: bool, signer: str | None) -> "S3Client":  # 
 
 
 @lru_cache(maxsize=8)
-def _lambda_client(_: Environment, read_timeout: float) -> "LambdaClient":
+def _lambda_client(environment: Environment, read_timeout: float) -> "LambdaClient":
     config = Config(
         retries={"total_max_attempts": 1},
         max_pool_connections=1_000,
         connect_timeout=10,
         read_timeout=read_timeout,
     )
-    session = botocore.session.get_session()
-    client = boto3.session.Session(botocore_session=session).client("lambda", config=config)
-    keep_alive(client, session.get_config_variable("ca_bundle"))
+    session = _session(environment)
+    client = session.boto3.client("lambda", config=config)
+    keep_alive(client, session.botocore.get_config_variable("ca_bundle"))
     return client
 
 

@@ -15,6 +15,7 @@ from gradsharding.aws.body import Body
 from gradsharding.aws.client import PATIENCE, code_of, explained, s3_client
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
 from gradsharding.aws.ranged import Answer, Ask, first_of, stream
+from gradsharding.aws.refusals import READS
 from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
@@ -149,7 +150,8 @@ class S3Store:
         if len(wanted) > 8:  # an event loop and a client of its own pay off
             from gradsharding.aws.fanout import read_all  # noqa: PLC0415 - a function does without aiobotocore
 
-            found = read_all(self.bucket, [self.place(key) for key in wanted])
+            with self._asking("GetObject", wanted[0]):
+                found = read_all(self.bucket, [self.place(key) for key in wanted])
             for key, answer in zip(wanted, found, strict=True):
                 with self._asking("GetObject", key):
                     if isinstance(answer, Exception):
@@ -244,7 +246,10 @@ class S3Store:
                 return changed(key, version, "another")
             case "PreconditionFailed" | "ConditionalRequestConflict":
                 return taken(key, self.url)
-        return explained(error, f"{verb} of {self.url}/{key}")
+        found = explained(error, f"{verb} of {self.url}/{key}")
+        if verb in READS and "denied" in found.details:
+            found.details["unread"] = f"{self.url}/{key}"
+        return found
 
     @staticmethod
     def _all(body: "StreamingBody") -> bytes:
