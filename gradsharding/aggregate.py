@@ -22,7 +22,9 @@ from gradsharding.errors import (
     NonFinite,
     ObjectExists,
     PlanTooLarge,
+    StoreRefused,
     UserError,
+    named,
     naming,
 )
 from gradsharding.executor import Executor, InlineExecutor, Progress, taken
@@ -242,11 +244,14 @@ def aggregate(
     with counting() as ledger:
         try:
             record, plan, had = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
-        except GradShardingError as error:
+        except GradShardingError as raised:
+            error = _seen_from_here(raised, round)
             if "client" in error.details:
                 error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
-            error.usage = together(error.usage, ledger.spent, *(report.usage for report in reports))
-            raise
+            error.usage = together(raised.usage, ledger.spent, *(report.usage for report in reports))
+            if error is raised:
+                raise
+            raise error from raised
     said = taken(runner, had) if had else None
     return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started, had, said)
 
@@ -320,6 +325,26 @@ def _aggregated(
         left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
         round_.forget_partials(begun.upload, left)
     return round_.publish(manifest, stat.version, plan.arithmetic), plan, limits
+
+
+def _seen_from_here(error: GradShardingError, round: Round) -> GradShardingError:  # noqa: A002
+    """Say more of what a task was denied than it can: S3 denies to who may not list, as a function may not, also what is not there."""
+    if not (reference := error.details.get("unread")):
+        return error
+    client, (store, key) = error.details.get("client"), locate(reference, round.store)
+    how = "sealed; put it back, or begin another round" if client else "written; run it again"
+    try:
+        store.head(key)
+    except MissingObject:
+        seen: GradShardingError = MissingObject(f"{reference} is not there any more: it was deleted after it was {how}", key=key)
+    except GradShardingError:  # nobody here can tell, either
+        return error
+    else:
+        seen = StoreRefused(
+            f"{reference} is there, and the task that needs it may not read it ({error.details.get('code')}); allow its function's role, "
+            "or the credentials that it has, s3:GetObject there, and kms:Decrypt if a key of KMS's encrypts it"
+        )
+    return named(seen, client) if client else seen
 
 
 def _lost(round: Round) -> dict[str, str]:  # noqa: A002

@@ -174,9 +174,14 @@ def naming(client: str) -> Iterator[None]:
     except GradShardingError as error:
         if "client" in error.details:
             raise
-        named = type(error)(f"client {plain(client)}: {error.message}", **error.details, client=client)
-        named.usage = error.usage
-        raise named from error
+        raise named(error, client) from error
+
+
+def named(error: GradShardingError, client: str) -> GradShardingError:
+    """Give the same error with the client's name."""
+    found = type(error)(f"client {plain(client)}: {error.message}", **error.details, client=client)
+    found.usage = error.usage
+    return found
 
 
 def _few(clients: Sequence[str]) -> str:

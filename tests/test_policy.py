@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,21 @@ import pytest
 from botocore.exceptions import ClientError
 
 from gradsharding import worker
+from gradsharding.aggregate import aggregate
 from gradsharding.aws.client import code_of
 from gradsharding.aws.commands import ALARMS
+from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.s3 import S3Store
 from gradsharding.aws.stack import template
+from gradsharding.errors import MissingObject, StoreRefused
 from gradsharding.round import Round
 from gradsharding.store import MemoryStore
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
+from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
 from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from gradsharding.testing.template import read_template, resolved
+from gradsharding.update import encode
 
 PREFIX = "some prefix"
 
@@ -113,6 +119,63 @@ def test_enough(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.Mon
             worker.run(task, started.job, S3Store(ceph_store.url))
 
     assert_same(reference_mean(updates), started.complete())
+
+
+@pytest.fixture
+def on_lambda(function: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a function that has the role's rights, and no more; the environment leads there."""
+    if why := emulator_missing():
+        pytest.skip(why)
+    with LocalLambda(LocalFunction(environment=function.environment()), concurrency=1) as front:
+        for name, value in front.environment().items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+def sealed(store: S3Store) -> Round:
+    """Give a sealed round of two clients."""
+    round_ = Round.create(store, "r")
+    for weight, client in enumerate("ab", 1):
+        round_.submit(client, {"w": np.full(1 << 10, weight, "f4")}, weight)
+    round_.seal()
+    return round_
+
+
+@pytest.mark.usefixtures("on_lambda")
+def test_deleted_is_not_denied(ceph_store: S3Store) -> None:
+    """A function may not list, so that S3 denies it what is not there; the caller looks, and says that an update was deleted, and whose."""
+    round_ = sealed(ceph_store)
+    ceph_store.delete([round_.update_key("b")])
+    with pytest.raises(
+        MissingObject, match=r"^client b: s3://.*/updates/b\.safetensors is not there any more: .* after it was sealed; "
+    ) as caught:
+        aggregate(round_, executor=LambdaExecutor("gradsharding"))
+    assert ({"b"}, "b") == ({*caught.value.details["clients"]}, caught.value.details["client"])
+    assert caught.value.usage["s3"].gets > 0
+    assert round_.result() is None
+
+
+@pytest.mark.usefixtures("on_lambda")
+def test_denied_is_not_deleted(ceph_store: S3Store) -> None:
+    """An update that the caller sees, and the function's role may not read, is told as such, with the right that it lacks."""
+    outside = S3Store(f"s3://{ceph_store.bucket}/another")
+    round_ = Round.create(ceph_store, "r")
+    outside.put("b", encode({"w": np.ones(1 << 10, "f4")})[1])
+    round_.submit("a", {"w": np.ones(1 << 10, "f4")}, 1)
+    round_.refer("b", f"{outside.url}/b", 1)
+    with pytest.raises(StoreRefused, match=r"^client b: s3://.*/another/b is there, .* may not read it \(AccessDenied\); .* s3:GetObj"):
+        aggregate(round_, executor=LambdaExecutor("gradsharding"))
+
+
+def test_denied_to_both(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may not list either says that it may be denied, or not be there."""
+    round_ = sealed(ceph_store)
+    started = Started.of(ceph_store, {c: ({"w": np.ones(1 << 10, "f4")}, 1) for c in "ab"}, shards=1, name="other")
+    ceph_store.delete([round_.update_key("b"), started.round.update_key("b")])
+    for name, value in function.environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoreRefused, match=r"^client b: GetObject of s3://.*: access is denied .* of an object that is not there, too$"):
+        worker.run(started.plan.tasks[0], started.job, S3Store(ceph_store.url))
 
 
 def test_no_more(ceph_store: S3Store, function: S3Server) -> None:
