@@ -1,5 +1,6 @@
 """Federations over S3 whose nodes hold no credentials: the server signs what each may read and write."""
 
+import datetime as dt
 import json
 import logging
 import os
@@ -251,6 +252,24 @@ def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypat
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreRefused, match="the secret key does not belong to the access key"):
         sharding(ceph_store).start(grid_of(), record(initial()), num_rounds=1)
+
+
+def test_credentials_that_end(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, flower_log: pytest.LogCaptureFixture) -> None:
+    """Credentials that end before URLs would are refused before any node trains; those that may end before a round does, are warned of."""
+    grid = grid_of()
+
+    def ends_in(seconds: int) -> None:
+        monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).isoformat())
+
+    ends_in(300)
+    with pytest.raises(StoreRefused, match=r"URLs should be good for 900 s, and the credentials that sign them end in \d+ s"):
+        sharding(ceph_store).start(grid, record(initial()), num_rounds=1)
+    for seconds, warned in ((3000, 1), (9000, 0)):
+        ends_in(seconds)
+        flower_log.clear()
+        sharding(ceph_store).start(grid, record(initial()), num_rounds=0)
+        said = "end in .* a round may take 3600 s, and URLs should be good for 900 s: .* use credentials that last longer"
+        assert warned == len(re.findall(said, flower_log.text))
 
 
 @pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))

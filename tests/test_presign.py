@@ -1,9 +1,14 @@
 """A URL lends one right for a while: to read one object, or to write one object of known bytes once."""
 
+import datetime as dt
+import json
 import logging
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from gradsharding.testing import read
 from gradsharding.testing.proxy import Path as Route
 from gradsharding.testing.proxy import Proxy
 from gradsharding.testing.s3 import Ceph
+from gradsharding.testing.stack import account_missing, local_account
 from gradsharding.update import FIRST_READ, encode, load
 from gradsharding.usage import counting
 
@@ -215,9 +221,11 @@ def test_expired(ceph_store: S3Store, spooled: Path) -> None:
     ceph_store.put("model", [b"x"])
     granted, url = grant(ceph_store, KEY, offered(spooled), 1), readable(ceph_store, "model", 1)
     time.sleep(2)
-    with pytest.raises(StoreRefused, match=r"^writing the update: the URL has expired, or this machine's clock is wrong; [^?]*$"):
+    with pytest.raises(
+        StoreRefused, match=r"^writing the update: the URL, or the session that signed it, has expired, or this machine's clock[^?]*$"
+    ):
         write(spooled, granted.offer, granted.permit)
-    with pytest.raises(StoreRefused, match=r"^reading model: the URL has expired[^?]*$"):
+    with pytest.raises(StoreRefused, match=r"^reading model: the URL, or the session that signed it, has expired[^?]*$"):
         UrlSource("model", url).head("model")
 
 
@@ -274,3 +282,95 @@ def test_no_answer(spooled: Path) -> None:
             write(spooled, offered(spooled), permit)
     assert caught.value.__suppress_context__
     assert "secret" not in repr(permit) + str(caught.value) + repr(UrlSource(KEY, url))
+
+
+def lent(seconds: int) -> tuple[int, str]:
+    """Lend a URL; give the seconds that it is good for, and the id of the key that signed it."""
+    query = parse_qs(urlsplit(readable(S3Store("s3://bucket"), KEY, seconds).partition("#")[0]).query)
+    return int(query["X-Amz-Expires"][0]), query["X-Amz-Credential"][0].partition("/")[0]
+
+
+def in_seconds(seconds: int) -> str:
+    """Write a time that many seconds from now."""
+    return (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.fixture
+def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Give an empty config file, whose profile p is in use."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CREDENTIAL_EXPIRATION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"CONFIG_FILE": str(tmp_path / "config"), "PROFILE": "p", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    return tmp_path / "config"
+
+
+@pytest.fixture(scope="module")
+def account() -> Iterator[dict[str, str]]:
+    """Run an account on loopback, whose STS gives credentials of roles."""
+    if why := account_missing():
+        pytest.skip(why)
+    with local_account() as environment:
+        yield environment
+
+
+def test_urls_of_a_role(account: dict[str, str], profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL ends with the session of the role that signs it; if that does not last half as long as the URL should, it is refused."""
+    profile.write_text(
+        "[profile p]\nrole_arn = arn:aws:iam::000000000000:role/r\nsource_profile = s\nduration_seconds = 1800\n"
+        "[profile s]\naws_access_key_id = test\naws_secret_access_key = test\n"
+    )
+    monkeypatch.setenv("AWS_ENDPOINT_URL", account["AWS_ENDPOINT_URL"])
+    (short, first), (longer, second) = lent(900), lent(3000)
+
+    assert (900, first) == (short, second)
+    assert 1500 <= longer <= 1800
+    assert "test" != first
+    with pytest.raises(
+        StoreRefused, match=r"for 7200 s, and the credentials that sign them end in 1\d+ s, .*; lend URLs for 1\d+ s, or use"
+    ):
+        lent(7200)
+
+
+def test_credentials_are_renewed_before_urls_are_lent(profile: Path, tmp_path: Path) -> None:
+    """Credentials that end too soon are renewed before a URL is lent, once; where that fails, the error says why."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import json, pathlib
+calls = pathlib.Path({str(tmp_path / "calls")!r})
+number = int(calls.read_text()) + 1 if calls.exists() else 1
+calls.write_text(str(number))
+ends = {json.dumps([in_seconds(1200), in_seconds(7000)])}
+if number > len(ends):
+    raise SystemExit("locked")
+print(json.dumps(dict(Version=1, AccessKeyId=f"KEY{{number}}", SecretAccessKey="s", SessionToken="t", Expiration=ends[number - 1])))
+""")
+    profile.write_text(f"[profile p]\ncredential_process = {sys.executable} {script}\n")
+
+    assert [(900, "KEY1"), (3600, "KEY2"), (3600, "KEY2")] == [lent(900), lent(3600), lent(3600)]
+    with pytest.raises(StoreRefused, match=r"^AWS: the credential_process of profile p failed \(locked\); run that command by itself"):
+        lent(7 * 86_400)
+
+
+def test_credentials_that_nobody_can_renew(profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a session in the environment its end counts, if it is given; if not, nobody knows it, and URLs are lent as asked for."""
+    profile.write_text("[profile p]\n")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+        monkeypatch.setenv(f"AWS_{name}", name)
+    assert (900, "ACCESS_KEY_ID") == lent(900)
+    for left, says in ((400, r"end in \d+ s, .*; lend URLs for \d+ s, or use"), (40, r"end in \d+ s, when the URLs end, too; use")):
+        monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", in_seconds(left))
+        with pytest.raises(StoreRefused, match=rf"good for 900 s, and the credentials that sign them {says} credentials that last"):
+            lent(900)
+    monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", in_seconds(700))
+    assert 450 <= lent(900)[0] <= 700
+
+
+def test_no_credentials_to_sign_by(profile: Path) -> None:
+    """Who has no credentials signs nothing, and is told so."""
+    profile.write_text("[profile p]\n")
+    with pytest.raises(
+        StoreRefused, match=r"^signing a URL for GetObject of s3://bucket/rounds/r/updates/a b\.saf.*: there are no AWS cre"
+    ):
+        lent(900)

@@ -156,6 +156,12 @@ def seconds_left(least: float) -> float | None:
         return float(own._seconds_remaining())  # noqa: SLF001
 
 
+def seconds_in_all() -> float | None:
+    """Seconds after which the environment's credentials end, and nothing here can renew them; None if they last, or do not say."""
+    found = session().get_credentials()
+    return seconds_left(0) if found and found.method == "env" else None
+
+
 def explained(error: Exception, doing: str) -> GradShardingError:
     """Say what AWS refused, or that it did not answer, and what to do; ``doing`` is what was asked for, such as "GetObject of s3://b/k".
 

@@ -179,7 +179,10 @@ def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body
 
 def _refused(status: int, doing: str) -> GradShardingError:
     if status == 403:
-        return StoreRefused(f"{doing}: the URL has expired, or this machine's clock is wrong; give URLs more time, or set the clock")
+        return StoreRefused(
+            f"{doing}: the URL, or the session that signed it, has expired, or this machine's clock is wrong; "
+            "give URLs more time, sign them by credentials that last longer, or set the clock"
+        )
     return StoreFailed(f"{doing}: the store answered {status}; run it again")
 
 

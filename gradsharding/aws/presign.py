@@ -21,9 +21,8 @@ from urllib.parse import quote
 
 import botocore.session
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4QueryAuth
-from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.client import Environment, environment, explained, s3_client
+from gradsharding.aws.client import Environment, environment, explaining, s3_client, seconds_left
 from gradsharding.aws.demands import TRUST, demanded, headers_of
 from gradsharding.aws.direct import Offer, Permit, Piece, attempt, with_headers
 from gradsharding.aws.s3 import S3Store
@@ -37,6 +36,9 @@ if TYPE_CHECKING:
 
 EXPIRES = 900
 """Seconds that a URL is good for."""
+
+MINUTE = 60
+"""Seconds for which it makes sense to lend a URL, at least."""
 
 PIECE = 64 << 20
 """Bytes of a piece: an object of no more is written by one request."""
@@ -58,18 +60,36 @@ class Grant:
 
 
 def readable(store: S3Store, key: str, seconds: int) -> str:
-    """Give a URL by which anyone may read the object under ``key`` for so many seconds."""
-    url = store.client.generate_presigned_url("get_object", Params={"Bucket": store.bucket, "Key": store.place(key)}, ExpiresIn=seconds)
-    return with_headers(url, headers_of(store.client, "GetObject"))
+    """Give a URL by which anyone may read the object under ``key`` for so many seconds, or as many as ``lasting`` gives."""
+    return _signed(store.client, "get_object", "GetObject", {"Bucket": store.bucket, "Key": store.place(key)}, lasting(seconds))
+
+
+def lasting(seconds: int) -> int:
+    """Give the seconds that a URL is good for which should be good for ``seconds``: it ends with the credentials that sign it.
+
+    Those that end before half of that are renewed first. Raise StoreRefused if they cannot be, or then do not last half as long either.
+    A session token that comes without a time when it expires is taken to last: nobody can know.
+    """
+    left = seconds_left(seconds / 2)
+    if left is None or left >= seconds:
+        return seconds
+    if left < max(seconds / 2, 1):
+        ends = f"end in {left:.0f} s" if left >= 0 else "have expired"
+        shorter = f"lend URLs for {int(left)} s, or " if left >= MINUTE else ""
+        raise StoreRefused(
+            f"URLs should be good for {seconds} s, and the credentials that sign them {ends}, when the URLs end, too; "
+            f"{shorter}use credentials that last longer"
+        )
+    return int(left)
 
 
 def grant(store: S3Store, key: str, offer: Offer, seconds: int) -> Grant:
-    """Permit to create the object that is offered, and no other, under ``key``, within so many seconds.
+    """Permit to create the object that is offered, and no other, under ``key``, within so many seconds, or as many as ``lasting`` gives.
 
     One piece is written once: its URL demands that there be no such object. Several go into an upload, which ``settle`` completes.
-    Raise StoreRefused as ``try_out`` does, which the first grant calls.
+    Raise StoreRefused as ``lasting`` does, and as ``try_out``, which the first grant calls.
     """
-    signer, place = try_out(store), store.place(key)
+    signer, place, seconds = try_out(store), store.place(key), lasting(seconds)
     if len(offer.pieces) == 1:
         return Grant(key, offer, Permit(urls=(_writable(signer, store, place, offer.pieces[0], seconds, IfNoneMatch="*"),)), None)
     upload = store.begin(key, checksum=False)
@@ -150,10 +170,8 @@ def _try_out(url: str, _: Environment) -> "S3Client":
     def writes(signer: "S3Client", headers: dict[str, str]) -> bool:
         return attempt(_EMPTY, _writable(signer, store, next(free), _EMPTY, 60), headers)
 
-    try:
+    with explaining(f"PutObject of {store.url}/.gradsharding/signing/"):
         plain.put_object(Bucket=store.bucket, Key=own, Body=b"")
-    except (BotoCoreError, ClientError) as error:
-        raise explained(error, f"PutObject of {store.url}/.gradsharding/signing/") from error
     try:
         for signer in (plain, sealed):
             if not any(writes(signer, headers) for headers in unsigned) and (signer is plain or writes(signer, {})):
@@ -174,7 +192,13 @@ def _writable(signer: "S3Client", store: S3Store, place: str, piece: Piece, seco
     """Give a URL for writing a piece: as an object, or as a part, if ``bound`` says of which upload."""
     verb, operation = ("upload_part", "UploadPart") if "UploadId" in bound else ("put_object", "PutObject")
     what = {"Bucket": store.bucket, "Key": place, "ContentLength": piece.size, "ContentMD5": piece.md5}
-    return with_headers(signer.generate_presigned_url(verb, Params=what | bound, ExpiresIn=seconds), headers_of(signer, operation))
+    return _signed(signer, verb, operation, what | bound, seconds)
+
+
+def _signed(signer: "S3Client", verb: str, operation: str, what: Any, seconds: int) -> str:
+    with explaining(f"signing a URL for {operation} of s3://{what['Bucket']}/{what['Key']}"):
+        url = signer.generate_presigned_url(verb, Params=what, ExpiresIn=seconds)
+    return with_headers(url, headers_of(signer, operation))
 
 
 def _as_offered(store: S3Store, key: str, offer: Offer, version: str) -> bool:

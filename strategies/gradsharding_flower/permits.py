@@ -153,6 +153,18 @@ class Lender:
         url = readable(self._store, model.source, self._seconds)
         return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
+    def doubts(self, timeout: float) -> str | None:
+        """Say why late updates of a round of ``timeout`` seconds cannot be permitted; None if they can, as far as is known."""
+        from gradsharding.aws.client import seconds_in_all  # noqa: PLC0415
+
+        left = seconds_in_all()
+        if left is None or left - self._seconds / 2 >= timeout:
+            return None
+        return (
+            f"the credentials in the environment end in {left:.0f} s, a round may take {timeout:.0f} s, and URLs should be good for "
+            f"{self._seconds} s: updates that come late cannot be permitted; use credentials that last longer, or a role's, which are renewed"
+        )
+
     def check(self, offered: Offered, model: Reference) -> None:
         """Raise InvalidUpdate if no update of the model can be so large, or if it is not cut as nodes are told to."""
         pieces, most, piece = offered.update.pieces, most_bytes(model.nbytes), self._piece_for(model)

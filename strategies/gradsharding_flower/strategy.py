@@ -71,7 +71,8 @@ class GradSharding(Strategy):
         Whether nodes with ``upload_mod`` read the model and write their updates by URLs that the server signs, for one object
         each, and hold no credentials; by default with an s3:// store.
     url_seconds : int (default: 900)
-        Seconds that such a URL is good for: enough for a node to begin, and then to upload.
+        Seconds that such a URL is good for: enough for a node to begin, and then to upload. It ends with the credentials that sign it;
+        those that end in less than half of that, and cannot be renewed, lend none.
     min_replies : int (default: 1)
         A round with fewer usable updates is given up, with an error in the log, and the model stays.
     keep : bool (default: False)
@@ -154,6 +155,8 @@ class GradSharding(Strategy):
             update = put(key, initial_arrays, self.store)
             self._model, self._layout = Reference.to(key, update, tuple(initial_arrays)), update.layout
         self._check(self._layout)
+        if self._lender and (doubts := self._lender.doubts(timeout)):
+            log.warning("%s", doubts)
         watched = WatchedGrid(grid, self._received)
         self._traffic = watched.traffic
         with counting() as ledger:
