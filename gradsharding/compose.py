@@ -3,7 +3,8 @@
 All parts of an S3 object but its last have 5 MiB or more (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html).
 A part that might break this is *kept* as an object of its own until the upload is completed: a small one, and the one that
 follows what is less than 5 MiB, such as a header. Whether a part is kept depends on nothing but its own place and size, so that
-writers need not know of each other.
+writers need not know of each other. Where a server wants all parts but the last to be of one size, all are kept, and the object is cut
+anew: as small as may be, so that most pieces lie within one kept part, and the server copies them by itself.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,6 +18,10 @@ MINIMUM = 5 << 20
 
 LARGE = 6 << 20
 """Bytes of a part that needs no others. A MiB more than the minimum: among slices alike to a MiB, one alone between large ones is legal."""
+
+
+PIECES = 9_000
+"""Pieces that an object is cut into at most; S3 takes 10,000."""
 
 
 class Span(NamedTuple):
@@ -62,6 +67,26 @@ def compose(sizes: Mapping[int, int], kept: Collection[int]) -> list[Composed]:
     return found
 
 
+def compose_equal(sizes: Mapping[int, int]) -> list[Composed]:
+    """Cut an object, all of whose parts are kept, into pieces of one size, and a last one that is no larger.
+
+    >>> [(part.number, part.nbytes, len(part.spans)) for part in compose_equal({1: 300, 2: 8 << 20, 5: 4 << 20})]
+    [(1, 5242880, 2), (2, 5242880, 2), (3, 2097452, 1)]
+    """
+    size = max(MINIMUM, -(-sum(sizes.values()) // PIECES))
+    pieces: list[list[Span]] = [[]]
+    for number in sorted(sizes):
+        start = 0
+        while start < sizes[number]:
+            if (room := size - _size(pieces[-1])) == 0:
+                pieces.append([])
+                room = size
+            stop = min(sizes[number], start + room)
+            pieces[-1].append(Span(number, start, stop))
+            start = stop
+    return [Composed(number, tuple(spans)) for number, spans in enumerate(pieces, 1)]
+
+
 def _groups(run: Sequence[Span], *, last: bool) -> list[list[Span]]:
     """Cut a run of kept parts into groups of 5 MiB or more; what is large stays by itself, but for what its neighbours lack."""
     groups: list[list[Span]] = []
@@ -99,4 +124,4 @@ def _size(spans: Sequence[Span]) -> int:
 
 def piece(nbytes: int) -> int:
     """Bytes of a piece of an object that is too large for one request: 64 MiB, or more where there would be too many."""
-    return max(64 << 20, -(-nbytes // 9_000))
+    return max(64 << 20, -(-nbytes // PIECES))

@@ -223,9 +223,7 @@ def asked_around(given: Sequence[Given], round_: Round, *, emptied: bool) -> dic
         kind = one.place.reference.partition("://")[0]
         headers = together(headers, {kind: inspection(one.header.base, one.header.layout.nbytes) + Usage(gets=max(0, one.looks - 1))})
     manifest = round_.seal()  # as this handle knows it
-    return commanded(
-        headers, round_.store.charges, manifest.json_bytes + RECORD + len(round_.output), found=len(round_.found), emptied=emptied
-    )
+    return commanded(headers, round_.store.charges, manifest.json_bytes + RECORD + len(round_.output), found=round_.found, emptied=emptied)
 
 
 def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:

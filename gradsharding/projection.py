@@ -1,6 +1,6 @@
 """What the caller of a round asks of its stores beside the tasks: each step of ``aggregate``, and what it takes at most."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from pydantic import Field
@@ -14,6 +14,9 @@ from gradsharding.value import Value
 HEADER_PART = 1
 """The result's first part is its header, written by the caller; the slices follow."""
 
+
+FIRST = "round.json"
+"""Name of the record by which a round begins."""
 
 RECORDS = 4
 """Records that a round leaves: of itself, its seal, its plan and its result."""
@@ -63,12 +66,14 @@ class Step(NamedTuple):
     """Requests under way at the same time."""
 
 
-def commanded(headers: Spent, home: Charges, record: int, *, found: int = 0, emptied: bool = False) -> dict[str, Usage]:
+def commanded(headers: Spent, home: Charges, record: int, *, found: Collection[str] = (), emptied: bool = False) -> dict[str, Usage]:
     """What a command asks around its round: the updates' headers, and the round's first two records.
 
-    ``found`` of those were there already, and were read; ``emptied`` says that the command empties a store of its own in the end.
+    Those that are ``found``, by name, were there already, and were read; ``emptied`` says that the command empties a store of its own
+    in the end.
     """
-    records = Usage(puts=2, gets=found, bytes_read=found * record, bytes_written=2 * record)
+    first = home.put(record) if FIRST in found else home.first(record)
+    records = first + Usage(puts=1, gets=len(found), bytes_read=len(found) * record, bytes_written=record)
     return together(headers, {home.kind: records + home.list(RECORDS) if emptied else records})
 
 

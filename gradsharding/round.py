@@ -32,6 +32,7 @@ from gradsharding.errors import (
     InvalidId,
     MissingObject,
     ObjectExists,
+    StoreRefused,
     TooFewClients,
     UserError,
     quoted,
@@ -39,6 +40,7 @@ from gradsharding.errors import (
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import Plan
+from gradsharding.projection import FIRST
 from gradsharding.record import Record, read_record
 from gradsharding.store import ObjectStore, exists, locate
 from gradsharding.task import NonFinitePolicy, Term
@@ -49,7 +51,7 @@ from gradsharding.weights import check_weight, integral_weights
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
 """Where files are memory, on Linux: partial sums may pass through it between the processes of one machine."""
 
-UNCHANGING = {"round.json", "manifest.json"}
+UNCHANGING = {FIRST, "manifest.json"}
 """Records that are written once and never deleted while their round is in use."""
 
 RECORD = 2 << 10
@@ -192,10 +194,11 @@ class Round:
     def create(cls, store: ObjectStore, id: str, *, output: str | None = None) -> Self:  # noqa: A002
         """Create a round, or find it if it was created alike; ``output`` is a reference, by default ``results/ID.safetensors``.
 
-        Raise InvalidId, or ObjectExists if the round is there and writes to another place.
+        Raise InvalidId, ObjectExists if the round is there and writes to another place, or StoreRefused if the store replaces what it is
+        asked to create.
         """
         round_ = cls(store, id)
-        found = round_._create("round.json", RoundRecord(id=id, output=output or round_.result_key()))
+        found = round_._create(FIRST, RoundRecord(id=id, output=output or round_.result_key()))
         due = [output] if output else [round_.result_key(), round_.key("result.safetensors")]  # the first releases wrote to the second
         if found.output not in due:
             raise ObjectExists(f"round {id} exists and writes to {found.output}, not {due[0]}; use another id")
@@ -276,7 +279,7 @@ class Round:
     def sealed_by(self) -> tuple[Manifest, dict[str, Usage]]:
         """Seal; give the manifest, and what getting it and the round's own record takes, reckoned: not what was counted."""
         home = self.store.charges
-        itself = Usage() if "round.json" in self._known else Usage(gets=1, bytes_read=RECORD + len(self.output))
+        itself = Usage() if FIRST in self._known else Usage(gets=1, bytes_read=RECORD + len(self.output))
         if "manifest.json" in self._known:
             return self.seal(), {home.kind: itself}
         if found := self.sealed():
@@ -397,7 +400,7 @@ class Round:
     @property
     def output(self) -> str:
         """Reference of the object that the round writes."""
-        return self._read("round.json", RoundRecord).output
+        return self._read(FIRST, RoundRecord).output
 
     @property
     def found(self) -> frozenset[str]:
@@ -406,8 +409,11 @@ class Round:
 
     def _create(self, name: str, value: _R) -> _R:
         """Create a record; where there is one already, that one holds."""
+        key, data = self.key(name), value.model_dump_json().encode()
         try:
-            self.store.put(self.key(name), [value.model_dump_json().encode()])
+            self.store.put(key, [data])
+            if name == FIRST and self.store.charges.doubted:
+                _see_it_refuse(self.store, key, data)
         except ObjectExists:
             self._found.add(name)
             return self._read(name, type(value))
@@ -433,6 +439,20 @@ class Round:
         if name in UNCHANGING:
             self._known[name] = value
         return value
+
+
+def _see_it_refuse(store: ObjectStore, key: str, data: bytes) -> None:
+    """Raise StoreRefused if the store replaces the object that was just created, on which all rests that a round decides; it is deleted."""
+    try:
+        store.put(key, [data, b"\n"])  # other bytes: the same might be taken for an answer that was lost
+    except ObjectExists:
+        return
+    store.delete([key])
+    raise StoreRefused(
+        f"{store.url} replaces objects that it is asked to create (If-None-Match: *), so that what a round has decided could be lost; "
+        "nothing was kept: use an S3 server that deploy/ENDPOINTS.md says to work",
+        key=key,
+    )
 
 
 def _digest(data: Iterable[Buffer]) -> bytes:

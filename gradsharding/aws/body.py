@@ -1,6 +1,8 @@
 """A request's body reads straight from the memory of its buffers: no copy of a slice is made on its way out."""
 
+import hashlib
 import io
+from base64 import b64encode
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -64,3 +66,10 @@ class Body(io.RawIOBase):
         for buffer in self.buffers:
             crc = crc32c(buffer, crc)
         return encoded(crc)
+
+    def md5(self) -> str:
+        """MD5 of all bytes, as HTTP writes it."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for buffer in self.buffers:
+            digest.update(buffer)
+        return b64encode(digest.digest()).decode()

@@ -1,7 +1,9 @@
 """One client for each service and account, made as the standard AWS environment says; what AWS refuses is said in a sentence."""
 
+import hashlib
 import os
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +19,7 @@ from botocore.handlers import validate_bucket_name
 
 from gradsharding.aws import refusals
 from gradsharding.aws.demands import meet_demands
+from gradsharding.aws.dialect import dialect
 from gradsharding.aws.keepalive import keep_alive
 from gradsharding.aws.patience import BUSY, FAILED, FAILURES, THROTTLES, Patience
 from gradsharding.errors import GradShardingError
@@ -88,6 +91,12 @@ def _needs_retry(response: Any, caught_exception: Exception | None, request_dict
     return patience.broke() if status in FAILURES or code in FAILED else None
 
 
+def _with_md5(request: Any, **_: Any) -> None:
+    """Add what a request that deletes many objects must have on servers older than boto3's CRC-32: Swift, and MinIO for years."""
+    if "Content-MD5" not in request.headers:
+        request.headers["Content-MD5"] = b64encode(hashlib.md5(request.body, usedforsecurity=False).digest()).decode()
+
+
 def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
     """Give the S3 client of the environment as it is now, for a bucket; threads may share it.
 
@@ -119,6 +128,8 @@ def prepare(client: Any) -> None:
     client.meta.events.register("needs-retry.s3", _needs_retry)
     client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)  # it refuses tenant:bucket; S3Store checks names
     client.meta.events.register("before-send.s3", _before_send)
+    if not dialect(client.meta.endpoint_url).aws:
+        client.meta.events.register("before-sign.s3.DeleteObjects", _with_md5)
     meet_demands(client)
 
 

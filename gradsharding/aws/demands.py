@@ -16,6 +16,12 @@ PREFIX = "GRADSHARDING_S3_"
 TRUST = f"{PREFIX}TRUST_NODES"
 """Set to 1, it says that every node may do what the server's keys can, so that URLs are lent on any server."""
 
+EQUAL_PARTS = f"{PREFIX}EQUAL_PARTS"
+"""Set to 1, it says that the server wants all parts of an object but its last to be of one size."""
+
+_OURS = (TRUST, EQUAL_PARTS)
+"""What is no parameter of a request."""
+
 
 class _Demand(NamedTuple):
     member: str
@@ -37,10 +43,10 @@ _DEMANDS = {
 
 def demanded() -> dict[str, str]:
     """Give the parameters that the environment demands, by their names in botocore's model; raise UserError for one that makes no sense."""
-    ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name != TRUST and value}
+    ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in _OURS and value}
     for name, value in ours.items():
         if name not in _DEMANDS:
-            raise UserError(f"{name} is set, and no such setting is known; use {', '.join(_DEMANDS)} or {TRUST}")
+            raise UserError(f"{name} is set, and no such setting is known; use {', '.join((*_DEMANDS, *_OURS))}")
         if not re.fullmatch(_DEMANDS[name].pattern, value):
             raise UserError(f"{name} is {value!r}; set it to {_DEMANDS[name].says}, or unset it")
     if f"{PREFIX}SSE_KMS_KEY_ID" in ours and not ours.get(f"{PREFIX}SSE", "").startswith("aws:kms"):

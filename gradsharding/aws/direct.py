@@ -126,6 +126,9 @@ class UrlSource:
         headers = {"Range": f"bytes={start}-{stop - 1}"} | ({"If-Match": version} if version else {})
         answer = _request("GET", self._url, f"reading {self.key}", headers=headers)
         if answer.status == 206:
+            if version and answer.headers["ETag"] != version:  # some servers know no conditions
+                answer.close()
+                raise changed(self.key, version, answer.headers["ETag"])
             return Answer(answer.headers["ETag"], int(answer.headers["Content-Range"].rpartition("/")[2]), answer)
         answer.close()
         match answer.status:

@@ -13,10 +13,13 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 
 from gradsharding.aws.body import Body
 from gradsharding.aws.client import PATIENCE, code_of, explained, s3_client
+from gradsharding.aws.demands import EQUAL_PARTS
+from gradsharding.aws.dialect import Dialect, dialect
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
 from gradsharding.aws.ranged import Answer, Ask, first_of, stream
 from gradsharding.aws.refusals import READS
-from gradsharding.compose import MINIMUM, Composed, compose, is_kept, piece
+from gradsharding.charges import Charges
+from gradsharding.compose import MINIMUM, Composed, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
 from gradsharding.platform import CHARGES, DIRECTORY_BUCKETS, GRAIN, LARGEST_PUT, PARALLEL, READING
@@ -34,6 +37,9 @@ BROKEN = (HTTPClientError, IncompleteReadError)
 LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
 """What completing an upload must say of each part."""
 
+
+OTHERS = "use an S3 server that deploy/ENDPOINTS.md says to work"
+"""What to do where a server will not do."""
 
 _BUCKET = re.compile(
     r"""s3://(
@@ -55,7 +61,6 @@ class S3Store:
 
     grain = GRAIN
     reading = READING
-    charges = CHARGES
 
     def __init__(self, url: str) -> None:
         """Use what ``url`` names; nothing is asked of it yet. Raise UserError for no bucket, one of S3 Express, or an odd prefix."""
@@ -92,6 +97,16 @@ class S3Store:
         """boto3's client of the environment as it is now."""
         return s3_client(self.bucket)
 
+    @property
+    def dialect(self) -> Dialect:
+        """What the server does that the environment leads to now."""
+        return dialect(self.client.meta.endpoint_url)
+
+    @property
+    def charges(self) -> Charges:
+        """Requests that the verbs take there."""
+        return CHARGES.model_copy(update={"equal": self.dialect.equal_parts, "doubted": not self.dialect.aws})
+
     def place(self, key: str) -> str:
         """S3's own key for a key of this store; raise InvalidId."""
         self._check(key)
@@ -119,11 +134,11 @@ class S3Store:
         body = Body(data)
         if len(body) > LARGEST_PUT:
             return self._put_in_parts(key, body)
-        crc = body.crc32c()
+        digest = self._digest(body)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 written = self.client.put_object(
-                    Bucket=self.bucket, Key=self.place(key), Body=cast("IO[bytes]", body), IfNoneMatch="*", ChecksumCRC32C=crc
+                    Bucket=self.bucket, Key=self.place(key), Body=cast("IO[bytes]", body), IfNoneMatch="*", **digest
                 )
                 return Stat(len(body), _quoted(written["ETag"]))
             except (BotoCoreError, ClientError) as error:
@@ -138,7 +153,8 @@ class S3Store:
         raise AssertionError("unreachable")
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        for place, stat in self._list(self.prefix + prefix):
+        found = self._list(self.prefix + prefix)
+        for place, stat in found if self.dialect.aws else sorted(found):  # SeaweedFS lists directory by directory
             with contextlib.suppress(InvalidId):  # hidden, or a console's "folder"
                 yield check_key(place.removeprefix(self.prefix)), stat
 
@@ -163,8 +179,8 @@ class S3Store:
                 yield key, self._all(self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"])
 
     def begin(self, key: str, *, checksum: bool = True) -> str:
-        """Begin an upload; with ``checksum``, each part must come with its CRC-32C."""
-        kind: Any = {"ChecksumAlgorithm": "CRC32C"} if checksum else {}
+        """Begin an upload; with ``checksum``, each part must come with its CRC-32C on AWS: elsewhere its MD5 is checked, if it has one."""
+        kind: Any = {"ChecksumAlgorithm": "CRC32C"} if checksum and self.dialect.aws else {}
         with self._asking("CreateMultipartUpload", key):
             return self.client.create_multipart_upload(Bucket=self.bucket, Key=self.place(key), **kind)["UploadId"]
 
@@ -172,14 +188,14 @@ class S3Store:
         body = Body([data])
         if len(body) > LARGEST_PUT:
             raise UserError(f"part {number} of {key} has {len(body)} bytes; S3 takes {LARGEST_PUT} in one part: use more shards")
-        if not is_kept(offset, len(body)):
+        if not self.charges.keeps(offset, len(body)):
             self._upload_part(key, upload, number, body)
             return
         with self._asking("ListParts", key, upload=upload):  # raises if there is no such upload
             self.client.list_parts(Bucket=self.bucket, Key=self.place(key), UploadId=upload, MaxParts=1)
         with self._asking("PutObject", key):
             self.client.put_object(
-                Bucket=self.bucket, Key=self._keeping(upload, number), Body=cast("IO[bytes]", body), ChecksumCRC32C=body.crc32c()
+                Bucket=self.bucket, Key=self._keeping(upload, number), Body=cast("IO[bytes]", body), **self._digest(body)
             )
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
@@ -191,11 +207,14 @@ class S3Store:
         check_arrived(key, sizes, {number: part["Size"] for number, part in written.items()} | kept)
         if not overwrite and self._is_there(key):  # Ceph before 20 does not know the condition below
             raise taken(key, self.url)
-        composed = compose(sizes, kept)
+        composed = self.charges.composed(sizes, kept)
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-compose") as pool:
             [*pool.map(carried(partial(self._compose, key, upload)), composed)]
         final = (sizes.keys() - kept.keys()) | {part.number for part in composed}
         written = self._written_parts(key, upload)
+        if not final <= written.keys():  # SeaweedFS lists no parts of an upload that another has completed meanwhile
+            raise no_upload(key, upload)
+        self._check_composed(key, written, composed)
         listed: Any = [{name: value for name, value in written[number].items() if name in LISTED} for number in sorted(final)]
         condition: Any = {} if overwrite else {"IfNoneMatch": "*"}
         with self._asking("CompleteMultipartUpload", key, upload=upload):
@@ -224,6 +243,9 @@ class S3Store:
                 if code_of(error) == "InvalidRange":
                     return None
                 raise self._error(error, "GetObject", key, version=version) from error
+            if version and _quoted(answer["ETag"]) != version:  # rclone, for one, knows no conditions
+                answer["Body"].close()
+                raise changed(key, version, answer["ETag"])
             return Answer(answer["ETag"], int(answer["ContentRange"].rpartition("/")[2]), answer["Body"])
 
         return ask
@@ -246,10 +268,40 @@ class S3Store:
                 return changed(key, version, "another")
             case "PreconditionFailed" | "ConditionalRequestConflict":
                 return taken(key, self.url)
+        if unable := self._unable(error, verb, key):
+            return unable
         found = explained(error, f"{verb} of {self.url}/{key}")
         if verb in READS and "denied" in found.details:
             found.details["unread"] = f"{self.url}/{key}"
         return found
+
+    def _unable(self, error: BotoCoreError | ClientError, verb: str, key: str) -> StoreRefused | None:
+        """Say what a server that is not AWS's cannot do, if that is what it answers."""
+        match code_of(error):
+            case "NotImplemented" | "MethodNotAllowed":
+                return StoreRefused(f"{verb} of {self.url}/{key}: {self._server} cannot do that ({error}); {OTHERS}", key=key)
+            case "InvalidPart" if "same length" in str(error):
+                return StoreRefused(f"{self._server} wants parts of one size; set {EQUAL_PARTS}=1 and run it again", key=key)
+        return None
+
+    @property
+    def _server(self) -> str:
+        """The server's name, for people."""
+        return self.client.meta.endpoint_url
+
+    def _digest(self, body: Body) -> Any:
+        """Give what the server compares a body with: a CRC-32C, which AWS knows, or its MD5, which all do."""
+        return {"ChecksumCRC32C": body.crc32c()} if self.dialect.aws else {"ContentMD5": body.md5()}
+
+    def _check_composed(self, key: str, written: "Mapping[int, PartTypeDef]", composed: Sequence[Composed]) -> None:
+        """Raise StoreRefused unless what was composed is as long as it should be: rclone answers 200 to a copy, and copies nothing."""
+        for part in composed:
+            if (found := written[part.number]["Size"]) != part.nbytes:
+                raise StoreRefused(
+                    f"{self._server} was told to make part {part.number} of {self.url}/{key} from {part.nbytes} bytes, and it has {found}; "
+                    f"nothing was published: {OTHERS}",
+                    key=key,
+                )
 
     @staticmethod
     def _all(body: "StreamingBody") -> bytes:
@@ -294,7 +346,7 @@ class S3Store:
                 UploadId=upload,
                 PartNumber=number,
                 Body=cast("IO[bytes]", body),
-                ChecksumCRC32C=body.crc32c(),
+                **self._digest(body),
             )
 
     def _compose(self, key: str, upload: str, part: Composed) -> None:
@@ -322,7 +374,9 @@ class S3Store:
     def _arrived(self, key: str, upload: str) -> "tuple[dict[int, PartTypeDef], dict[int, int]]":
         """The parts that S3 has, and the bytes of those that are kept as objects."""
         written = self._written_parts(key, upload)
-        return written, {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
+        kept = {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
+        # where all are kept, those that S3 has are of a composition that was interrupted
+        return ({} if kept and self.charges.equal else written), kept
 
     def _written_parts(self, key: str, upload: str) -> "dict[int, PartTypeDef]":
         with self._asking("ListParts", key, upload=upload):

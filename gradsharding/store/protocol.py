@@ -56,8 +56,11 @@ class ObjectStore(Source, Protocol):
     """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
     reading: Reading
     """How a function should read from it."""
-    charges: Charges
-    """Requests that its verbs take."""
+
+    @property
+    def charges(self) -> Charges:
+        """Requests that its verbs take."""
+        ...
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
         """Create an object from buffers, all at once or not at all; raise ObjectExists if there is one."""

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "proxy-connection"}
@@ -44,7 +44,14 @@ class Path:
 
 
 class Proxy:
-    """A path to ``endpoint``, on loopback, served by threads of this process."""
+    """A path to ``endpoint``, on loopback, served by threads of this process.
+
+    Subclasses have rules of their own: headers that are ``dropped``, in small letters, and requests that end here in a ``refusal``.
+    """
+
+    dropped: ClassVar[frozenset[str]] = frozenset()
+    status: ClassVar[int] = 400
+    """Of a refusal."""
 
     def __init__(self, endpoint: str, path: Path) -> None:
         self.target = urlsplit(endpoint).netloc
@@ -66,6 +73,10 @@ class Proxy:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    def refusal(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:  # noqa: ARG002
+        """Give the document to answer a request with, and not forward it; None for one that goes through. Header names are small."""
+        return None
 
     def next_fault(self) -> str:
         """Count a request; give what is to go wrong with it, or nothing."""
@@ -114,15 +125,17 @@ class _Relay(BaseHTTPRequestHandler):
         """Take one request through."""
         body, fault = self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.proxy.next_fault()
         time.sleep(self.proxy.path.latency)
-        if fault.isdigit():
-            self._answer(int(fault), {"Content-Type": "application/xml"}, len(_BUSY))
-            self.wfile.write(b"" if self.command == "HEAD" else _BUSY)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        refused = _BUSY if fault.isdigit() else self.proxy.refusal(self.command, self.path, headers, body)
+        if refused is not None:
+            self._answer(int(fault) if fault.isdigit() else self.proxy.status, {"Content-Type": "application/xml"}, len(refused))
+            self.wfile.write(b"" if self.command == "HEAD" else refused)
             return None
         if fault == "reset":
             return self._break()
         self.upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() != "expect":  # answered here
+            if name.lower() != "expect" and name.lower() not in self.proxy.dropped:  # the first is answered here
                 self.upstream.putheader(name, value)
         self.upstream.endheaders(body or None)
         answer = self.upstream.getresponse()

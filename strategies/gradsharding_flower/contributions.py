@@ -60,7 +60,7 @@ def mean(
         trial = Round.create(round_.store, f"{round_.id}-{attempt}")
         try:
             manifest = trial.freeze(Manifest.of(trial.id, (one.of_round for one in kept)))
-            records = commanded({}, trial.store.charges, manifest.json_bytes + RECORD, found=len(trial.found))
+            records = commanded({}, trial.store.charges, manifest.json_bytes + RECORD, found=trial.found)
             return run(trial).within(vain, records)
         except GradShardingError as error:
             vain = together(vain, error.usage)
