@@ -441,6 +441,11 @@ class Round:
         return value
 
 
+def try_out(store: ObjectStore, id: str) -> None:  # noqa: A002
+    """See that a store can keep rounds, by one of this id of which nothing stays; raise StoreRefused as ``Round.create`` does."""
+    store.delete([Round.create(store, id).key(FIRST)])
+
+
 def _see_it_refuse(store: ObjectStore, key: str, data: bytes) -> None:
     """Raise StoreRefused if the store replaces the object that was just created, on which all rests that a round decides; it is deleted."""
     try:

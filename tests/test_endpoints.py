@@ -1,5 +1,6 @@
 """S3 servers that are not AWS's: those that can be had keep the store's contract, or are refused before anything is written."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +42,8 @@ from gradsharding.testing.stack import account_missing, local_account
 from gradsharding.topology import lambda_fl, sharded
 from gradsharding.update import encode
 from gradsharding.usage import total
+from gradsharding_flower import GradSharding
+from gradsharding_flower.testing import LocalGrid
 
 MIB = 1 << 20
 
@@ -200,13 +205,21 @@ def test_signed_urls(working: S3Server, tmp_path: Path, piece: int) -> None:
     assert data == b"".join(map(bytes, UrlSource("offered", readable(store, "offered", 60)).get("offered", 0, len(data))))
 
 
+@contextlib.contextmanager
+def _refused_server(request: pytest.FixtureRequest, name: str) -> Iterator[S3Server]:
+    rules = {"unconditional": Unconditional, "unimplemented": Unimplemented}
+    if not (rule := rules.get(REFUSED[name])):
+        yield request.getfixturevalue(REFUSED[name])
+        return
+    moto: S3Server = request.getfixturevalue("moto")
+    with rule(moto.endpoint) as proxy:
+        yield S3Server(proxy.endpoint, moto.access_key, moto.secret_key, checks=False)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A server that would replace what is to be created once, or cannot say so, is refused in a sentence, and nothing stays there."""
-    proxies = {"unconditional": Unconditional, "unimplemented": Unimplemented}
-    moto: S3Server = request.getfixturevalue("moto" if REFUSED[name] in proxies else REFUSED[name])
-    with proxies.get(REFUSED[name], Unconditional)(moto.endpoint) as proxy:
-        server = S3Server(proxy.endpoint, moto.access_key, moto.secret_key) if REFUSED[name] in proxies else moto
+    with _refused_server(request, name) as server:
         _lead_to(server, monkeypatch)
         store = S3Store(f"s3://{server.make_bucket()}")
         for i in range(2):
@@ -220,6 +233,18 @@ def test_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     assert (2, 1) == (done.returncode, done.stderr.count("\n"))
     assert re.search("If-None-Match|not implemented", done.stderr)
     assert ["in/0.safetensors", "in/1.safetensors"] == left
+
+
+@pytest.mark.parametrize("name", ["moto, without conditions", "rclone serve s3"])
+def test_flower_refuses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A federation does not begin on such a server: no node is asked, and nothing stays in the store."""
+    with _refused_server(request, name) as server:
+        _lead_to(server, monkeypatch)
+        store = S3Store(f"s3://{server.make_bucket()}")
+        strategy = GradSharding(FedAvg(), store=store)
+        with pytest.raises(StoreRefused, match="replaces objects that it is asked to create"):
+            strategy.start(LocalGrid({}), ArrayRecord({"w": Array(np.ones(9, np.float32))}), num_rounds=1)
+        assert [] == [*store.list("")]
 
 
 def test_begun_once(moto_store: S3Store) -> None:

@@ -20,7 +20,7 @@ from gradsharding.executor import taken
 from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.plan import mib
-from gradsharding.round import Manifest
+from gradsharding.round import Manifest, try_out
 from gradsharding.store import locate
 from gradsharding.task import Term
 from gradsharding.topology import Topology
@@ -148,6 +148,8 @@ class GradSharding(Strategy):
         ``evaluate_fn`` gets real arrays, read for each call; the result's ``arrays`` are read when first used.
         """
         self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
+        if self.store.charges.doubted:  # before anybody trains for a round that could not be kept
+            try_out(self.store, self._round(0).id)
         if given := find(initial_arrays):
             self._model, self._layout = given, inspect(given.source, self.store).layout
         else:
