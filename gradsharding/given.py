@@ -17,7 +17,7 @@ from gradsharding.kernel import Arithmetic
 from gradsharding.layout import Layout
 from gradsharding.projection import commanded
 from gradsharding.round import RECORD, Contribution, Manifest, Round, check_id
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, check_key, file_path, file_reference, locate, open_store
+from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, check_key, file_path, file_reference, locate, open_store, root_of
 from gradsharding.store.directory import take_after
 from gradsharding.task import NonFinitePolicy
 from gradsharding.update import Update, inspect, inspection
@@ -205,7 +205,7 @@ def open_round(
     A round that nobody can or should resume leaves nothing behind.
     """
     with contextlib.ExitStack() as stack:
-        home = open_store(store) if store else stack.enter_context(_store_beside(output))
+        home = open_store(store) if store else stack.enter_context(_store_near(output))
         round_ = Round.create(home, _round_id(given, output, nonfinite, arithmetic), output=output.reference)
         try:
             round_.freeze(Manifest.of(round_.id, (update.contribution for update in given)))
@@ -287,13 +287,13 @@ def _weight(text: str, client: str) -> float:
 
 
 @contextlib.contextmanager
-def _store_beside(output: Place) -> Iterator[ObjectStore]:
+def _store_near(output: Place) -> Iterator[ObjectStore]:
     """Give a store for one round, near the output, of which nothing stays."""
     if output.path:
         with tempfile.TemporaryDirectory(prefix=".gradsharding-", dir=output.path.parent, ignore_cleanup_errors=True) as directory:
             yield DirectoryStore(directory)
         return
-    store = open_store(f"{output.beside}/gradsharding-{uuid.uuid4().hex}")
+    store = open_store(f"{root_of(f'{output.beside}/')}rounds/gradsharding-{uuid.uuid4().hex}")
     try:
         yield store
     finally:

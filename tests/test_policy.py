@@ -1,9 +1,14 @@
 """What the function's role may do: read what lies below the project's prefix, write results there, and no more."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.s3 import S3Store
 from gradsharding.aws.stack import template
+from gradsharding.cli import main
 from gradsharding.errors import MissingObject, StoreRefused
 from gradsharding.round import Round
 from gradsharding.store import MemoryStore
@@ -220,16 +226,41 @@ def test_alarms_are_as_many_as_are_billed() -> None:
 def test_no_rule_deletes_results() -> None:
     """A round's result lies below no prefix that a rule of the template expires; its records and updates do."""
     round_ = Round.create(MemoryStore(), "r")
-    rules = [rule for rule in resources()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"] if "ExpirationInDays" in rule]
-    expiring = tuple(rule["Prefix"].removeprefix("some_prefix/") for rule in rules)
+    expiring = _expiring()
 
     assert not round_.output.startswith(expiring)
     assert all(key.startswith(expiring) for key in (round_.key("round.json"), round_.update_key("a")))
 
 
+OUTPUTS = {
+    "in results": ("results/mean.safetensors", ()),
+    "deeper in results": ("results/2026/11/mean.safetensors", ("--topology", "lambda-fl", "--fan-in", "1")),
+    "below the prefix": ("mean.safetensors", ("--topology", "sharded-tree", "--fan-in", "1", "--shards", "2")),
+    "in results, with a store": ("results/mean.safetensors", ("--store", "STORE")),
+}
+"""Where people write results to below the prefix, and how."""
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_all_that_is_written_is_cleared_away_or_is_the_result(name: str, ceph: Ceph, ceph_store: S3Store) -> None:
+    """Ceph's own log of what ``aggregate`` writes has the result, uploads, and below the prefix what a rule of the template expires."""
+    output, words = OUTPUTS[name]
+    inputs = _inputs(ceph_store)
+    before = len(ceph.server.seen())
+    assert 0 == main(["aggregate", *inputs, "-o", f"{ceph_store.url}/{output}", "--executor", "inline", *_placed(words, ceph_store)])
+    asked = [request for request in ceph.server.seen()[before:] if request.method in ("PUT", "POST")]
+    keys = {unquote(urlsplit(request.target).path).removeprefix(f"/{ceph_store.bucket}/{PREFIX}/") for request in asked}
+    written = {key for key in keys if not key.startswith(f"/{ceph_store.bucket}")}  # else, it is a request to the bucket: a list of deletes
+
+    assert output in written
+    assert [] == [key for key in written - {output} if not key.startswith(_expiring())]
+    assert {".gradsharding", "rounds"} == {key.split("/")[0] for key in written - {output}}
+
+
 @pytest.mark.slow
-def test_lifecycle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the template's rules, on a server whose days are short, rounds and unfinished uploads go, and results stay."""
+@pytest.mark.parametrize(("name", "versioned"), [("in results", False), ("deeper in results", True)])
+def test_lifecycle(name: str, monkeypatch: pytest.MonkeyPatch, *, versioned: bool) -> None:
+    """Under the template's rules, on a server whose days are short, what a killed ``aggregate`` leaves goes; updates and results stay."""
     if why := ceph_missing():
         pytest.skip(why)
     rules = resources()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
@@ -243,23 +274,63 @@ def test_lifecycle(monkeypatch: pytest.MonkeyPatch) -> None:
         return found | {"AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1}}
 
     with ceph_server(day=3) as ceph:
-        for name, value in ceph.server.environment().items():
-            monkeypatch.setenv(name, value)
+        for variable, value in ceph.server.environment().items():
+            monkeypatch.setenv(variable, value)
         store = S3Store(f"s3://{ceph.server.make_bucket()}/{PREFIX}")
+        if versioned:
+            store.client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})
+        output, words = OUTPUTS[name]
+        inputs = _inputs(store)
+        for data in (b"old", b"new"):  # a result that was written twice has a version that is not current
+            store.client.put_object(Bucket=store.bucket, Key=store.place("results/earlier"), Body=data)
+        _kill_midway(store, ["aggregate", *inputs, "-o", f"{store.url}/{output}", "--executor", "processes:1", *_placed(words, store)])
+        left = {place.removeprefix(f"{PREFIX}/") for place in _versions(store)}
+        assert {".gradsharding", "rounds"} <= {key.split("/")[0] for key in left}
+        assert _uploads(store)
+
         store.client.put_bucket_lifecycle_configuration(
             Bucket=store.bucket, LifecycleConfiguration={"Rules": [for_s3(rule) for rule in rules]}
         )
-        for key in ("rounds/r/round.json", "results/mean.safetensors", "models/a"):
-            store.put(key, [b"x"])
-        upload = store.begin("results/other")
-        store.put_part("results/other", upload, 1, 0, b"kept")
         end = time.monotonic() + 90
-        while time.monotonic() < end and (len([*store._list("")]) > 2 or _uploads(store)):
+        while time.monotonic() < end and (len(_versions(store)) > 3 or _uploads(store)):
             time.sleep(0.5)
-        left = [place for place, _ in store._list("")]
 
-        assert [f"{PREFIX}/models/a", f"{PREFIX}/results/mean.safetensors"] == left
+        assert [f"{PREFIX}/{key}" for key in ("in/a.safetensors", "in/b.safetensors", "results/earlier")] == _versions(store)
         assert not _uploads(store)
+        assert b"new" == store.client.get_object(Bucket=store.bucket, Key=store.place("results/earlier"))["Body"].read()
+
+
+def _expiring() -> tuple[str, ...]:
+    """Prefixes, below the project's, whose objects the template's rules delete."""
+    rules = [rule for rule in resources()["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"] if "ExpirationInDays" in rule]
+    return tuple(rule["Prefix"].removeprefix("some_prefix/") for rule in rules)
+
+
+def _inputs(store: S3Store) -> list[str]:
+    """Put two updates into a store, so large that they have many slices; give their URLs."""
+    for client in ("a", "b"):
+        store.put(f"in/{client}.safetensors", encode({"w": np.full(4 << 20, ord(client), "f4")})[1])
+    return [f"{store.url}/in/{client}.safetensors" for client in ("a", "b")]
+
+
+def _placed(words: Sequence[str], store: S3Store) -> list[str]:
+    return [store.url if word == "STORE" else word for word in words]
+
+
+def _kill_midway(store: S3Store, words: list[str]) -> None:
+    """Start a command, and kill it and its workers as soon as it has kept a part of its result in a store."""
+    process = subprocess.Popen([sys.executable, "-m", "gradsharding", *words], start_new_session=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not [*store._list(f"{PREFIX}/.gradsharding/")]:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert -signal.SIGKILL == process.wait()
+
+
+def _versions(store: S3Store) -> list[str]:
+    """Keys of all versions and delete markers of a bucket."""
+    found = store.client.list_object_versions(Bucket=store.bucket)
+    return [one["Key"] for one in (*found.get("Versions", []), *found.get("DeleteMarkers", []))]
 
 
 def _uploads(store: S3Store) -> list[Any]:

@@ -23,7 +23,7 @@ from gradsharding.compose import MINIMUM, Composed, piece
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
 from gradsharding.platform import CHARGES, DIRECTORY_BUCKETS, GRAIN, LARGEST_PUT, PARALLEL, READING
-from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.store.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, root_of, taken
 from gradsharding.usage import carried, count
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class S3Store:
     """Objects in a bucket, below a prefix: ``s3://bucket/prefix``. Endpoint, region and credentials come from the AWS environment.
 
     A URL is plain text after the bucket, as ``aws s3 ls`` prints it: nothing in it is decoded. A bucket may be an access point's ARN.
-    Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads.
+    Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads; that of an object which a URL names in
+    ``results/`` lies beside ``results/``.
     """
 
     grain = GRAIN
@@ -71,6 +72,7 @@ class S3Store:
         except InvalidId:
             raise UserError(f"{url!r} is no place for new objects; choose a prefix without '//', backslashes, '.' and '..'") from None
         self._check: Callable[[str], object] = check_key
+        self._root = self.prefix
         self.url = f"s3://{self.bucket}/{self.prefix}".removesuffix("/")
 
     @classmethod
@@ -84,7 +86,7 @@ class S3Store:
         if {".", ".."} & {*whole.split("/")} or "\0" in whole:
             raise InvalidId(f"{url!r} cannot be asked for as it is, for HTTP resolves '.' and '..'; copy the object to another key")
         store = cls(f"s3://{bucket}")
-        store.prefix, store._check = head + slash, str
+        store.prefix, store._check, store._root = head + slash, str, root_of(head + slash)
         store.url = f"s3://{bucket}/{head}".removesuffix("/")
         return store, key
 
@@ -268,9 +270,7 @@ class S3Store:
                 return changed(key, version, "another")
             case "PreconditionFailed" | "ConditionalRequestConflict":
                 return taken(key, self.url)
-        if unable := self._unable(error, verb, key):
-            return unable
-        found = explained(error, f"{verb} of {self.url}/{key}")
+        found = self._unable(error, verb, key) or explained(error, f"{verb} of {self.url}/{key}")
         if verb in READS and "denied" in found.details:
             found.details["unread"] = f"{self.url}/{key}"
         return found
@@ -385,7 +385,7 @@ class S3Store:
 
     def _keeping(self, upload: str, number: int | None = None) -> str:
         """Place of a part that is kept as an object, or of all of an upload."""
-        place = f"{self.prefix}.gradsharding/uploads/{hashlib.sha256(upload.encode()).hexdigest()[:32]}/"
+        place = f"{self._root}.gradsharding/uploads/{hashlib.sha256(upload.encode()).hexdigest()[:32]}/"
         return place if number is None else f"{place}{number:05d}"
 
     def _list(self, prefix: str) -> Iterator[tuple[str, Stat]]:

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.store.directory import DirectoryStore, SharedMemory
 from gradsharding.store.memory import MemoryStore
-from gradsharding.store.protocol import ObjectStore, Source, Stat, check_key
+from gradsharding.store.protocol import ObjectStore, Source, Stat, check_key, root_of
 from gradsharding.usage import SHARED
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "file_reference",
     "locate",
     "open_store",
+    "root_of",
 ]
 
 

@@ -4,6 +4,7 @@ A store counts (``gradsharding.usage.count``) each request it makes and each byt
 and says beforehand how many requests each verb takes (``Charges``).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -100,6 +101,17 @@ class ObjectStore(Source, Protocol):
     def abort(self, key: str, upload: str) -> None:
         """Forget an upload and its parts."""
         ...
+
+
+def root_of(place: str) -> str:
+    """Give what stands before ``results/`` in a place that ends in "/", all of it if that is not in it.
+
+    Beside results, a store has its rounds and what is unfinished; a bucket's rules, which clear those away, look for them there.
+
+    >>> [root_of(place) for place in ("s3://bucket/fl/results/2026/", "results/", "s3://bucket/models/")]
+    ['s3://bucket/fl/', '', 's3://bucket/models/']
+    """
+    return re.split(r"(?:^|(?<=/))results/", place, maxsplit=1)[0]
 
 
 def check_key(key: str) -> str:
