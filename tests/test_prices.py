@@ -313,7 +313,7 @@ def test_refresh_through_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_refresh_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
-    """Other regions name their products with a prefix; what was known of the first region, and what the list does not have, stays."""
+    """Other regions name their products with a prefix; what the list does not have stays."""
     assert 0 == cli.main(["prices", "--refresh", "--region", "eu-west-1"])
     assert "transfer_out_gigabyte: 0.09 → 0.0800000000" in capsys.readouterr().out
     assert "AWS's price list" == load_prices("eu-west-1").sources["AmazonS3-eu-west-1"].name
@@ -322,13 +322,16 @@ def test_refresh_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_refresh_of_a_region_that_was_unknown(served: Lists, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a line without a price advises gives the price."""
+    """What a line without a price advises gives the price; the file then has that region only, so that later releases' others count."""
     served.regions["mx-central-1"] = lists("MXC1-")
     assert load_prices("mx-central-1").lacking(["s3_put"])
     assert 0 == cli.main(["prices", "--refresh", "--region", "mx-central-1"])
     assert "s3_put: unknown → 0.0000050000" in capsys.readouterr().out
     assert Decimal("0.000005") == load_prices("mx-central-1").usd("s3_put")
     assert load_prices().figures == load_prices(path=PACKAGED).figures
+    assert ["mx-central-1"] == [*tomllib.loads(user_file().read_text())["region"]]
+    assert 0 == cli.main(["prices", "--refresh"])
+    assert ["mx-central-1", "us-east-1"] == [*tomllib.loads(user_file().read_text())["region"]]
 
 
 @pytest.mark.usefixtures("served")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from gradsharding.errors import StoreFailed, UserError
 from gradsharding.given import replace
-from gradsharding.prices import HOME_REGION, load_prices, price_file, user_file
+from gradsharding.prices import HOME_REGION, PACKAGED, load_prices, price_file, user_file
 
 LIST = "https://pricing.us-east-1.amazonaws.com"
 """AWS's bulk price list, for which no credentials are needed
@@ -86,8 +86,8 @@ def prices(region: str, *, refresh: bool, as_json: bool) -> None:
 
 def refreshed(region: str) -> str:
     """Fetch a region's prices into the user's file, and say what has changed; raise StoreFailed or UserError, with nothing written."""
-    known = tomllib.loads(price_file().read_text())
-    before = known.get("region", {}).get(region, {})
+    known = _known(region)
+    before = known["region"][region]
     lists = {offer: _fetch(offer, region) for offer in dict.fromkeys(wanted.offer for wanted in WANTED)}
     figures = {wanted.name: price for wanted in WANTED if (price := _find(wanted, lists[wanted.offer])) is not None}
     if not figures:
@@ -105,6 +105,21 @@ def refreshed(region: str) -> str:
     _write(path, known, region, figures, {offer: _published(found) for offer, found in lists.items()})
     load_prices(region, path)
     return "\n".join([*lines, f"{len(figures)} prices of {region} are now in {path}"])
+
+
+def _known(region: str) -> dict[str, Any]:
+    """Give what the user's own file has, and of the region, if that does not have it, what the release has.
+
+    Other regions of the release stay out of the user's file: they would hide those of later releases.
+    """
+    own = {"source": {}, "region": {}} | (tomllib.loads(price_file().read_text()) if price_file() != PACKAGED else {})
+    if region not in own["region"]:
+        packaged = tomllib.loads(PACKAGED.read_text())
+        figures = packaged["region"].get(region, {})
+        used = {one["source"] for one in ({**figures, "box": None} | figures.get("box", {})).values() if one}
+        own["source"] = {name: source for name, source in packaged["source"].items() if name in used} | own["source"]
+        own["region"][region] = figures
+    return own
 
 
 def _fetch(offer: str, region: str) -> dict[str, Any]:
@@ -164,8 +179,8 @@ def _write(path: Path, known: dict[str, Any], region: str, figures: Mapping[str,
         for offer, day in dates.items()
     }
     found = {name: {"usd": f"{price:f}", "source": f"{offers[name]}-{region}"} for name, price in figures.items()}
-    regions = known.get("region", {})
-    regions[region] = regions.get(region, {}) | found
+    regions = known["region"]
+    regions[region] |= found
     lines = ["# Fetched by `gradsharding prices --refresh`; delete this file to use the prices of the release."]
     for name, source in sources.items():
         lines += [
