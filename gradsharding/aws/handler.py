@@ -17,7 +17,7 @@ MARGIN = 1.5
 """Another task is begun only if so many times the longest one so far is left."""
 
 LAST = 5.0
-"""Seconds before the end of its time in which a function no longer waits for S3, so that it can say what it has waited for."""
+"""Seconds before the end of its time, or half of it, in which a function no longer waits for S3, so that it can say what it waited for."""
 
 BUNDLE = Path(__file__).parents[2] / "bundle.json"
 """What the code is made of, where it was built for a function."""
@@ -37,7 +37,8 @@ def handler(event: Any, context: Invoked) -> dict[str, Any]:
         except UserError as error:
             log.error(error.message)
             return failed(error, [])
-        with keeping(share, context.get_remaining_time_in_millis() / 1000 - LAST):
+        left = context.get_remaining_time_in_millis() / 1000
+        with keeping(share, max(left - LAST, left / 2)):
             return _run(job, tasks, context)
 
 
