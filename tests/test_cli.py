@@ -960,7 +960,9 @@ def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
     assert (30, "x86_64", 2000) == tuple(hurried["needs"][k] for k in ("deadline", "architecture", "concurrency"))
     assert "time limit" in named["flat"]["problem"]
     assert ("time limit", 1_800, "seconds") == (named["flat"]["limit"], *(named["flat"]["figure"][k] for k in ("value", "unit")))
-    assert [None, None] == [free["topologies"][1][k] for k in ("limit", "figure")]
+    assert ("get rate", 5_500) == (free["topologies"][1]["limit"], free["topologies"][1]["figure"]["value"])
+    assert free["topologies"][1]["requests_a_second"]["paced"]
+    assert not free["topologies"][0]["requests_a_second"]["paced"]
     assert (900, 1_200) == (free["needs"]["timeout"], plan("--timeout", "1200")["needs"]["timeout"])
     assert plan("--budget", "0.001")["recommended"] is None
     assert plan("--clients-on-aws", "--budget", "5")["recommended"] == free["recommended"]

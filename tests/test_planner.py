@@ -206,7 +206,7 @@ def test_says_what_s3_is_asked() -> None:
 
     assert paced.rates.much
     assert f"get rate: S3 would be asked for {paced.rates.gets:,.0f} GETs a second, and one prefix bears 5,500" in paced.binds
-    assert re.search(r": each of 1,000 functions keeps to 4\.4; \d\d at once would not have to wait$", paced.binds)
+    assert re.search(r": each of 1,000 functions keeps to 4\.4; \d+ at once would not have to wait$", paced.binds)
     assert paced.forecast.seconds.p50 > (requests - 1_000) / (0.8 * 5_500)
 
 
