@@ -162,7 +162,7 @@ class Lender:
             return None
         return (
             f"the credentials in the environment end in {left:.0f} s, a round may take {timeout:.0f} s, and URLs should be good for "
-            f"{self._seconds} s: updates that come late cannot be permitted; use credentials that last longer, or a role's, which are renewed"
+            f"{self._seconds} s: updates that come late cannot be permitted; use credentials that last longer, or a role's"
         )
 
     def check(self, offered: Offered, model: Reference) -> None:
