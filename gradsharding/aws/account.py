@@ -245,7 +245,19 @@ class Account:
             return f"its events cannot be read: {error}"
         if not failed:
             return ""
+        if "DescribeEvents" in failed[-1]:  # it was refused before anything was made, and the reasons are there
+            failed = self._validation(stack) or failed
         return failed[-1] if failed[-1] == failed[0] or "ROLLBACK_FAILED" not in stack.status else f"{failed[-1]}; then {failed[0]}"
+
+    def _validation(self, stack: Stack) -> list[str]:
+        """What CloudFormation found wrong with a template before it made anything; boto3 of before November 2025 cannot ask."""
+        if not hasattr(self.formation, "describe_events"):
+            return []
+        try:
+            events = self.formation.describe_events(StackName=stack.id, Filters={"FailedEvents": True})["OperationEvents"]
+        except (BotoCoreError, ClientError):
+            return []  # the event that sent us here says something, too
+        return [f"{one.get('LogicalResourceId')}: {one['ValidationStatusReason']}" for one in events if one.get("ValidationStatusReason")]
 
     def deleted(self, name: str) -> Stack | None:
         """Find the newest of our stacks of that name that CloudFormation has deleted; it remembers them for 90 days."""

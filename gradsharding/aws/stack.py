@@ -68,34 +68,41 @@ def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zippe
     request, code = _request(account, order, found, old, tell, make)
     try:
         made = account.formation.create_change_set(ChangeSetName=token, **request)
-        stack, change, agreed = _known(account, made["StackId"]), made["Id"], False
+        stack, change, changes, agreed = _known(account, made["StackId"]), made["Id"], None, False
         try:
             changes = _changes(account, stack, change)
             agreed = bool(changes) and agree(changes)
         finally:
-            if not agreed:  # also if there is nothing to agree to, or nobody, or an interrupt came instead
+            if not agreed:  # there is nothing to agree to, or nobody to ask, or an interrupt came instead
                 _take_back(account, stack, change)
+                _tidy(account, name, old, code, code if changes == [] else old, tell)
+        if changes and not agreed:
+            return None
         if agreed:
             account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
             stack = account.done(stack, token, tell)
             if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":
                 why = account.failure(stack, token) or "its events give no reason"
                 raise StackFailed(f"stack {name} in {account} is {stack.status}: {why}; {remedy(stack)}")
-        elif not changes:
+            _tidy(account, name, old, code, code, tell)
+        else:
             tell(f"stack {name} is as it should be: no change")
-        if (agreed or not changes) and order.protected is not None and stack.protected != order.protected:
+        if order.protected is not None and stack.protected != order.protected:
             account.formation.update_termination_protection(StackName=stack.id, EnableTerminationProtection=order.protected)
     except (BotoCoreError, ClientError) as error:
         if code_of(error) in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
             raise StackFailed(f"stack {name} was changed by another command since its changes were shown; run this again") from error
         raise explained(error, f"stack {name} in {account}") from error
-    refused = bool(changes) and not agreed
-    for place in {code.bucket, old.bucket if old else code.bucket}:
+    return account.find(name)
+
+
+def _tidy(account: Account, name: str, old: Code | None, new: Code, keep: Code | None, tell: Tell) -> None:
+    """Delete code that the stack no longer needs. Where that fails, the stack is as it should be all the same."""
+    for bucket in {new.bucket, *({old.bucket} if old else ())}:
         try:
-            forget_code(account, name, place, keep=old if refused else code)
-        except GradShardingError as error:  # the stack is as it should be all the same
+            forget_code(account, name, bucket, keep=keep)
+        except GradShardingError as error:
             tell(f"old code stays: {error}")
-    return None if refused else account.find(name)
 
 
 def _request(
@@ -155,7 +162,7 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
     """Find the stack, ours and up; None if there is none yet. Raise UserError if it must be mended first."""
     found = account.look_up(order.name)
     if found and (why := account.foreign(found)):
-        if not order.adopt:
+        if not order.adopt or found.empty:  # what was only prepared has nothing to be taken over
             account.find(order.name)  # refuses
         _check_old(account, found, why)
     found = account.settled(found, tell) if found else None

@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Resource, Stack, Tell
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import code_of_template, delete_objects, forget_code, own_bucket
-from gradsharding.errors import StackFailed, UserError
+from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 COUNTED = 100_000
 """Objects that are counted, at most, before the question."""
@@ -77,9 +77,12 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
         for bucket in what.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
             _delete_bucket(account, bucket.name)
-        return sum(forget_code(account, name, bucket) for bucket in {what.code, own_bucket(account)})
+        cleared = forget_code(account, name, what.code)
+        with suppress(StoreRefused):  # code of an earlier deploy may lie there, too, if it is ours
+            cleared += forget_code(account, name, own_bucket(account))
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name} in {account}") from error
+    return cleared
 
 
 def _delete_stack(account: Account, stack: Stack, tell: Tell) -> None:

@@ -1,0 +1,731 @@
+"""A stack is put up, changed and taken down in an account that holds other people's things, and only what is ours is touched."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pty
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from gradsharding.aws.account import TAG, Account, Stack, is_marked, remedy
+from gradsharding.aws.code import own_bucket
+from gradsharding.aws.drift import checked, drift, missing
+from gradsharding.aws.stack import Change, Order, put_up, template
+from gradsharding.aws.teardown import doomed, take_down
+from gradsharding.errors import GradShardingError, StackFailed, StoreRefused, UserError
+from gradsharding.testing.frontdoor import FrontDoor, front_door
+from gradsharding.testing.stack import account_missing, local_account
+
+OTHERS = {
+    "Description": "somebody else's",
+    "Resources": {
+        "Table": {
+            "Type": "AWS::DynamoDB::Table",
+            "Properties": {
+                "BillingMode": "PAY_PER_REQUEST",
+                "AttributeDefinitions": [{"AttributeName": "id", "AttributeType": "S"}],
+                "KeySchema": [{"AttributeName": "id", "KeyType": "HASH"}],
+            },
+        },
+        "Bucket": {"Type": "AWS::S3::Bucket"},
+    },
+    "Outputs": {"Bucket": {"Value": {"Ref": "Bucket"}}, "Store": {"Value": {"Fn::Sub": "s3://${Bucket}/x"}}},
+}
+"""A template that is not ours, with outputs that are called as ours are."""
+
+COMMAND = """
+import pathlib, sys
+from functools import partial
+from gradsharding.aws import commands
+from gradsharding.cli import main
+data = pathlib.Path(sys.argv[1]).read_bytes()
+commands.put_up = partial(commands.put_up, make=lambda *_: data)
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command line, with code that was built before: all else is as it is."""
+
+
+def zipped(text: str = "def handler(event, context): pass") -> bytes:
+    """Make the zip of a function that does nothing: these tests never call it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("gradsharding/aws/handler.py"), text)
+    return buffer.getvalue()
+
+
+CODE = zipped()
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[FrontDoor]:
+    """Give the door to accounts that have nothing in them."""
+    if why := account_missing():
+        pytest.skip(why)
+    with local_account() as environment, front_door(environment) as opened:
+        yield opened
+
+
+@pytest.fixture
+def enter(door: FrontDoor, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Account]:
+    """Enter a new account, as this process and all that it starts."""
+
+    def enter() -> Account:
+        number = f"{100_000_000_000 + len(door.accounts):012}"
+        for name, value in door.environment(number).items():
+            monkeypatch.setenv(name, value)
+        return Account()
+
+    return enter
+
+
+@pytest.fixture
+def account(enter: Callable[[], Account]) -> Account:
+    """Enter one account."""
+    return enter()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line; ``answer`` is typed at a terminal."""
+    code = tmp_path / "code.zip"
+    code.write_bytes(CODE)
+
+    def run(*words: str, answer: str = "") -> subprocess.CompletedProcess[str]:
+        if not answer:
+            return subprocess.run(
+                [sys.executable, "-c", COMMAND, code, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+            )
+        ours, theirs = pty.openpty()
+        try:
+            os.write(ours, answer.encode())
+            return subprocess.run([sys.executable, "-c", COMMAND, code, *words], capture_output=True, text=True, check=False, stdin=theirs)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
+    return run
+
+
+def yes(_: list[Change]) -> bool:
+    """Agree to all."""
+    return True
+
+
+def up(account: Account, name: str = "one", agree: Callable[[list[Change]], bool] = yes, code: bytes = CODE, **order: Any) -> Stack | None:
+    """Put a stack up."""
+    return put_up(account, Order(name, **order), agree, lambda _: None, lambda *_: code)
+
+
+def put(account: Account, name: str = "one", **more: Any) -> Stack:
+    """Put a stack up that is agreed to."""
+    stack = up(account, name, **more)
+    assert stack
+    return stack
+
+
+def down(account: Account, name: str = "one", *, data: bool = False) -> int:
+    """Take a stack down."""
+    return take_down(account, name, doomed(account, name, lambda _: None), data=data, tell=lambda _: None)
+
+
+def foreign(account: Account, name: str, body: Mapping[str, Any] = OTHERS, tags: Mapping[str, str] = {}) -> None:
+    """Make a stack as others do."""
+    account.formation.create_stack(
+        StackName=name, TemplateBody=json.dumps(body), Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
+        Capabilities=["CAPABILITY_IAM"],
+    )  # fmt: skip
+    account.formation.get_waiter("stack_create_complete").wait(StackName=name, WaiterConfig={"Delay": 1})
+
+
+def everything(account: Account) -> dict[str, Any]:
+    """Write down all that is in an account, byte by byte, by a name for each thing."""
+    found: dict[str, Any] = {}
+    for bucket in account.s3.list_buckets()["Buckets"]:
+        name = bucket["Name"]
+        listed = account.s3.list_object_versions(Bucket=name)
+        for one in listed.get("Versions", []):
+            body = account.s3.get_object(Bucket=name, Key=one["Key"], VersionId=one["VersionId"])["Body"].read()
+            found[f"object {name}/{one['Key']} {one['VersionId']}"] = body
+        found[f"bucket {name}"] = [one["Key"] for one in listed.get("DeleteMarkers", [])]
+        for what in (account.s3.get_bucket_tagging, account.s3.get_bucket_policy):
+            with contextlib.suppress(account.s3.exceptions.ClientError):
+                found[f"{what.__name__} {name}"] = {key: value for key, value in what(Bucket=name).items() if key != "ResponseMetadata"}
+    for stack in account.formation.describe_stacks()["Stacks"]:
+        if stack["StackStatus"] != "DELETE_COMPLETE":
+            text = account.formation.get_template(StackName=stack["StackId"])["TemplateBody"]
+            sets = account.formation.list_change_sets(StackName=stack["StackName"])["Summaries"]
+            found[f"stack {stack['StackId']}"] = (stack["StackStatus"], stack.get("Tags"), text, [one["ChangeSetId"] for one in sets])
+    for function in account.functions.list_functions()["Functions"]:
+        found[f"function {function['FunctionName']}"] = {key: function[key] for key in ("CodeSha256", "Handler", "Role", "MemorySize")}
+    for group in account.logs.describe_log_groups()["logGroups"]:
+        events = account.logs.filter_log_events(logGroupName=group["logGroupName"])["events"]
+        found[f"log {group['logGroupName']}"] = (group.get("retentionInDays"), [event["message"] for event in events])
+    tables: Any = boto3.session.Session().client("dynamodb")
+    for table in tables.list_tables()["TableNames"]:
+        found[f"table {table}"] = tables.scan(TableName=table)["Items"]
+    for role in account.roles.list_roles()["Roles"]:
+        found[f"role {role['RoleName']}"] = role["AssumeRolePolicyDocument"]
+    return found
+
+
+# --- what will happen is shown, and agreed to -------------------------------------------------------------------------------------------
+
+
+def test_changes_are_shown_and_refused(account: Account) -> None:
+    """What will be made is shown first; if it is not agreed to, nothing is left, and of a stack that is there nothing is changed."""
+    shown = list[Change]()
+
+    def note(changes: list[Change]) -> bool:
+        shown[:] = changes
+        return False
+
+    assert up(account, agree=note) is None
+    assert {"Bucket", "Function", "Log", "Role"} <= {one.logical for one in shown if one.action == "make"}
+    assert {} == everything(account)
+
+    put(account, parameters={"Memory": "512"})
+    before = everything(account)
+    assert up(account, agree=note, code=zipped("other"), parameters={"Memory": "1024"}) is None
+    assert ("change", "AWS::Lambda::Function") in {(one.action, one.type) for one in shown}
+    assert before == everything(account)
+
+
+def test_interrupt_at_the_question(account: Account) -> None:
+    """An interrupt that comes instead of an answer leaves no stack, and no change set."""
+
+    def interrupt(_: list[Change]) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        up(account, agree=interrupt)
+    assert [] == [name for name in everything(account) if name.startswith("stack")]
+    assert put(account).works
+
+
+def test_nothing_to_change(account: Account) -> None:
+    """A stack that is as it should be asks for nothing; what an order leaves out, parameters and tags, stays as it is."""
+    put(account, parameters={"Memory": "1024"}, tags={"team": "blue"}, protected=True)
+    put(account, parameters={"Timeout": "60"}, tags={"cost": "7"})
+
+    def ask(changes: list[Change]) -> bool:
+        raise AssertionError(changes)
+
+    stack = put(account, agree=ask)
+    assert ("1024", "60") == (stack.parameters["Memory"], stack.parameters["Timeout"])
+    assert {"team": "blue", "cost": "7", TAG: "one"} == stack.tags
+    assert stack.protected
+    assert not put(account, agree=ask, protected=False).protected
+
+
+def test_nobody_to_ask(account: Account, command: Any) -> None:
+    """Without a terminal and without --yes, deploy and destroy show what they would do, refuse, and leave nothing."""
+    refused = command("deploy", "--name", "one")
+    assert 2 == refused.returncode
+    assert "there is no terminal to ask at; run it again with --yes" in refused.stderr
+    assert "make  Bucket " in refused.stdout
+    assert {} == everything(account)
+
+    put(account)
+    before = everything(account)
+    refused = command("destroy", "--name", "one", "--delete-data")
+    assert 2 == refused.returncode
+    assert "delete  bucket one-bucket-" in refused.stdout
+    assert before == everything(account)
+
+
+def test_asking_at_a_terminal(account: Account, command: Any) -> None:
+    """At a terminal, no ends with 1 and changes nothing, and yes goes on; the account and its region are named in the question."""
+    no = command("deploy", "--name", "one", answer="n\n")
+    assert 1 == no.returncode, no.stderr
+    assert f"Change stack one in account {account.number}, region us-east-1 so? [y/N]" in no.stdout
+    assert "nothing was changed" in no.stdout
+    assert {} == everything(account)
+    assert 0 == command("deploy", "--name", "one", answer="y\n").returncode
+    kept = command("destroy", "--name", "one", answer="n\n")
+    assert (1, True) == (kept.returncode, "nothing was deleted" in kept.stdout)
+    assert account.find("one")
+    gone = command("destroy", "--name", "one", answer="y\n")
+    assert 0 == gone.returncode, gone.stderr
+    assert "Delete it with: gradsharding destroy --name one --delete-data" in gone.stdout
+
+
+# --- what is not ours ------------------------------------------------------------------------------------------------------------------
+
+
+def test_marker() -> None:
+    """Our template is marked, as text and as JSON; a mention elsewhere is no marker."""
+    assert is_marked(template())
+    assert is_marked({"Metadata": {"Gradsharding": {"Format": 1}}})
+    assert not is_marked({"Metadata": {"Other": "Gradsharding"}})
+    assert not is_marked("# Metadata:\n#   Gradsharding: {}\nResources:\n  Metadata:\n    Gradsharding: {}\n")
+    assert not is_marked("Description: |\n  Metadata:\n  Gradsharding:\n")
+
+
+def test_stack_of_others(account: Account, command: Any) -> None:
+    """Every command refuses a stack that is not ours, in one sentence, and touches nothing of it."""
+    foreign(account, "one", tags={TAG: "one"})
+    account.s3.put_object(Bucket=account.buckets(account.look_up("one") or pytest.fail("there is no stack"))[0], Key="x", Body=b"precious")
+    before = everything(account)
+
+    for words in (["deploy", "--yes"], ["deploy", "--yes", "--adopt"], ["destroy", "--yes", "--delete-data"], ["smoke"], ["status"]):
+        refused = command(*words, "--name", "one")
+        assert 2 == refused.returncode, refused
+        assert f"stack one in account {account.number}, region us-east-1 " in refused.stderr
+        assert 1 == refused.stderr.count("\n")
+    assert before == everything(account)
+
+
+def test_change_set_of_others(account: Account) -> None:
+    """A stack that others have prepared is theirs; one that we have prepared is ours, and goes on."""
+    for name, change in (("one", "theirs"), ("two", "gradsharding-0123")):
+        account.formation.create_change_set(StackName=name, ChangeSetName=change, ChangeSetType="CREATE", TemplateBody=json.dumps(OTHERS))
+    before = everything(account)
+    with pytest.raises(UserError, match=r"stack one in .* is not one of ours \(others have prepared it\)"):
+        up(account)
+    assert before == everything(account)
+    assert put(account, "two").works
+
+
+@pytest.mark.parametrize("make", ["function", "log group"])
+def test_names_of_others(account: Account, make: str) -> None:
+    """A function or a log group that has the name already is somebody's: nothing is made, and destroy leaves it alone."""
+    if make == "function":
+        account.functions.create_function(
+            FunctionName="one", Role=f"arn:aws:iam::{account.number}:role/x", Runtime="python3.13", Handler="a.b", Code={"ZipFile": CODE}
+        )
+    account.logs.create_log_group(logGroupName="/aws/lambda/one")
+    before = everything(account)
+    with pytest.raises(UserError, match=f"a {make} .*one is in account {account.number}, region us-east-1 already"):
+        up(account)
+    assert 0 == down(account, data=True)
+    assert before == everything(account)
+
+
+def test_older_release(account: Account) -> None:
+    """A stack that an older release put up, without tag and marker, is taken over if that is asked for; its data stays."""
+    body = template().replace("Metadata:\n  Gradsharding: {Format: 1}", "", 1).replace("RetainExceptOnCreate", "Delete")
+    assert not is_marked(body)
+    account.s3.create_bucket(Bucket="old-code")
+    account.s3.put_object(Bucket="old-code", Key="code.zip", Body=CODE)
+    account.formation.create_stack(
+        StackName="one", TemplateBody=body.replace("CodeUri: function/", "CodeUri: s3://old-code/code.zip"), Capabilities=["CAPABILITY_IAM"]
+    )
+    account.formation.get_waiter("stack_create_complete").wait(StackName="one", WaiterConfig={"Delay": 1})
+    (bucket,) = account.buckets(account.look_up("one") or pytest.fail("there is no stack"))
+    account.s3.put_object(Bucket=bucket, Key="x", Body=b"precious")
+
+    with pytest.raises(UserError, match="gradsharding deploy --name one --adopt"):
+        up(account)
+    stack = put(account, adopt=True)
+    assert {TAG: "one"} == stack.tags
+    assert is_marked(account.template(stack))
+    assert bucket == stack.outputs["Bucket"]
+    down(account)
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="x")["Body"].read()
+
+
+# --- taking down -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_data_goes_last(account: Account) -> None:
+    """While CloudFormation refuses to delete a stack, its data stays, whatever was asked for."""
+    bucket = put(account, protected=True).outputs["Bucket"]
+    account.s3.put_object(Bucket=bucket, Key="x", Body=b"precious")
+    before = everything(account)
+
+    with pytest.raises(UserError, match=r"protected against being deleted, and nothing was deleted; .*--no-enable-termination-protection"):
+        down(account, data=True)
+    assert before == everything(account)
+    what = doomed(account, "one", lambda _: None) if put(account, protected=False) else pytest.fail("there is no stack")
+    account.formation.update_termination_protection(StackName="one", EnableTerminationProtection=True)  # after it was looked at
+    with pytest.raises(GradShardingError, match="TerminationProtection"):
+        take_down(account, "one", what, data=True, tell=lambda _: None)
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="x")["Body"].read()
+
+
+def test_data_stays_until_it_is_asked_for(account: Account) -> None:
+    """The bucket outlives its stack, and the next one of that name; without a stack, --delete-data finds it by its tag."""
+    first = put(account).outputs["Bucket"]
+    for i in range(3):
+        account.s3.put_object(Bucket=first, Key="x", Body=b"%d" % i)
+    account.s3.create_multipart_upload(Bucket=first, Key="y")
+    down(account)
+    assert [first] == [bucket["Name"] for bucket in account.s3.list_buckets()["Buckets"]]
+    assert [(first, 1, 1)] == [one[:3] for one in doomed(account, "one", lambda _: None).buckets]
+
+    second = put(account).outputs["Bucket"]
+    what = doomed(account, "one", lambda _: None)
+    assert ([second], [first]) == ([one.name for one in what.buckets], [one.name for one in what.earlier])
+    down(account, data=True)
+    assert [first] == [bucket["Name"] for bucket in account.s3.list_buckets()["Buckets"]]
+    down(account, data=True)
+    assert {} == everything(account)
+
+
+@pytest.mark.slow
+def test_bucket_with_versions(account: Account) -> None:
+    """All versions and delete markers go with a bucket, more than S3 lists or deletes at once."""
+    bucket = put(account).outputs["Bucket"]
+    account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    for i in range(1100):
+        account.s3.put_object(Bucket=bucket, Key=f"{i % 550}", Body=b"x")
+    account.s3.delete_object(Bucket=bucket, Key="7")
+    assert (bucket, 1101, 1100) == doomed(account, "one", lambda _: None).buckets[0][:3]
+    down(account, data=True)
+    assert {} == everything(account)
+
+
+def test_gone_or_never_there(account: Account, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack that was destroyed is told from one that never was there, as in another region, which is named."""
+    put(account)
+    assert 0 == command("destroy", "--name", "one", "--yes", "--delete-data").returncode
+    again = command("destroy", "--name", "one", "--yes")
+    assert 0 == again.returncode, again.stderr
+    assert f"stack one in account {account.number}, region us-east-1 is gone already" in again.stdout
+
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    elsewhere = command("destroy", "--name", "one", "--yes")
+    assert 2 == elsewhere.returncode
+    assert f"there is no stack one in account {account.number}, region eu-central-1" in elsewhere.stderr
+    assert "If it is in another region, set AWS_DEFAULT_REGION" in elsewhere.stderr
+
+
+# --- the function's code ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bucket_for_code(account: Account) -> None:
+    """The bucket that is made for code is closed, holds the code that is deployed and no other, and goes with the last stack."""
+    put(account)
+    put(account, code=zipped("newer"))
+    put(account, "two")
+    bucket = own_bucket(account)
+    digests = [hashlib.sha256(code).hexdigest() for code in (zipped("newer"), CODE)]
+    assert [f"one/{digests[0]}.zip", f"two/{digests[1]}.zip"] == [
+        one["Key"] for one in account.s3.list_objects_v2(Bucket=bucket)["Contents"]
+    ]
+    assert {True} == {*account.s3.get_public_access_block(Bucket=bucket)["PublicAccessBlockConfiguration"].values()}
+    (said,) = json.loads(account.s3.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
+    assert ("Deny", "*", {"Bool": {"aws:SecureTransport": "false"}}) == (said["Effect"], said["Principal"], said["Condition"])
+
+    down(account, data=True)
+    assert {f"two/{digests[1]}.zip"} == {one["Key"] for one in account.s3.list_objects_v2(Bucket=bucket)["Contents"]}
+    down(account, "two", data=True)
+    assert {} == everything(account)
+
+
+def test_bucket_of_ones_own_for_code(account: Account) -> None:
+    """A bucket that is brought for code keeps all that is not ours, and later changes use it unasked."""
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    for key in ("x", "one/notes.txt", f"two/{'0' * 64}.zip"):
+        account.s3.put_object(Bucket=f"mine-{account.number}", Key=key, Body=b"precious")
+    before = everything(account)
+    put(account, code_bucket=f"mine-{account.number}")
+    put(account, code=zipped("newer"))
+    keys = {one["Key"] for one in account.s3.list_objects_v2(Bucket=f"mine-{account.number}")["Contents"]}
+    assert {"x", "one/notes.txt", f"two/{'0' * 64}.zip", f"one/{hashlib.sha256(zipped('newer')).hexdigest()}.zip"} == keys
+    down(account, data=True)
+    assert before == everything(account)
+
+
+def test_bucket_that_another_account_has_made(enter: Callable[[], Account], door: FrontDoor) -> None:
+    """Code goes into no bucket of another account, however open that is, and every request to S3 says whose the bucket must be."""
+    name = f"gradsharding-code-{100_000_000_000 + len(door.accounts) + 1:012}-us-east-1"
+    thief = enter()
+    everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"]}
+    thief.s3.create_bucket(Bucket=name)
+    thief.s3.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [everybody]}))
+    before = everything(thief)
+    account = enter()
+    assert name == own_bucket(account)
+    door.seen.clear()
+
+    for bucket in (None, name):
+        with pytest.raises(StoreRefused, match=f"bucket {name}: it is not account {account.number}'s.*--code-bucket"):
+            up(account, code_bucket=bucket)
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    put(account, code_bucket=f"mine-{account.number}")
+    checked(account, put(account, code_bucket=f"mine-{account.number}"))
+    down(account, data=True)
+    asked = [one for one in door.seen if one.service == "s3" and one.account == account.number]
+    unnamed = {one.action for one in asked if one.owner != account.number}
+    assert {f"PUT /mine-{account.number}", "GET /"} == unnamed  # makes a bucket, lists buckets: S3 takes no owner there
+    assert len(asked) > 20
+    monkey = everything(enter_again(thief))
+    assert before == monkey
+
+
+def enter_again(account: Account) -> Account:
+    """Give the clients that an account has; those that are made by the way take its number from the environment."""
+    os.environ["AWS_ACCESS_KEY_ID"] = account.number
+    return account
+
+
+def test_code_that_was_changed(account: Account) -> None:
+    """Code is pinned: other bytes in its place are refused, and a function that runs other code is found out."""
+    stack = put(account)
+    bucket, key = own_bucket(account), f"one/{hashlib.sha256(zipped('newer')).hexdigest()}.zip"
+    account.s3.put_object(Bucket=bucket, Key=key, Body=zipped("evil"))
+    with pytest.raises(
+        UserError, match=f"s3://{bucket}/{key} holds other code: its SHA-256 is {hashlib.sha256(zipped('evil')).hexdigest()}"
+    ):
+        up(account, code=zipped("newer"))
+    assert [] == drift(account, stack)
+    account.functions.update_function_code(FunctionName="one", ZipFile=zipped("evil"))
+    (found,) = missing(account, stack)
+    assert found.what.startswith("Function (AWS::Lambda::Function one) runs other code (SHA-256 ")
+
+
+# --- what is there, and what went wrong --------------------------------------------------------------------------------------------------
+
+
+def test_status(account: Account, command: Any) -> None:
+    """Status shows where a stack is, its state, outputs and parameters, and ends with 0 only if all of it is there."""
+    assert "put it up with: gradsharding deploy --name one" in command("status", "--name", "one").stderr
+    stack = put(account, parameters={"Memory": "1024"})
+    well = command("status", "--name", "one")
+    assert 0 == well.returncode, well
+    assert f"stack one in account {account.number}, region us-east-1: CREATE_COMPLETE" in well.stdout
+    assert f"Bucket               {stack.outputs['Bucket']}" in well.stdout
+    assert "Memory               1024" in well.stdout
+    assert "all of it is there, and as it was deployed" in well.stdout
+
+    account.s3.delete_bucket(Bucket=stack.outputs["Bucket"])
+    account.alarms.delete_alarms(AlarmNames=[one.physical for one in account.resources(stack) if one.logical == "ErrorsAlarm"])
+    ill = command("status", "--name", "one")
+    assert 1 == ill.returncode
+    wrong = [line for line in ill.stdout.splitlines() if line.startswith("wrong: ")]
+    assert ["Bucket", "ErrorsAlarm"] == sorted(line.split()[1] for line in wrong if "is gone" in line)
+    assert all("gradsharding destroy --name one" in line for line in wrong)
+    for words in (["deploy", "--yes"], ["smoke"]):
+        said = command(*words, "--name", "one")
+        assert 1 == said.returncode
+        assert f"Bucket (AWS::S3::Bucket {stack.outputs['Bucket']}) is gone" in said.stderr
+        assert "Try it" not in said.stdout
+    assert 0 == command("destroy", "--name", "one", "--yes", "--delete-data").returncode
+    assert {} == everything(account)
+
+
+def test_bucket_that_another_account_has_now(enter: Callable[[], Account]) -> None:
+    """A bucket that was deleted, and made again by another account, counts as gone, and is not deleted with the stack."""
+    account = enter()
+    stack = put(account)
+    bucket = stack.outputs["Bucket"]
+    account.s3.delete_bucket(Bucket=bucket)
+    thief = enter()
+    everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"]}
+    thief.s3.create_bucket(Bucket=bucket)
+    thief.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [everybody]}))
+    before = everything(thief)
+    enter_again(account)
+
+    assert [f"Bucket (AWS::S3::Bucket {bucket}) is gone, or is another account's"] == [one.what for one in missing(account, stack)]
+    down(account, data=True)
+    assert {} == everything(account)
+    assert before == everything(enter_again(thief))
+
+
+def test_reason_of_this_failure(account: Account) -> None:
+    """A failed change gives the reason of this change, not of an earlier one, and the stack is as it was before."""
+    reasons = []
+    for text in ("first", "second"):
+        put(account)
+
+        def lose(_: list[Change]) -> bool:
+            for one in account.s3.list_objects_v2(Bucket=own_bucket(account))["Contents"]:
+                account.s3.delete_object(Bucket=own_bucket(account), Key=one["Key"])
+            return True
+
+        with pytest.raises(
+            StackFailed, match=r"stack one in .* is UPDATE_ROLLBACK_COMPLETE: Function: .*; it is as it was before"
+        ) as failed:
+            up(account, agree=lose, code=zipped(text))
+        reasons.append(failed.value.message)
+    assert hashlib.sha256(zipped("second")).hexdigest() in reasons[1]
+    assert hashlib.sha256(zipped("first")).hexdigest() not in reasons[1]
+
+
+def test_stack_that_could_not_be_made(enter: Callable[[], Account], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack whose making failed leaves no bucket; the same command makes it, once the reason is gone."""
+    other = enter()
+    other.s3.create_bucket(Bucket=f"taken-{other.number}")
+    account = enter()
+    blocked = (
+        f"\nResources:\n  Taken:\n    Type: AWS::S3::Bucket\n    DependsOn: Bucket\n    Properties: {{BucketName: taken-{other.number}}}\n"
+    )
+    (tmp_path / "template.yaml").write_text(template().replace("\nResources:\n", blocked, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr("gradsharding.aws.stack.TEMPLATES", (tmp_path / "template.yaml",))
+        with pytest.raises(StackFailed, match=r"stack one in .* is ROLLBACK_COMPLETE: Taken: .*; nothing of it is left"):
+            up(account)
+    assert [own_bucket(account)] == [bucket["Name"] for bucket in account.s3.list_buckets()["Buckets"]]
+    assert put(account).works
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("UPDATE_ROLLBACK_FAILED", "aws cloudformation continue-update-rollback --stack-name one"),
+        ("UPDATE_FAILED", "aws cloudformation rollback-stack --stack-name one"),
+        ("DELETE_FAILED", "gradsharding destroy --name one"),
+        ("ROLLBACK_FAILED", "gradsharding destroy --name one"),
+        ("ROLLBACK_COMPLETE", "gradsharding deploy --name one"),
+        ("UPDATE_IN_PROGRESS", "wait until it is done"),
+    ],
+)
+def test_remedies(state: str, said: str) -> None:
+    """Each state that a stack can be stuck in has its remedy, and none that would delete data."""
+    told = remedy(Stack("one", "arn", state, {}, {}, {}, protected=False))
+    assert said in told
+    assert "--delete-data" not in told
+
+
+# --- at random -------------------------------------------------------------------------------------------------------------------------
+
+CASES = 200
+"""Names that are tried."""
+
+
+def _stack(account: Account, name: str, draw: random.Random, **tags: str) -> None:
+    """Make a foreign stack with things in it, in one of several states, perhaps marked as ours are."""
+    body = json.loads(json.dumps(OTHERS))
+    if TAG not in tags and draw.random() < 0.5:
+        body["Metadata"] = {"Gradsharding": {"Format": 1}}  # the marker without the tag
+    if draw.random() < 0.3:
+        body["Outputs"]["Bucket"]["Value"] = body["Outputs"]["Store"]["Value"] = f"precious-{account.number}"  # outside the stack
+    foreign(account, name, body, tags)
+    stack = account.look_up(name)
+    assert stack
+    for bucket in account.buckets(stack):
+        account.s3.put_object(Bucket=bucket, Key=f"{name}/{'0' * 64}.zip", Body=draw.randbytes(50))
+    for one in account.resources(stack):
+        if one.type == "AWS::DynamoDB::Table":
+            boto3.session.Session().client("dynamodb").put_item(TableName=one.physical, Item={"id": {"S": str(draw.random())}})
+    if draw.random() < 0.3:  # a change that fails, and is rolled back
+        body["Resources"]["Taken"] = {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": "taken-by-another"}}
+        account.formation.update_stack(StackName=name, TemplateBody=json.dumps(body))
+        account.settled(account.look_up(name) or stack, lambda _: None)
+
+
+def _failed(account: Account, name: str, draw: random.Random) -> None:
+    """Make a foreign stack that could not be made: what it has of resources, it keeps."""
+    body = {"Resources": {**OTHERS["Resources"], "Taken": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": "taken-by-another"}}}}  # type: ignore[dict-item]
+    made = account.formation.create_stack(StackName=name, TemplateBody=json.dumps(body), OnFailure=draw.choice(["ROLLBACK", "DO_NOTHING"]))
+    assert not account.settled(account.look_up(made["StackId"]) or pytest.fail("there is no stack"), lambda _: None).works
+
+
+def _prepared(account: Account, name: str, _: random.Random) -> None:
+    account.formation.create_change_set(StackName=name, ChangeSetName="theirs", ChangeSetType="CREATE", TemplateBody=json.dumps(OTHERS))
+
+
+def _function(account: Account, name: str, draw: random.Random) -> None:
+    role = f"arn:aws:iam::{account.number}:role/x"
+    account.functions.create_function(
+        FunctionName=name, Role=role, Runtime="python3.13", Handler="a.b", Code={"ZipFile": zipped(str(draw.random()))}
+    )
+
+
+def _log(account: Account, name: str, draw: random.Random) -> None:
+    group = f"/aws/lambda/{name}"
+    account.logs.create_log_group(logGroupName=group)
+    account.logs.create_log_stream(logGroupName=group, logStreamName="a")
+    event = {"timestamp": int(time.time() * 1000), "message": str(draw.random())}
+    account.logs.put_log_events(logGroupName=group, logStreamName="a", logEvents=[event])  # type: ignore[list-item]
+
+
+def _bucket(account: Account, name: str, draw: random.Random) -> None:
+    """Make a bucket that is called as our stack's would be, perhaps with our tag, and another stack's name."""
+    bucket = f"{name.lower()}-bucket-{draw.randrange(10**9)}"
+    account.s3.create_bucket(Bucket=bucket)
+    account.s3.put_object(Bucket=bucket, Key="gradsharding/x", Body=draw.randbytes(50))
+    if draw.random() < 0.5:
+        account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": f"{name}x"}]})
+
+
+def _outside_code(account: Account, name: str, draw: random.Random) -> None:
+    """Put other things than code where our code would lie."""
+    with contextlib.suppress(account.s3.exceptions.BucketAlreadyOwnedByYou):
+        account.s3.create_bucket(Bucket=own_bucket(account))
+    account.s3.put_object(Bucket=own_bucket(account), Key=f"{name}/notes", Body=draw.randbytes(50))
+    account.s3.put_object(Bucket=own_bucket(account), Key=f"{name}x/{'0' * 64}.zip", Body=draw.randbytes(50))
+
+
+@pytest.mark.slow
+def test_nothing_foreign_is_lost(enter: Callable[[], Account]) -> None:
+    """Of the things that others have under 200 random names, in random states, none is changed or lost by deploy and destroy."""
+    seed = random.randrange(1 << 32)
+    draw, thief = random.Random(seed), enter()
+    thief.s3.create_bucket(Bucket="taken-by-another")
+    accounts = [enter() for _ in range(5)]
+    squatted = own_bucket(accounts[0])
+    enter_again(thief)
+    everybody = {
+        "Effect": "Allow",
+        "Principal": "*",
+        "Action": "s3:*",
+        "Resource": [f"arn:aws:s3:::{squatted}", f"arn:aws:s3:::{squatted}/*"],
+    }
+    thief.s3.create_bucket(Bucket=squatted)
+    thief.s3.put_bucket_policy(Bucket=squatted, Policy=json.dumps({"Version": "2012-10-17", "Statement": [everybody]}))
+    thief.s3.put_object(Bucket=squatted, Key="x", Body=b"bait")
+    kinds: dict[str, Callable[[Account, str, random.Random], None]] = {
+        "stack": _stack,
+        "stack with our tag": lambda account, name, draw: _stack(account, name, draw, **{TAG: name}),
+        "stack with another's tag": lambda account, name, draw: _stack(account, name, draw, **{TAG: f"{name}x"}),
+        "failed stack": _failed, "prepared stack": _prepared, "function": _function, "log": _log, "bucket": _bucket, "code": _outside_code,
+    }  # fmt: skip
+    cases = list[tuple[Account, str, str]]()
+    for account in accounts:
+        enter_again(account)
+        account.s3.create_bucket(Bucket=f"precious-{account.number}")
+        account.s3.put_object(Bucket=f"precious-{account.number}", Key="x", Body=b"precious")
+        for i in range(CASES // len(accounts)):
+            name = draw.choice("abcdXYZ") + "".join(draw.choices("abcXYZ019-", k=draw.randrange(1, 30))) + str(i)
+            kind = draw.choice([one for one in kinds if one != "code" or account is not accounts[0]])
+            kinds[kind](account, name, draw)
+            cases.append((account, name, kind))
+    before = {account: everything(enter_again(account)) for account in (*accounts, thief)}
+
+    draw.shuffle(cases)
+    ended = Counter[tuple[str, str]]()
+    for account, name, kind in cases:
+        enter_again(account)
+        for doing in draw.sample(["up", "down", "down with data"], 3):
+            try:
+                if doing == "up":
+                    up(account, name, adopt=draw.random() < 0.5, agree=lambda _: draw.random() < 0.7)
+                else:
+                    down(account, name, data="data" in doing)
+            except UserError:
+                ended[kind, "refused"] += 1
+            else:
+                ended[kind, "done"] += 1
+    for account, name, _ in cases:  # what could be put up beside foreign things is ours, and goes again
+        enter_again(account)
+        with contextlib.suppress(UserError):
+            down(account, name, data=True)
+            down(account, name, data=True)
+    losses, left = list[str](), list[str]()
+    for account, was in before.items():
+        now = everything(enter_again(account))
+        losses += [name for name, value in was.items() if now.get(name) != value]
+        left += now.keys() - was.keys()
+    print(f"{len(cases)} names, {sum(map(len, before.values()))} foreign things, {len(losses)} losses; seed {seed}; {dict(ended)}")  # noqa: T201 - pytest -s
+    assert [] == losses
+    assert [] == [one for one in left if own_bucket(accounts[0])[:17] not in one]
+    assert {kind for _, _, kind in cases} == {kind for kind, _ in ended}
+    assert not {("stack", "done"), ("stack with our tag", "done"), ("stack with another's tag", "done"), ("prepared stack", "done")} & {
+        *ended
+    }
