@@ -1,25 +1,29 @@
 """What each option of ``deploy`` makes of the template, as SAM's translator and CloudFormation's conditions leave it."""
 
+import io
 import json
 import os
 import re
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import boto3
 import click
 import pytest
 from click.testing import CliRunner
 
+from gradsharding.aws.account import Account, Stack
 from gradsharding.aws.demands import demanded
 from gradsharding.aws.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
-from gradsharding.aws.stack import TEMPLATES, defaults, template
+from gradsharding.aws.stack import TEMPLATES, Order, defaults, put_up, template
 from gradsharding.aws.template import filled
 from gradsharding.errors import UserError
 from gradsharding.platform import RUNTIMES
-from gradsharding.testing.stack import tool
+from gradsharding.testing.stack import account_missing, local_account, tool
 from gradsharding.testing.template import PSEUDO, read_template, resolved, translated
 
 REGION = PSEUDO["AWS::Region"]
@@ -373,3 +377,64 @@ def _with_references(one: Any) -> Any:
     if isinstance(one, list):
         return [*map(_with_references, one)]
     return {"Fn::Sub": one} if isinstance(one, str) and "${" in one else one
+
+
+def _empty_zip(*_: Any) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("empty.py"), "")
+    return data.getvalue()
+
+
+def test_options_arrive_on_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account that executes the template has what options ask for; a change publishes a version, to which the alias then leads.
+
+    Ministack's CloudFormation knows no boundaries, no reserved concurrency, and of a bucket its versioning: for those, see above.
+    """
+    if why := account_missing():
+        pytest.skip(why)
+    with local_account() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        account = Account()
+
+        def up(*words: str) -> Stack:
+            one = asked(*words)
+            order = Order("one", one.parameters, one.tags, one.service_role, one.termination_protection, one.code_bucket)
+            stack = put_up(account, order, lambda _: True, lambda _: None, _empty_zip)
+            assert stack
+            return stack
+
+        key, region = KEY.replace(REGION, account.region), account.region
+        functions = account.functions
+        cloudwatch: Any = boto3.client("cloudwatch")
+        up()
+        first = functions.get_function_configuration(FunctionName="one:live")
+        assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
+        stack = up(
+            "--kms-key", key, "--versioning", "--log-days", "365", "--log-format", "json",
+            "--dashboard", "--tracing", "--memory", "1024", "--tag", "team=fl", "--tag", "note=a b", "--termination-protection",
+            "--alarm-topic", TOPIC.replace(REGION, region),
+        )  # fmt: skip
+        now = functions.get_function_configuration(FunctionName="one:live")
+        (group,) = account.logs.describe_log_groups(logGroupNamePrefix="/aws/lambda/one")["logGroups"]
+
+        assert ("1", "2") == (first["Version"], now["Version"])
+        assert (512, 1024) == (first["MemorySize"], now["MemorySize"])
+        assert ("Active", "JSON") == (now["TracingConfig"]["Mode"], now["LoggingConfig"]["LogFormat"])
+        assert key == now["Environment"]["Variables"]["GRADSHARDING_S3_SSE_KMS_KEY_ID"]
+        assert 365 == group["retentionInDays"]
+        assert ["one"] == [one["DashboardName"] for one in cloudwatch.list_dashboards()["DashboardEntries"]]
+        assert [[TOPIC.replace(REGION, region)]] * 2 == [one["AlarmActions"] for one in cloudwatch.describe_alarms()["MetricAlarms"]]
+        assert "Enabled" == account.s3.get_bucket_versioning(Bucket=stack.outputs["Bucket"])["Status"]
+        assert {"team": "fl", "note": "a b"}.items() <= stack.tags.items()
+        assert stack.protected
+
+        up("--kms-key", "", "--no-dashboard", "--no-termination-protection")
+        taken_back = functions.get_function_configuration(FunctionName="one:live")
+        assert "GRADSHARDING_S3_SSE" not in taken_back["Environment"]["Variables"]
+        assert (1024, "3") == (taken_back["MemorySize"], taken_back["Version"])  # what is not given stays
+        assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
+        with pytest.raises(UserError, match="the stack's bucket is one that it made"):
+            up("--bucket", "theirs")
+        assert "3" == functions.get_function_configuration(FunctionName="one:live")["Version"]

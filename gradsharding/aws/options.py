@@ -216,6 +216,12 @@ def require_consistent(parameters: Mapping[str, str], given: Mapping[str, str], 
 
     ``parameters`` are all that the stack is to have, ``given`` those that are asked for now, ``was`` those of a stack that is there.
     """
+    for name, what in _LASTING.items():
+        if was is not None and name in given and given[name] != was.get(name, ""):
+            raise UserError(
+                f"the stack's {what} is {was.get(name) or 'one that it made'}, and stays so, as what lies there would be lost from sight; "
+                f"put up another stack with --name for {given[name] or 'a new one'}"
+            )
     is_set = {name for name, value in parameters.items() if value not in ("", "false")}
     for names, why in _CLASHES:
         if all((name.lstrip("!") in is_set) != name.startswith("!") for name in names):
@@ -227,9 +233,3 @@ def require_consistent(parameters: Mapping[str, str], given: Mapping[str, str], 
     for name in ("KmsKey", "AlarmTopic"):
         if name in is_set and (where := parameters[name].split(":")[3]) != region:
             raise UserError(f"{parameters[name]} lies in {where}, and the stack in {region}; name one of {region}")
-    for name, what in _LASTING.items():
-        if was is not None and name in given and given[name] != was.get(name, ""):
-            raise UserError(
-                f"the stack's {what} is {was.get(name) or 'one that it made'}, and stays so, as what lies there would be lost from sight; "
-                f"put up another stack with --name for {given[name] or 'a new one'}"
-            )
