@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -14,19 +15,24 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import boto3
+import numpy as np
 import pytest
 
 from gradsharding.aws.account import TAG, Account, Stack, is_marked, remedy
 from gradsharding.aws.code import own_bucket
+from gradsharding.aws.code import zipped as build_zip
 from gradsharding.aws.drift import checked, drift, missing
 from gradsharding.aws.stack import Change, Order, put_up, template
 from gradsharding.aws.teardown import doomed, take_down
 from gradsharding.errors import GradShardingError, StackFailed, StoreRefused, UserError
-from gradsharding.testing.frontdoor import FrontDoor, front_door
+from gradsharding.store import open_store
+from gradsharding.testing import assert_same, reference_mean
+from gradsharding.testing.frontdoor import FrontDoor, Stop, front_door
 from gradsharding.testing.stack import account_missing, local_account
+from gradsharding.update import encode, load
 
 OTHERS = {
     "Description": "somebody else's",
@@ -729,3 +735,118 @@ def test_nothing_foreign_is_lost(enter: Callable[[], Account]) -> None:
     assert not {("stack", "done"), ("stack with our tag", "done"), ("stack with another's tag", "done"), ("prepared stack", "done")} & {
         *ended
     }
+
+
+# --- interrupted -----------------------------------------------------------------------------------------------------------------------
+
+HERE = {
+    "Architecture": {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine),
+    "Runtime": f"python{sys.version_info.major}.{sys.version_info.minor}",
+}
+"""What functions of this machine run on."""
+
+INTERRUPTED = {
+    "deploy": (["deploy", "--name", "one", "--yes", "--architecture", HERE["Architecture"], "--runtime", HERE["Runtime"]], 6),
+    "smoke": (["smoke", "--name", "one"], 1),
+    "aggregate": (["aggregate", "{store}/in/a.safetensors:120", "{store}/in/b.safetensors:80", "-o", "{store}/results/mean.safetensors",
+                   "--executor", "lambda:one"], 1),
+    "change": (["deploy", "--name", "one", "--yes", "--memory", "1024"], 4),
+    "second": (["deploy", "--name", "two", "--yes", "--architecture", HERE["Architecture"], "--runtime", HERE["Runtime"]], 2),
+    "destroy": (["destroy", "--name", "one", "--yes"], 3),
+    "destroy with data": (["destroy", "--name", "one", "--yes", "--delete-data"], 3),
+}  # fmt: skip
+"""Commands, and at how many of their requests each is interrupted: 20 in all."""
+
+UPDATES = {"a": ({"w": np.array([1, 2], "f4")}, 120), "b": ({"w": np.array([5, 7], "f4")}, 80)}
+
+
+@pytest.fixture(scope="module")
+def built() -> bytes:
+    """Give the real code of a function."""
+    return build_zip(HERE["Architecture"], HERE["Runtime"], lambda _: None)
+
+
+class Run(NamedTuple):
+    """A command that was run: how it ended, what it said, and how many requests it made."""
+
+    status: int
+    said: str
+    requests: int
+
+
+def run(door: FrontDoor, account: Account, code: Path, words: list[str], stop: Callable[[int], Stop] | None = None) -> Run:
+    """Run a command in an account, perhaps up to a certain request."""
+    environment = {**os.environ, **door.environment(account.number)}
+    before = len(door.seen)
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, code, *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    door.stop = stop(process.pid) if stop else None
+    said, _ = process.communicate(timeout=300)
+    door.stop = None
+    return Run(process.returncode, said, sum(one.account == account.number for one in door.seen[before:]))
+
+
+def prepared(enter: Callable[[], Account], doing: str, built: bytes) -> tuple[Account, str]:
+    """Enter an account in which a command finds what it needs; give the store, too."""
+    account = enter()
+    if doing == "deploy":
+        return account, ""
+    stack = put(account, code=built, parameters=HERE)
+    for client, (arrays, _) in UPDATES.items():
+        account.s3.put_object(Bucket=stack.outputs["Bucket"], Key=f"gradsharding/in/{client}.safetensors", Body=b"".join(encode(arrays)[1]))
+    return account, stack.outputs["Store"]
+
+
+def check_done(account: Account, doing: str, store: str) -> None:
+    """See that all is as an uninterrupted command leaves it."""
+    there = everything(account)
+    if doing == "destroy with data":
+        assert {} == there
+        return
+    if doing == "destroy":
+        assert {"bucket", "object", "get_bucket_tagging", "get_bucket_policy"} >= {name.split()[0] for name in there}
+        assert 1 == sum(name.startswith("bucket ") for name in there)
+        assert 2 == sum("/gradsharding/in/" in name for name in there)
+        return
+    stack = account.find("two" if doing == "second" else "one")
+    assert stack
+    assert [] == drift(account, stack)
+    assert stack.parameters["Memory"] == ("1024" if doing == "change" else "512")
+    names = {"one", "two"} if doing == "second" else {"one"}
+    assert names == {name.split("/")[1] for name in there if name.startswith("stack ")}
+    assert names == {name.split()[1] for name in there if name.startswith("function ")}
+    assert len(names) == sum(name.startswith(f"object {own_bucket(account)}/") for name in there)
+    if doing == "aggregate":
+        assert_same(reference_mean(UPDATES), load("results/mean.safetensors", open_store(store)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doing", INTERRUPTED)
+def test_interrupted(door: FrontDoor, enter: Callable[[], Account], built: bytes, tmp_path: Path, doing: str) -> None:
+    """However a command is interrupted, by Ctrl-C or kill -9, running it again does what it was to do; Ctrl-C says so."""
+    code = tmp_path / "code.zip"
+    code.write_bytes(built)
+    command, points = INTERRUPTED[doing]
+    account, store = prepared(enter, doing, built)
+    whole = run(door, account, code, [word.format(store=store) for word in command])
+    assert 0 == whole.status, whole.said
+    check_done(account, doing, store)
+    for i in range(points):
+        account, store = prepared(enter, doing, built)
+        words = [word.format(store=store) for word in command]
+        number = 1 + (whole.requests - 1) * (i + 1) // (points + 1)
+        how = (signal.SIGINT, signal.SIGKILL)[(i + (doing == "aggregate")) % 2]
+        stopped = run(door, account, code, words, lambda pid: Stop(pid, number, how, answered=i % 4 > 1))  # noqa: B023 - called at once
+        print(f"{doing}: {how.name} at request {number} of {whole.requests}: {stopped.said.splitlines()[-3:-1]}")  # noqa: T201 - pytest -s
+        assert {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how] == stopped.status, stopped.said
+        if how == signal.SIGINT and doing not in ("smoke", "aggregate"):
+            assert "; run the same command again to go on" in stopped.said
+        again = run(door, account, code, words)
+        assert 0 == again.status, again.said
+        check_done(account, doing, store)

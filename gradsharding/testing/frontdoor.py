@@ -8,6 +8,7 @@ import http.client
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,8 +60,7 @@ class FrontDoor:
         """Open the port."""
         self.endpoint = self.plain["AWS_ENDPOINT_URL"]
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Relay,), {"door": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Bound", (_Relay,), {"door": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
@@ -99,6 +99,17 @@ class FrontDoor:
         with contextlib.closing(http.client.HTTPConnection(urlsplit(self.endpoint).netloc, timeout=120)) as connection:
             connection.request("GET", f"/?prefix={bucket}", headers={"Authorization": scope})
             return f"<Name>{bucket}</Name>" in connection.getresponse().read().decode()
+
+
+class _Server(ThreadingHTTPServer):
+    """Says nothing of clients that are gone: some are killed."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say of all else what it was."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Relay(BaseHTTPRequestHandler):
