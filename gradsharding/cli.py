@@ -159,7 +159,7 @@ def aggregate_command(
       gradsharding aggregate *.safetensors -o out/mean.safetensors --memory 128MiB --report report.json
       gradsharding aggregate *.safetensors -o out/mean.safetensors --store work
       gradsharding aggregate s3://bucket/a.safetensors:120 s3://bucket/b.safetensors:80 -o s3://bucket/mean.safetensors \\
-        --executor lambda:gradsharding
+        --executor lambda:gradsharding:live
 
     PATH is a local path, a file:// URL or an s3:// URL. ID names the client; without it, the file's name does, less its ending. WEIGHT is
     a positive number, such as the client's number of examples; without it, 1. A PATH may itself hold ':' and '=': of all
