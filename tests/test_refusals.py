@@ -1,6 +1,5 @@
 """Whatever AWS refuses, and however botocore fails, is one line that says what to do, and holds no secret."""
 
-import datetime as dt
 import hashlib
 import json
 import os
@@ -164,29 +163,24 @@ def test_malformed(settings: Path, text: str) -> None:
         session()
 
 
-def test_login_that_has_expired(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An SSO login that has expired is told as one that is missing: the remedy is the same."""
+def test_command_line(settings: Path, tmp_path: Path) -> None:
+    """The command line says it in exactly one line, and exits with 2, whatever is asked of AWS; a login that has expired is none."""
     settings.write_text(CONFIG)
     cache = settings.parent / ".aws/sso/cache"
     cache.mkdir(parents=True)
-    past = dt.datetime(2020, 1, 1, tzinfo=dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    token = {"accessToken": "hush", "expiresAt": past, "region": "eu-central-1", "startUrl": "https://example.awsapps.com/start"}
-    for name in ("work", "https://example.awsapps.com/start"):
-        (cache / f"{hashlib.sha1(name.encode(), usedforsecurity=False).hexdigest()}.json").write_text(json.dumps(token))
-    for name in ("sso", "old-sso"):
-        monkeypatch.setenv("AWS_PROFILE", name)
-        with pytest.raises(StoreRefused, match=PROFILES[name]):
-            session()
-
-
-def test_command_line(settings: Path, tmp_path: Path) -> None:
-    """The command line says it in exactly one line, and exits with 2, whatever is asked of AWS."""
-    settings.write_text(CONFIG)
+    login = {
+        "accessToken": "hush",
+        "expiresAt": "2020-01-01T00:00:00Z",
+        "region": "eu-central-1",
+        "startUrl": "https://example.awsapps.com",
+    }
+    (cache / f"{hashlib.sha1(b'work', usedforsecurity=False).hexdigest()}.json").write_text(json.dumps(login))
     aggregate = ["aggregate", "s3://bucket/a", "-o", "s3://bucket/mean"]
     asked = {
         "sso": aggregate,
         "process": [*aggregate, "--executor", "lambda:f"],
-        "absent": ["deploy"],
+        "old-sso": ["deploy"],
+        "absent": ["destroy", "--yes"],
     }
     begun = {
         name: subprocess.Popen(
@@ -390,15 +384,30 @@ def test_elsewhere(service: str, status: int, code: str, more: str, monkeypatch:
             _ask(service)()
 
 
-@pytest.mark.usefixtures("settings")
-def test_role_that_may_not_be_assumed(settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A role that may not be assumed is told as such, not as a lack of rights to what is asked for."""
-    settings.write_text("[profile r]\nrole_arn = arn:aws:iam::123456789012:role/a\nsource_profile = s\n"
-                        f"[profile s]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")  # fmt: skip
+SOURCE = (
+    f"[profile s]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n[profile r]\nrole_arn = arn:aws:iam::123456789012:role/a\n"
+)
+
+ROLES = {
+    "denied": ("source_profile = s", "AccessDenied", r"\(AssumeRole: AccessDenied\); check role_arn and external_id, and that"),
+    "expired": ("source_profile = s", "ExpiredToken", r"\(AssumeRole: ExpiredToken\); the session has expired; renew the credentials"),
+    "region": ("source_profile = s", "RegionDisabledException", r"; the account may not use this service, or not in region eu-central-1; "),
+    "web": ("web_identity_token_file = {token}", "InvalidIdentityToken", r"\(AssumeRoleWithWeb\w+: Inv\w+\); check the role's ARN, its"),
+}
+"""How a role's credentials are asked for, what AWS answers, and what to say."""
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_role_without_credentials(settings: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A role that gives no credentials is told as such, not as a lack of rights to what is asked for."""
+    given, code, says = ROLES[name]
+    token = settings.with_name("token")
+    token.write_text("a token")
+    settings.write_text(SOURCE + given.format(token=token) + "\n")
     monkeypatch.setenv("AWS_PROFILE", "r")
-    with answering(_as("query", 403, "AccessDenied", BY.format("sts:AssumeRole", "x"))) as url:
+    with answering(_as("query", 403, code, BY.format("sts:AssumeRole", "x"))) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        with pytest.raises(StoreRefused, match=r"^AWS: AWS gave profile r no credentials \(AssumeRole: AccessDenied\); .*check role_arn"):
+        with pytest.raises(StoreRefused, match=rf"^AWS: AWS gave profile r no credentials .*{says}"):
             S3Store("s3://bucket").head("a")
 
 

@@ -365,13 +365,12 @@ def _source() -> str:
 
 # What AWS answers.
 
-_FETCHES = {
-    "AssumeRole": "the role may not be assumed: check role_arn, and that the role trusts who asks",
-    "AssumeRoleWithWebIdentity": "the web identity's role may not be assumed: check AWS_ROLE_ARN, the token's file and the role's trust",
-    "AssumeRoleWithSAML": "the role may not be assumed: check the assertion and the role's trust",
-    "GetRoleCredentials": "SSO gives no such role: check sso_account_id and sso_role_name",
-    "CreateToken": "the SSO login cannot be renewed",
-    "CreateOAuth2Token": "the login session cannot be renewed",
+_FETCHES: dict[str, Callable[[], str]] = {
+    "AssumeRole": lambda: "check role_arn and external_id, and that the role trusts who asks",
+    "AssumeRoleWithWebIdentity": lambda: "check the role's ARN, its trust in the issuer of the token, and that the token is a fresh one",
+    "GetRoleCredentials": lambda: f"check sso_account_id and sso_role_name, or {_login('sso login')}",
+    "CreateToken": lambda: _login("sso login"),
+    "CreateOAuth2Token": lambda: _login("login"),
 }
 """What botocore asks to get credentials, before it asks what we want."""
 
@@ -380,8 +379,8 @@ def _answered(error: ClientError) -> Reason:
     code, answer = code_of(error), error.response
     meta: Any = answer.get("ResponseMetadata", {})
     message = str(answer.get("Error", {}).get("Message", ""))
-    if error.operation_name in _FETCHES and _ANSWERS.get(code) is not _clock:
-        advice = f"{_FETCHES[error.operation_name]}; or log in anew: {_login('sso login')}"
+    if error.operation_name in _FETCHES:
+        advice = _ANSWERS[code](message) if code in _ANSWERS else _FETCHES[error.operation_name]()
         return Reason(StoreRefused, f"AWS gave {_source()} no credentials ({error.operation_name}: {plain(code)}); {advice}")
     status, region = meta.get("HTTPStatusCode", 0), meta.get("HTTPHeaders", {}).get("x-amz-bucket-region")
     region = region or answer.get("Error", {}).get("Region")
@@ -457,10 +456,13 @@ _ANSWERS: dict[str, Callable[[str], str]] = {
         ),
         _incomplete,
     ),
-    **dict.fromkeys(("OptInRequired", "SubscriptionRequiredException", "NotSignedUp", "AccountProblem"), _not_enabled),
+    **dict.fromkeys(
+        ("OptInRequired", "SubscriptionRequiredException", "NotSignedUp", "AccountProblem", "RegionDisabledException"), _not_enabled
+    ),
     **dict.fromkeys(("400", "BadRequest"), _headless),
     "KeyTooLongError": lambda _: "the key is longer than 1,024 bytes; use shorter names",
     "InvalidBucketName": lambda _: "that is no name for a bucket; correct it",
+    "NoSuchAccessPoint": lambda _: "there is no such access point; check its ARN and the region",
     "InvalidObjectState": lambda _: "the object lies in an archive, such as Glacier; restore it first",
 }
 """What to say of AWS's codes that the user can mend, in whatever service's spelling
