@@ -315,8 +315,8 @@ def loopback(ceph: Ceph, tmp_path: Path) -> Iterator[Loopback]:
 def test_deployment(loopback: Loopback, ceph: Ceph, ceph_store: S3Store, tmp_path: Path) -> None:
     """SuperNodes without credentials train over Ceph the model that the same SuperNodes train over a directory, bit for bit.
 
-    Ceph has seen the requests that the server, its functions and the nodes report, and six before the first round: the first model is
-    written, and it is tried out what signed URLs let nodes do.
+    Ceph has seen the requests that the server, its functions and the nodes report, and eight before the first round: it is tried out
+    whether the store keeps what a round decides, the first model is written, and it is tried out what signed URLs let nodes do.
     """
     reports = {}
     for store in (ceph_store.url, str(tmp_path / "store")):
@@ -327,7 +327,7 @@ def test_deployment(loopback: Loopback, ceph: Ceph, ceph_store: S3Store, tmp_pat
         reports[store] = json.loads(path.read_text()), seen
     (over_s3, seen), (embedded, _) = reports.values()
     for kind in ("gets", "puts"):
-        assert seen[kind] == 6 * (kind == "puts") + sum(one[kind] + one[f"nodes_{kind}"] for one in over_s3["rounds"])
+        assert seen[kind] == 8 * (kind == "puts") + sum(one[kind] + one[f"nodes_{kind}"] for one in over_s3["rounds"])
         for one in over_s3["rounds"] + embedded["rounds"]:
             assert 0 < one[kind] <= one[f"projected_{kind}"] <= 1.1 * one[kind] + 1
             assert one[f"nodes_{kind}"] == one[f"projected_nodes_{kind}"]
