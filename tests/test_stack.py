@@ -543,6 +543,23 @@ def test_bucket_that_another_account_has_now(enter: Callable[[], Account]) -> No
     assert before == everything(enter_again(thief))
 
 
+def test_bucket_that_was_brought(account: Account) -> None:
+    """A bucket that was brought is never deleted, whatever is asked for; if it is gone, that is said."""
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    account.s3.put_object(Bucket=f"mine-{account.number}", Key="x", Body=b"precious")
+    before = everything(account)
+    checked(account, put(account, parameters={"ExistingBucket": f"mine-{account.number}"}))
+    assert ([], []) == doomed(account, "one", lambda _: None)[2:4]
+    down(account, data=True)
+    down(account, data=True)
+    assert before == everything(account)
+
+    stack = put(account, parameters={"ExistingBucket": f"mine-{account.number}"})
+    account.s3.delete_object(Bucket=f"mine-{account.number}", Key="x")
+    account.s3.delete_bucket(Bucket=f"mine-{account.number}")
+    assert [f"bucket mine-{account.number}, which was brought, is gone"] == [one.what for one in missing(account, stack)]
+
+
 def test_reason_of_this_failure(account: Account) -> None:
     """A failed change gives the reason of this change, not of an earlier one, and the stack is as it was before."""
     reasons = []
@@ -847,6 +864,9 @@ def test_interrupted(door: FrontDoor, enter: Callable[[], Account], built: bytes
         assert {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how] == stopped.status, stopped.said
         if how == signal.SIGINT and doing not in ("smoke", "aggregate"):
             assert "; run the same command again to go on" in stopped.said
+        before = len(door.seen)
         again = run(door, account, code, words)
         assert 0 == again.status, again.said
+        if doing == "smoke":
+            assert {account.number} == {one.owner for one in door.seen[before:] if one.service == "s3" and one.account == account.number}
         check_done(account, doing, store)

@@ -117,8 +117,8 @@ class Account:
         return f"account {self.number}, region {self.region}"
 
     def _expect_owner(self, params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:
-        """Add the owner to each request that takes one: a bucket's name says nothing about whose it is."""
-        return {**params, **({"ExpectedBucketOwner": self.number} if "ExpectedBucketOwner" in model.input_shape.members else {})}
+        """Add the owner to each request that takes one and names none: a bucket's name says nothing about whose it is."""
+        return {**({"ExpectedBucketOwner": self.number} if "ExpectedBucketOwner" in model.input_shape.members else {}), **params}
 
     def look_up(self, name: str) -> Stack | None:
         """Find a stack by its name, whosever it is, or by its ARN; a deleted one only by its ARN."""

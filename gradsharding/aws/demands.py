@@ -4,9 +4,10 @@ A key of KMS's, the requester's payment, the owner who is expected, a canned ACL
 model of S3 says which requests take which; they are signed with the others, and go into URLs that are lent.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gradsharding.errors import UserError
@@ -52,6 +53,20 @@ def demanded() -> dict[str, str]:
     if f"{PREFIX}SSE_KMS_KEY_ID" in ours and not ours.get(f"{PREFIX}SSE", "").startswith("aws:kms"):
         raise UserError(f"{PREFIX}SSE_KMS_KEY_ID names a key, and {PREFIX}SSE does not say what for; set that to aws:kms")
     return {_DEMANDS[name].member: value for name, value in ours.items()}
+
+
+@contextlib.contextmanager
+def expecting(owner: str) -> Iterator[None]:
+    """Have S3 compare the owner of each bucket with this account within, unless the environment demands another already."""
+    name = f"{PREFIX}EXPECTED_BUCKET_OWNER"
+    if os.environ.get(name):
+        yield
+        return
+    os.environ[name] = owner
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def meet_demands(client: Any) -> None:

@@ -55,6 +55,8 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
         if not there:
             lost.add(one.logical)
             wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", anew))
+    if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
+        wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
     code = code_of_template(account.template(stack))
     functions = [one for one in resources if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias") and one.logical not in lost]
     for one in functions if code else ():
@@ -70,6 +72,17 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
                 )
             )
     return wrong
+
+
+def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
+    """Whether a bucket that was brought is gone; these credentials may not be let in, where functions are."""
+    try:
+        account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=stack.parameters.get("BucketOwner") or account.number)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) not in _GONE:
+            raise explained(error, f"looking at bucket {bucket}") from error
+        return code_of(error) != "403"
+    return False
 
 
 def _detected(account: Account, stack: Stack) -> list[Wrong]:

@@ -14,6 +14,7 @@ from gradsharding.aggregate import Result, aggregate, observed_memory
 from gradsharding.aws.account import Account
 from gradsharding.aws.client import lambda_client
 from gradsharding.aws.commands import _found, name_option
+from gradsharding.aws.demands import expecting
 from gradsharding.aws.drift import checked
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.cost import bill
@@ -44,8 +45,9 @@ def smoke(name: str) -> None:
     is interrupted or something fails.
     """
     account = Account()
-    outputs = checked(account, _found(account, name)).outputs
-    try_out(open_store(outputs["Store"]), LambdaExecutor(outputs["Executor"].removeprefix("lambda:")))
+    up = checked(account, _found(account, name))
+    with expecting(up.parameters.get("BucketOwner") or account.number):
+        try_out(open_store(up.outputs["Store"]), LambdaExecutor(up.outputs["Executor"].removeprefix("lambda:")))
 
 
 def try_out(store: ObjectStore, executor: Executor) -> None:
