@@ -101,7 +101,7 @@ def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
 
 def _listed(what: Doomed, *, data: bool) -> str:
     """Show what goes, and what stays, one a line."""
-    lines = [f"  delete  {one.logical:<16} {one.type} {one.physical}" for one in what.resources]
+    lines = [_columns([("delete", one.logical, one.type, one.physical) for one in what.resources])] if what.resources else []
     lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
     return "\n".join([*lines, *(f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier)])
 
@@ -129,9 +129,13 @@ def _weighed(bucket: Bucket) -> str:
 
 
 def _table(changes: list[Change]) -> str:
-    """Show changes, one a line."""
-    width = max(len(one.action) for one in changes)
-    return "\n".join(f"  {one.action:<{width}}  {one.logical:<16} {one.type} {one.physical}".rstrip() for one in changes)
+    """Show changes, one a line, in columns."""
+    return _columns([(one.action, one.logical, one.type, one.physical) for one in changes])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def _agree(what: str, question: str, *, yes: bool) -> bool:
