@@ -72,8 +72,8 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slow() -> Iterator[str]:
-    """Give the endpoint of a function that works for four seconds."""
-    server, _ = _server(4)
+    """Give the endpoint of a function that works for eight seconds."""
+    server, _ = _server(8)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -87,11 +87,11 @@ def _ask(client: Any) -> bytes:
 
 @NAT_HERE
 def test_answers_outlast_nat(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer comes after 4 s through NAT that forgets silent connections after 2.5 s; by botocore's own connection, it does not."""
-    monkeypatch.setattr(keepalive, "PROBES", keepalive.Probes(idle=1, every=1, most=9))
-    with ForgetfulNat(slow, 2.5) as nat, ThreadPoolExecutor(2) as pool:
+    """An answer comes after 8 s through NAT that forgets silent connections after 5 s; by botocore's own connection, it does not."""
+    monkeypatch.setattr(keepalive, "PROBES", keepalive.Probes(idle=2, every=2, most=9))
+    with ForgetfulNat(slow, 5) as nat, ThreadPoolExecutor(2) as pool:
         monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", nat.endpoint)
-        once = Config(read_timeout=6, tcp_keepalive=True, retries={"total_max_attempts": 1})
+        once = Config(read_timeout=10, tcp_keepalive=True, retries={"total_max_attempts": 1})
         others = pool.submit(_ask, boto3.client("lambda", config=once))
         ours = pool.submit(_ask, lambda_client(60))
         assert b"{}" == ours.result()
