@@ -21,7 +21,7 @@ from gradsharding import Limits
 from gradsharding.cost import Clients, Cost, forecast
 from gradsharding.plan import Plan
 from gradsharding.planner import Needs, recommend
-from gradsharding.platform import GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
+from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
 from gradsharding.prices import load_prices
 from gradsharding.round import Manifest
 from gradsharding.topology import lambda_fl, sharded
@@ -66,7 +66,7 @@ def paper_price(topology: str, accounting: str, shards: int | None = None) -> Pr
 
 def engine_price(topology: str, accounting: str, shards: int | None = None) -> Price:
     """Price this engine, each topology at its best, or with so many shards."""
-    prices, needs = load_prices(), Needs(architecture="x86_64", on_aws=True)
+    prices, needs = load_prices(), Needs(architecture="x86_64", concurrency=ACCOUNT_CONCURRENCY, on_aws=True)
 
     def price(nbytes: int, clients: int) -> Decimal | None:
         (option,) = recommend(manifest(nbytes, clients), needs, prices=prices, topologies=(topology,), shards=shards).options
@@ -206,7 +206,7 @@ def cheaper_from(rows: list[Row], config: dict[str, Any]) -> dict[str, str]:
     twenty = {row["accounting"]: row for row in rows if row["clients"] == 20}
     found = {_case(layout, a): twenty[a][f"{who}: lambda-fl"] for layout, who in LAYOUTS.items() for a in ACCOUNTINGS}
     smallest = config["sizes_mb"][0]
-    needs, shards = Needs(on_aws=True), config.get("engine_shards")
+    needs, shards = Needs(concurrency=ACCOUNT_CONCURRENCY, on_aws=True), config.get("engine_shards")
     (best,) = recommend(manifest(int(smallest * MB), 20), needs, topologies=("sharded",), shards=shards).options
     slices = f"; at {smallest} MiB its best has {len(best.plan.slices)} slice" + "s" * (len(best.plan.slices) > 1)
     return {

@@ -22,7 +22,9 @@ from gradsharding.errors import (
     NonFinite,
     ObjectExists,
     PlanTooLarge,
+    StoreFailed,
     StoreRefused,
+    TaskFailed,
     UserError,
     named,
     naming,
@@ -246,7 +248,7 @@ def aggregate(
             record, plan, had = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as raised:
             error = _seen_from_here(raised, round)
-            if "client" in error.details:
+            if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # it is no client's fault that a store fails
                 error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
             error.usage = together(raised.usage, ledger.spent, *(report.usage for report in reports))
             if error is raised:

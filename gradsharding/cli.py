@@ -126,7 +126,7 @@ def cli() -> None:
     "--concurrency",
     type=click.IntRange(1),
     metavar="N",
-    help="Invocations of a Lambda function at once.  [default: what is reserved for it, or half of what the account has left]",
+    help="Invocations of a Lambda function at once.  [default: what is reserved for it, or half of what the account has unreserved]",
 )
 @click.option("--store", metavar="URL", help="Keep the round's records there, so that it can be resumed.  [default: keep none]")
 @click.option(

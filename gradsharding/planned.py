@@ -21,7 +21,7 @@ from gradsharding.given import found, read_updates
 from gradsharding.layout import Layout
 from gradsharding.plan import MAX_PARTS, mib
 from gradsharding.planner import Advice, Needs, Option, Server, flower_server, recommend, requests
-from gradsharding.platform import ACCOUNT_CONCURRENCY, DEPLOYED_TIMEOUT, DIRECTORY_BUCKETS, MEMORY, TIMEOUT, Figure
+from gradsharding.platform import DEPLOYED_TIMEOUT, DIRECTORY_BUCKETS, MEMORY, ROUND_CONCURRENCY, TIMEOUT, Figure
 from gradsharding.prices import HOME_REGION, Prices, load_prices
 from gradsharding.round import Manifest, Round
 from gradsharding.sizes import size, some
@@ -93,7 +93,12 @@ exact_option = click.option("--exact", is_flag=True, help="Sum exactly: the same
     help=f"That one function may take: as it is deployed, at most {TIMEOUT}.",
 )
 @click.option(
-    "--concurrency", type=click.IntRange(1), metavar="N", default=ACCOUNT_CONCURRENCY, show_default=True, help="Functions at once."
+    "--concurrency",
+    type=click.IntRange(1),
+    metavar="N",
+    default=ROUND_CONCURRENCY,
+    show_default=True,
+    help="Functions at once: by default, half of what AWS gives an account, as a round takes it.",
 )
 @click.option(
     "--arch", "architecture", type=click.Choice(["arm64", "x86_64"]), default="arm64", show_default=True, help="Of the functions."

@@ -12,7 +12,6 @@ from gradsharding.kernel import Arithmetic
 from gradsharding.pace import share
 from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
 from gradsharding.platform import (
-    ACCOUNT_CONCURRENCY,
     CHARGES,
     DEPLOYED_TIMEOUT,
     FIGURES,
@@ -22,6 +21,7 @@ from gradsharding.platform import (
     MEMORY,
     PAYLOAD,
     READING,
+    ROUND_CONCURRENCY,
     RUNTIME,
     TIMEOUT,
     Architecture,
@@ -71,7 +71,7 @@ class Needs(Value):
     """Bytes that one function may have."""
     timeout: int = DEPLOYED_TIMEOUT
     """Seconds that one function may take: those that it is deployed with."""
-    concurrency: int = ACCOUNT_CONCURRENCY
+    concurrency: int = ROUND_CONCURRENCY
     """Functions that may run at once."""
     architecture: Architecture = "arm64"
     storage: Storage = "standard"

@@ -147,6 +147,9 @@ PAYLOAD = FIGURES["payload"].value
 ACCOUNT_CONCURRENCY = FIGURES["concurrency"].value
 """Invocations at once in a region, unless the account says otherwise."""
 
+ROUND_CONCURRENCY = ACCOUNT_CONCURRENCY // 2
+"""Invocations at once that a round takes in an account that has so many: half of what is unreserved, as ``LambdaExecutor`` does."""
+
 VCPU = 1_769 << 20
 """Bytes of memory that come with one vCPU; fewer bring their share of it."""
 

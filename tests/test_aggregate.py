@@ -12,7 +12,18 @@ import pytest
 import safetensors.numpy
 
 from gradsharding.aggregate import Result, aggregate
-from gradsharding.errors import ChangedObject, MissingObject, NonFinite, ObjectExists, PlanTooLarge, TooFewClients, UserError
+from gradsharding.errors import (
+    ChangedObject,
+    GradShardingError,
+    MissingObject,
+    NonFinite,
+    ObjectExists,
+    PlanTooLarge,
+    StoreFailed,
+    TaskFailed,
+    TooFewClients,
+    UserError,
+)
 from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
 from gradsharding.plan import Limits, Plan
 from gradsharding.round import PlanRecord, Round
@@ -240,6 +251,20 @@ def test_all_lost_updates_at_once(tmp_path: Path, executor: Executor) -> None:
     assert all(text.startswith(f"client {client}: ") for client, text in why.items())
     assert "written again" in why["c3"]
     assert "there is no object" in why["c1"]
+
+
+@pytest.mark.parametrize("failure", [StoreFailed("asked for too much at once", code="SlowDown"), TaskFailed("killed", task="t")], ids=repr)
+def test_no_client_is_blamed_for_the_store(failure: GradShardingError) -> None:
+    """A store that fails as a client's update is read is no fault of that client's: nobody is named to be left out."""
+    store = MemoryStore()
+    round_ = submitted(store, {f"c{i}": ({"w": np.ones(4, "f4")}, 1) for i in range(3)})
+    round_.seal()
+    flaky = FlakyStore(store, {("before", "get", 5): failure})
+
+    with pytest.raises(type(failure), match=failure.message) as caught:
+        aggregate(Round(flaky, round_.id))
+    assert "c0" == caught.value.details["client"]
+    assert "clients" not in caught.value.details
 
 
 def test_arrays_are_those_published(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from gradsharding.executor import Executor, ProcessExecutor, open_executor
 from gradsharding.kernel import Arithmetic
 from gradsharding.pace import share
 from gradsharding.plan import Limits
-from gradsharding.platform import PAYLOAD, RUNTIME
+from gradsharding.planner import Needs
+from gradsharding.platform import ACCOUNT_CONCURRENCY, PAYLOAD, RUNTIME
 from gradsharding.prices import load_prices
 from gradsharding.reading import STREAM
 from gradsharding.round import Round
@@ -384,6 +385,13 @@ def test_what_functions_cannot_reach(ceph_store: S3Store, tmp_path: Path, monkey
     round_.refer("a", f"{DirectoryStore(tmp_path).url}/rounds/r/updates/client-0.safetensors", 1)
     with pytest.raises(UserError, match=r"updates cannot be reached|client-0.safetensors cannot be reached"):
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
+
+
+def test_plans_take_what_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unasked, ``plan`` reckons with as many invocations at once as a round takes in an account that has what AWS gives to each."""
+    monkeypatch.setattr(LambdaExecutor, "settings", Settings(None, None, None, ACCOUNT_CONCURRENCY, None))
+
+    assert LambdaExecutor("gradsharding").limits(None).concurrency == Needs().concurrency
 
 
 def _call(clients: int) -> tuple[Job, Task]:

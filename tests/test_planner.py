@@ -201,7 +201,7 @@ def test_bound_by_a_limit(limit: str | None, advice: Callable[[], Advice]) -> No
 
 def test_says_what_s3_is_asked() -> None:
     """A plan that would ask S3 for more than one prefix bears says so, with what each function keeps to, and takes the time it takes."""
-    (paced,) = recommend(manifest(GB, 20), topologies=["sharded"], shards=1_000).options
+    (paced,) = recommend(manifest(GB, 20), Needs(concurrency=1_000), topologies=["sharded"], shards=1_000).options
     requests = 1_000 * 20
 
     assert paced.rates.much

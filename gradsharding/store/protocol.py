@@ -108,10 +108,10 @@ def root_of(place: str) -> str:
 
     Beside results, a store has its rounds and what is unfinished; a bucket's rules, which clear those away, look for them there.
 
-    >>> [root_of(place) for place in ("s3://bucket/fl/results/2026/", "results/", "s3://bucket/models/")]
-    ['s3://bucket/fl/', '', 's3://bucket/models/']
+    >>> [root_of(place) for place in ("s3://bucket/fl/results/2026/", "results/", "s3://bucket/models/", "s3://results/results/x/")]
+    ['s3://bucket/fl/', '', 's3://bucket/models/', 's3://results/']
     """
-    return re.split(r"(?:^|(?<=/))results/", place, maxsplit=1)[0]
+    return re.split(r"(?:^|(?<=[^/]/))results/", place, maxsplit=1)[0]  # what follows "//" is a bucket, whatever it is called
 
 
 def check_key(key: str) -> str:
