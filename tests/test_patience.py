@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.client import s3_client
 from gradsharding.aws.direct import UrlSource, offer, write
-from gradsharding.aws.patience import ATTEMPTS, LONGEST, PATIENCE, Patience
+from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, LONGEST, PATIENCE, Patience
 from gradsharding.aws.presign import grant, readable, settle
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import StoreFailed
@@ -109,9 +109,17 @@ def test_every_verb(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Mon
     assert 0 <= path.requests - (asked.gets + asked.puts + asked.deletes) <= 1  # aiohttp sends again over a connection that was reset
 
 
+SAYS = {
+    "503": r"asked for too much at once, and has said so \d+ times in a row \(SlowDown\), through (2[89]\d|300) s of waiting; ",
+    "down": r"the server answered 503 \d+ times in a row, through (2[89]\d|300) s of waiting: it may be down or overloaded; ",
+}
+"""What is said in the end, by the fault."""
+
+
+@pytest.mark.parametrize("fault", SAYS)
 @pytest.mark.parametrize("verb", ["get", "fetch of many", "read by a URL"])
-def test_gives_up(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: File, verb: str) -> None:
-    """After minutes it says how often it was refused, for how long it has waited, and what to do."""
+def test_gives_up(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: File, verb: str, fault: str) -> None:
+    """After minutes it says what was answered, how often, for how long it has waited, and what whoever asks can do about it."""
 
     async def at_once(*_: object) -> None:
         """Do not sleep."""
@@ -119,14 +127,21 @@ def test_gives_up(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Monke
     moto_store.put("a", [b"x" * 100])
     monkeypatch.setattr("time.sleep", lambda _: None)
     monkeypatch.setattr("asyncio.sleep", at_once)
-    with Proxy(moto.endpoint, Path(faults=dict.fromkeys(range(1, 1_000), "503"))) as path:
+    with Proxy(moto.endpoint, Path(faults=dict.fromkeys(range(1, 1_000), fault))) as path:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", path.endpoint)
-        says = (
-            r"asked for too much at once, and has said so \d+ times in a row \((SlowDown|503)\), through 2[89]\d s of waiting; "
-            r"run fewer functions at once, use fewer shards, or keep the updates below another prefix"
-        )
-        with pytest.raises(StoreFailed, match=says):
+        remedy = LATER if verb == "read by a URL" else FEWER if fault == "503" else f"look at it, or {FEWER}"
+        with pytest.raises(StoreFailed, match=f"{SAYS[fault]}{remedy}$"):
             VERBS[verb](moto_store, tmp_path)
+
+
+def test_gives_up_at_once() -> None:
+    """A function without time to wait says that it was refused once."""
+    with keeping(None, 0.0):
+        patience = Patience()
+        patience.too_much()
+    assert f"it: the server answered 503 once, with no time left to wait: it may be down or overloaded; look at it, or {FEWER}" == str(
+        patience.error("it", "503")
+    )
 
 
 def test_botocores_own_law_is_off(moto_store: S3Store) -> None:

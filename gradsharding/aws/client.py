@@ -181,7 +181,7 @@ def explained(error: Exception, doing: str) -> GradShardingError:
     meta: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
     patience: Patience | None = meta.get(PATIENCE)
     if patience:
-        return patience.error(doing, code_of(error))
+        return patience.error(doing, code_of(error) or str(meta["HTTPStatusCode"]))
     why, code = refusals.reason(error), code_of(error)
     facts: dict[str, Any] = ({"code": code} if code else {}) | ({"denied": True} if why.denied else {})
     return why.kind(f"{doing}: {why.said}", **facts)

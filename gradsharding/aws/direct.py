@@ -5,6 +5,7 @@ owner demands them, stand behind its "#", which is not sent.
 """
 
 import base64
+import contextlib
 import hashlib
 import logging
 import mmap
@@ -172,12 +173,20 @@ def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body
             raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
         if answer.status not in BUSY:
             return answer
+        code = _code(answer) or str(answer.status)
         answer.drain_conn()
         if (seconds := patience.too_much()) is None:
-            raise patience.error(doing, str(answer.status))
+            raise patience.error(doing, code, by_url=True)
         time.sleep(seconds)
         if body is not None:
             body.seek(0)
+
+
+def _code(answer: urllib3.BaseHTTPResponse) -> str:
+    """Read what the store calls a refusal; "" if it is not S3's way to say it, or does not arrive."""
+    with contextlib.suppress(HTTPError, OSError):
+        return found[1].decode() if (found := re.search(rb"<Code>(\w{1,64})</Code>", answer.read(4096))) else ""
+    return ""
 
 
 def _refused(status: int, doing: str) -> GradShardingError:

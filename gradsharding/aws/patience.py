@@ -39,6 +39,13 @@ FAILED = {"InternalError", "RequestTimeout", "RequestTimeoutException", "PriorRe
 """Codes of a server that has failed."""
 
 
+FEWER = "run fewer functions at once, use fewer shards, or keep the updates below another prefix"
+"""What to do against too much at once, for whoever runs a round."""
+
+LATER = "run it again later, and if it stays so, tell whoever gave the URL"
+"""The same, for a node, which has nothing but a URL."""
+
+
 class Patience:
     """What one request has waited; what is too much does not count as broken, nor the other way about."""
 
@@ -68,13 +75,28 @@ class Patience:
         seconds = random.uniform(0, 2.0 ** (self._broken - 1))
         return None if self._broken == ATTEMPTS or seconds > time_left() else seconds
 
-    def error(self, doing: str, code: str) -> StoreFailed:
-        """Say that it was too much for too long; ``doing`` is what was asked for, ``code`` is what the store calls it."""
-        return StoreFailed(
-            f"{doing}: the store was asked for too much at once, and has said so {self.refused} times in a row ({code}), through "
-            f"{self.waited:.0f} s of waiting; run fewer functions at once, use fewer shards, or keep the updates below another prefix",
-            code=code,
-        )
+    def error(self, doing: str, code: str, *, by_url: bool = False) -> StoreFailed:
+        """Say that it was refused for too long; ``doing`` is what was asked for, ``code`` what the store calls it, or else the HTTP status.
+
+        A 503 without a code of S3's may as well come from a gateway whose servers are gone. ``by_url`` says that a node reads this.
+        """
+        through = f"through {self.waited:.3g} s of waiting" if self.waited else "with no time left to wait"
+        remedy = LATER if by_url else FEWER
+        if code in THROTTLES or code == "429":
+            said = f"the store was asked for too much at once, and has said so {times(self.refused)} ({code}), {through}; {remedy}"
+        else:
+            look = "" if by_url else "look at it, or "
+            said = f"the server answered {code} {times(self.refused)}, {through}: it may be down or overloaded; {look}{remedy}"
+        return StoreFailed(f"{doing}: {said}", code=code)
+
+
+def times(count: int) -> str:
+    """Say how often something went wrong.
+
+    >>> times(1), times(6)
+    ('once', '6 times in a row')
+    """
+    return "once" if count == 1 else f"{count} times in a row"
 
 
 def pause(failures: int) -> None:

@@ -21,6 +21,8 @@ _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "prox
 _CHUNK = 256 << 10
 _BURST = 0.1
 """Seconds of quiet that a later burst may make up for."""
+_DOWN = b"<html><body><h1>503 Service Unavailable</h1>\nNo server is available to handle this request.\n</body></html>\n"
+"""What HAProxy says then."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
@@ -28,8 +30,9 @@ _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduc
 class Path:
     """How the path behaves.
 
-    ``faults`` by the request's number, from 1: "503", "429" or "500" answers that and forwards nothing; "reset" breaks the
-    connection before anything is forwarded; "lost" forwards, and breaks it instead of answering; "cut:N" after N bytes of the body.
+    ``faults`` by the request's number, from 1: "503", "429" or "500" answers that, as S3 does, and forwards nothing; "down" answers 503,
+    as a load balancer does that has no server left; "reset" breaks the connection before anything is forwarded; "lost" forwards, and
+    breaks it instead of answering; "cut:N" after N bytes of the body.
     """
 
     latency: float = 0.0
@@ -126,9 +129,15 @@ class _Relay(BaseHTTPRequestHandler):
         body, fault = self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.proxy.next_fault()
         time.sleep(self.proxy.path.latency)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        refused = _BUSY if fault.isdigit() else self.proxy.refusal(self.command, self.path, headers, body)
+        status, refused = self.proxy.status, None
+        if fault.isdigit():
+            status, refused = int(fault), _BUSY
+        elif fault == "down":
+            status, refused = 503, _DOWN
+        else:
+            refused = self.proxy.refusal(self.command, self.path, headers, body)
         if refused is not None:
-            self._answer(int(fault) if fault.isdigit() else self.proxy.status, {"Content-Type": "application/xml"}, len(refused))
+            self._answer(status, {"Content-Type": "text/html" if fault == "down" else "application/xml"}, len(refused))
             self.wfile.write(b"" if self.command == "HEAD" else refused)
             return None
         if fault == "reset":
