@@ -16,6 +16,7 @@ import urllib3
 
 from gradsharding.aws.demands import TRUST
 from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.aws.patience import ATTEMPTS
 from gradsharding.aws.presign import etag, grant, readable, settle, try_out, withdraw
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidUpdate, MissingObject, StoreFailed, StoreRefused
@@ -255,6 +256,7 @@ def test_nothing_arrives(ceph_store: S3Store, spooled: Path) -> None:
 def test_faults(ceph_store: S3Store, spooled: Path, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Requests that fail are tried again, and no signature is logged, however much is."""
     caplog.set_level(logging.DEBUG, logger="urllib3")
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
     with Proxy(ceph_store.client.meta.endpoint_url, Route()) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
         store = S3Store(ceph_store.url)
@@ -272,16 +274,33 @@ def test_faults(ceph_store: S3Store, spooled: Path, fault: str, monkeypatch: pyt
     assert "?…" in caplog.text
 
 
-def test_no_answer(spooled: Path) -> None:
-    """A server that does not answer is told in a sentence that keeps the URL to itself, as its cause does."""
+def test_no_answer(spooled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not answer is asked six times, and told in a sentence that keeps the URL to itself, as its cause does."""
     url = "http://127.0.0.1:9/bucket/key?X-Amz-Signature=secret"
     permit = Permit(urls=(url,))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradsharding.aws.direct._HTTP", urllib3.PoolManager(retries=False))
-        with pytest.raises(StoreFailed, match=r"no answer after several attempts \(NewConnectionError\); check the network") as caught:
-            write(spooled, offered(spooled), permit)
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+    says = r"^writing the update: no answer, 6 times in a row \(NewConnectionError\); check the network$"
+    with counting() as ledger, pytest.raises(StoreFailed, match=says) as caught:
+        write(spooled, offered(spooled), permit)
+    assert ATTEMPTS == ledger.spent["s3"].puts
     assert caught.value.__suppress_context__
     assert "secret" not in repr(permit) + str(caught.value) + repr(UrlSource(KEY, url))
+
+
+@pytest.mark.parametrize("fault", ["500", "502", "504", "reset", "lost"])
+def test_as_often_as_any_client(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """A server that fails is asked by a URL as often as by boto3, and each time by one request; then the URL's reader is told."""
+    moto_store.put("a", [b"x"])
+    monkeypatch.setattr("random.uniform", lambda *_: 0.0)
+    with Proxy(moto_store.client.meta.endpoint_url, Route(faults=dict.fromkeys(range(1, 100), fault))) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.endpoint)
+        asked = []
+        for source in (UrlSource("a", readable(moto_store, "a", 60)), moto_store):
+            with counting() as ledger, pytest.raises(StoreFailed):
+                source.head("a")
+            asked.append((ledger.spent["s3"].gets, proxy.requests))
+
+    assert [(ATTEMPTS, ATTEMPTS), (ATTEMPTS, 2 * ATTEMPTS)] == asked
 
 
 def lent(seconds: int) -> tuple[int, str]:

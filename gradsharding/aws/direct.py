@@ -24,7 +24,7 @@ from pydantic import Field
 from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.body import Body
-from gradsharding.aws.patience import BUSY, FAILURES, Patience
+from gradsharding.aws.patience import BUSY, FAILURES, Patience, times
 from gradsharding.aws.ranged import Answer, first_of, stream
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
@@ -170,13 +170,18 @@ def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body
         try:
             answer = ask()
         except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
-            raise StoreFailed(f"{doing}: no answer after several attempts ({type(error).__name__}); check the network") from None
-        if answer.status not in BUSY:
-            return answer
-        code = _code(answer) or str(answer.status)
-        answer.drain_conn()
-        if (seconds := patience.too_much()) is None:
-            raise patience.error(doing, code, by_url=True)
+            if (seconds := patience.broke()) is None:
+                broken = f"no answer, {times(patience.broken)} ({type(error).__name__})"
+                raise StoreFailed(f"{doing}: {broken}; check the network") from None
+        else:
+            if answer.status in BUSY:
+                code = _code(answer) or str(answer.status)
+                if (seconds := patience.too_much()) is None:
+                    answer.close()
+                    raise patience.error(doing, code, by_url=True)
+            elif answer.status not in FAILURES or (seconds := patience.broke()) is None:
+                return answer
+            answer.drain_conn()
         time.sleep(seconds)
         if body is not None:
             body.seek(0)
@@ -213,7 +218,7 @@ for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
 
 
 class _CountingPool(urllib3.HTTPConnectionPool):
-    """Counts each request as it is sent, its retries too."""
+    """Counts each request as it is sent."""
 
     def urlopen(self, method: str, url: str, body: Any = None, *args: Any, **kwargs: Any) -> urllib3.BaseHTTPResponse:
         count("s3", gets=method == "GET", puts=method == "PUT", bytes_written=0 if body is None else len(body))
@@ -228,15 +233,6 @@ _HTTP = urllib3.PoolManager(
     maxsize=PARALLEL,
     blocksize=256 << 10,
     timeout=urllib3.Timeout(connect=10, read=60),
-    retries=urllib3.Retry(
-        6,
-        redirect=False,
-        backoff_factor=0.1,
-        backoff_jitter=0.2,
-        status_forcelist=tuple(FAILURES),
-        respect_retry_after_header=False,  # it would have urllib3 wait, without a bound, where ``_request`` does
-        allowed_methods=("GET", "PUT"),
-        raise_on_status=False,
-    ),
+    retries=False,  # ``_request`` asks again
 )
 _HTTP.pool_classes_by_scheme = {"http": _CountingPool, "https": _CountingSecurePool}

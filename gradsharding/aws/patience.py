@@ -54,7 +54,8 @@ class Patience:
         """Seconds, all in all, because it was too much."""
         self.refused = 0
         """How often it was too much."""
-        self._broken = 0
+        self.broken = 0
+        """How often it broke, or was not answered."""
 
     def after(self, code: str) -> float | None:
         """Count what the store calls ``code``, as what it is."""
@@ -71,9 +72,9 @@ class Patience:
 
     def broke(self) -> float | None:
         """Count a failure; give the seconds to wait before another attempt; None if there have been enough."""
-        self._broken += 1
-        seconds = random.uniform(0, 2.0 ** (self._broken - 1))
-        return None if self._broken == ATTEMPTS or seconds > time_left() else seconds
+        self.broken += 1
+        seconds = random.uniform(0, 2.0 ** (self.broken - 1))
+        return None if self.broken == ATTEMPTS or seconds > time_left() else seconds
 
     def error(self, doing: str, code: str, *, by_url: bool = False) -> StoreFailed:
         """Say that it was refused for too long; ``doing`` is what was asked for, ``code`` what the store calls it, or else the HTTP status.
