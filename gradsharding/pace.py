@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from gradsharding.errors import StoreFailed
 from gradsharding.platform import FIGURES
 from gradsharding.value import Value
 
@@ -49,10 +50,16 @@ class _Turns:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def take(self) -> None:
-        """Wait until it is one's turn."""
+    def take(self, until: float) -> None:
+        """Wait until it is one's turn; raise StoreFailed, and leave the turn to others, if it lies beyond ``until``."""
         with self._lock:
             mine = max(self._next, now := time.monotonic())
+            if mine > max(now, until):
+                raise StoreFailed(
+                    f"this function's turn to ask S3 again comes in {mine - now:.3g} s, at its share of {1 / self._interval:.3g} "
+                    f"requests/s, and {max(0.0, until - now):.3g} s of its time are left; run fewer functions at once, or give "
+                    f"them more time"
+                )
             self._next = mine + self._interval
         if mine > now:
             time.sleep(mine - now)
@@ -81,9 +88,12 @@ def keeping(kept: Share | None, seconds: float) -> Iterator[None]:
 
 
 def take_turn(*, reads: bool) -> None:
-    """Wait until the share allows one more request, which is a GET or HEAD if it ``reads``; where there is no share, do not wait."""
+    """Wait until the share allows one more request, which is a GET or HEAD if it ``reads``; where there is no share, do not wait.
+
+    Raise StoreFailed at once if that is later than may be waited.
+    """
     if (kept := _kept.get()) and (turns := kept.gets if reads else kept.puts):
-        turns.take()
+        turns.take(kept.until)
 
 
 def time_left() -> float:

@@ -36,6 +36,16 @@ def flower_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Give a clock that moves only by sleeping: its list has what it shows."""
+    now = [100.0]
+    with monkeypatch.context() as patch:
+        patch.setattr("time.monotonic", lambda: now[0])
+        patch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
+        yield now
+
+
 @pytest.fixture(scope="session")
 def moto() -> Iterator[S3Server]:
     """Moto's S3, in this process, for the whole session."""

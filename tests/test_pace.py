@@ -1,6 +1,5 @@
 """Functions at once share what a prefix of S3 bears, and keep to it: in words, by a clock, and on the way to a server that counts."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.s3 import S3Store
+from gradsharding.errors import StoreFailed
 from gradsharding.pace import GETS, PUTS, keeping, share, take_turn, time_left
 from gradsharding.platform import FIGURES
 from gradsharding.round import Round
@@ -22,16 +22,6 @@ from gradsharding.testing.proxy import Path, Proxy
 from gradsharding.testing.s3 import Ceph
 from gradsharding.topology import sharded
 from gradsharding.usage import carried
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """Give a clock that moves only by sleeping: its list has what it shows."""
-    now = [100.0]
-    with monkeypatch.context() as patch:
-        patch.setattr("time.monotonic", lambda: now[0])
-        patch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
-        yield now
 
 
 @given(st.integers(1, 10_000))
@@ -56,6 +46,23 @@ def test_turns(clock: list[float]) -> None:
 
     assert pytest.approx([100, 101, 102, 102, 102 + 4_400 / PUTS]) == went
     assert pytest.approx(102 + 4_400 / PUTS + 30 + 1) == clock[0]
+
+
+def test_no_turn_beyond_its_time(clock: list[float]) -> None:
+    """A turn beyond the function's time is refused at once, with the numbers, and left to others; what need not wait is let through."""
+    with keeping(share(44_000), 25.0):  # 0.1 GETs a second
+        for _ in range(3):
+            take_turn(reads=True)
+        says = r"comes in 10 s, at its share of 0\.1 requests/s, and 5 s of its time are left; run fewer functions at once, or give"
+        for _ in range(2):
+            with pytest.raises(StoreFailed, match=says):
+                take_turn(reads=True)
+        assert 120.0 == clock[0]
+        clock[0] += 60
+        take_turn(reads=True)
+        with pytest.raises(StoreFailed, match=r"comes in 10 s, .* and 0 s of its time are left"):
+            take_turn(reads=True)
+    assert 180.0 == clock[0]
 
 
 def test_without_a_share(clock: list[float]) -> None:

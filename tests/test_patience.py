@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as File
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from gradsharding.aggregate import aggregate
 from gradsharding.aws.client import s3_client
 from gradsharding.aws.direct import UrlSource, offer, write
-from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, LONGEST, PATIENCE, Patience
+from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, LONGEST, PATIENCE, Patience, pause
 from gradsharding.aws.presign import grant, readable, settle
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import StoreFailed
@@ -60,14 +61,27 @@ def test_apart(order: list[bool]) -> None:
     assert order.count(True) == patience.refused
 
 
-def test_no_longer_than_its_time() -> None:
+@pytest.mark.parametrize("count", [Patience.too_much, Patience.broke])
+def test_no_longer_than_its_time(clock: list[float], count: Callable[[Patience], float | None]) -> None:
     """A function that is soon ended does not wait beyond that, whatever has gone wrong."""
     with keeping(None, 3.0):
-        seconds = waits(Patience().too_much)  # nobody sleeps here: each wait alone is within what is left
-        assert 0 < max(seconds) <= 3.0
-        assert len(seconds) < 8
+        patience = Patience()
+        while (seconds := count(patience)) is not None:
+            time.sleep(seconds)
+    assert 100.0 < clock[0] <= 103.0
     with keeping(None, 0.0):
-        assert [None, None] == [Patience().too_much(), Patience().broke()]
+        assert count(Patience()) is None
+
+
+def test_pause(clock: list[float]) -> None:
+    """A pause ends with the function's time, and is none after it."""
+    with keeping(None, 3.0):
+        for _ in range(2):
+            pause(60)
+            assert 103.0 == clock[0]
+        clock[0] += 9
+        pause(60)
+    assert 112.0 == clock[0]
 
 
 def _presigned_write(store: S3Store, spool: File) -> None:

@@ -101,5 +101,5 @@ def times(count: int) -> str:
 
 
 def pause(failures: int) -> None:
-    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that many do not come back together."""
-    time.sleep(random.uniform(0, 0.1 * 2**failures))
+    """Wait before trying again: up to 0.1 s, doubled each time, at random so that many do not come back together, if there is time."""
+    time.sleep(min(random.uniform(0, 0.1 * 2**failures), max(0.0, time_left())))
