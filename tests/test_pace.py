@@ -1,7 +1,9 @@
-"""Functions at once share what a prefix of S3 bears, and keep to it: in words, by a clock, and on the way to a server that counts."""
+"""Functions at once share what a prefix of S3 bears, and keep to it: by a clock that tests move, and on Lambda."""
 
+import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -13,13 +15,11 @@ from gradsharding.aggregate import aggregate
 from gradsharding.aws.invoke import LambdaExecutor
 from gradsharding.aws.s3 import S3Store
 from gradsharding.errors import StoreFailed
-from gradsharding.pace import GETS, PUTS, keeping, share, take_turn, time_left
+from gradsharding.pace import GETS, PUTS, Share, keeping, share, take_turn, time_left
 from gradsharding.platform import FIGURES
 from gradsharding.round import Round
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.testing.proxy import Path, Proxy
-from gradsharding.testing.s3 import Ceph
 from gradsharding.topology import sharded
 from gradsharding.usage import carried
 
@@ -87,23 +87,41 @@ def test_threads_keep_to_it(clock: list[float]) -> None:
     assert pytest.approx(102) == clock[0]
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
-@pytest.mark.parametrize("paced", [True, False])
-def test_functions_keep_to_it(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, paced: bool) -> None:
-    """On Lambda, two functions that know how many they are ask a server for no more than it bears; without a pace, it refuses some."""
-    draw, rate = np.random.default_rng(0), 20
-    updates = {f"c{i}": ({"w": draw.normal(size=60_000).astype("f4")}, i + 1) for i in range(12)}
-    round_ = Round.create(ceph_store, "r")
-    for client, (arrays, weight) in updates.items():
-        round_.submit(client, arrays, weight)
-    monkeypatch.setattr("gradsharding.pace.GETS", 0.8 * rate if paced else GETS)
-    with Proxy(ceph.server.endpoint, Path(rate=rate)) as path, ExitStack() as stack:
-        function = LocalFunction(memory=512, environment={"AWS_ENDPOINT_URL_S3": path.endpoint})
-        front = stack.enter_context(LocalLambda(function, concurrency=2))
+@contextmanager
+def _at_once(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[LocalLambda]:
+    """Run a function, so many at once, to which the environment leads."""
+    with LocalLambda(LocalFunction(memory=512), concurrency=count) as front:
         for name, value in front.environment().items():
             monkeypatch.setenv(name, value)
-        result = aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+        yield front
+
+
+def _average(store: S3Store) -> None:
+    """Have two functions average some updates, and see that they do it right."""
+    draw = np.random.default_rng(0)
+    updates = {f"c{i}": ({"w": draw.normal(size=60_000).astype("f4")}, i + 1) for i in range(3)}
+    round_ = Round.create(store, "r")
+    for client, (arrays, weight) in updates.items():
+        round_.submit(client, arrays, weight)
+    result = aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding", attempts=1))
 
     assert_same(reference_mean(updates), result.arrays())
-    assert 24 + 4 == path.requests - path.slowed  # of each, the slices, whether the upload is there, and a part
-    assert paced == (path.slowed <= 4)  # both may write at the same time, and a loaded machine bunches requests
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.parametrize("count", [1, 2])
+def test_functions_are_told_their_share(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """On Lambda, each function is told its share among those that run at once."""
+    with _at_once(monkeypatch, count) as front:
+        _average(moto_store)
+
+    assert {share(count)} == {Share.model_validate(json.loads(call.event)["share"]) for call in front.calls}
+
+
+@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+def test_functions_keep_to_it(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Lambda, a function whose share lets it ask once in its time asks no second time, and says why."""
+    monkeypatch.setattr("gradsharding.pace.GETS", 0.02)  # each of two has its second turn after 100 s, and a minute in all
+    says = r"comes in [\d.]+ s, at its share of 0\.01 requests/s, and [\d.]+ s of its time are left; run fewer functions at once"
+    with _at_once(monkeypatch, 2), pytest.raises(StoreFailed, match=says):
+        _average(moto_store)

@@ -103,6 +103,8 @@ class Call:
     """The end of what it logged."""
     qualifier: str = ""
     """The version or alias that was asked for."""
+    event: bytes = field(default=b"", repr=False)
+    """What it was given, as JSON."""
 
 
 class LocalLambda:
@@ -192,7 +194,7 @@ class LocalLambda:
         outcome = str(answer[1].get("X-Amz-Function-Error", answer[0])) if fault != "lost" else "lost"
         log = base64.b64decode(answer[1].get("X-Amz-Log-Result", "")).decode(errors="replace")
         with self._lock:
-            self.calls.append(Call(number, outcome, log, _named(name)[1]))
+            self.calls.append(Call(number, outcome, log, _named(name)[1], body))
         return None if fault == "lost" else answer
 
     def _answer(self, name: str, body: bytes, fault: Fault | Said | None, *, full: bool) -> tuple[int, dict[str, str], Any]:
