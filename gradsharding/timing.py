@@ -62,7 +62,8 @@ class Seconds(NamedTuple):
 class Rates(NamedTuple):
     """Requests a second of one prefix of S3: what functions that do not wait would make.
 
-    Each reads before it writes, and no less often, so that of the two limits it is that of GETs which binds.
+    The limit of PUTs is the lower one, by a factor of 1.6. Still that of GETs is the one to look at: a function makes at least one for each
+    of its inputs while it reads, and then one PUT, so that it makes two GETs or more for a PUT, unless its slice has a single input.
     """
 
     gets: float

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import calibration
 from gradsharding import Limits, flat, sharded
-from gradsharding.pace import share
+from gradsharding.pace import GETS, PUTS, share
 from gradsharding.plan import Plan
 from gradsharding.platform import CHARGES, READING, RUNTIME
 from gradsharding.reading import STREAM
@@ -131,6 +131,20 @@ def test_borne(shards: int, concurrency: int, size: int) -> None:
     assert rates(plan, GIB, concurrency).much == (functions > most)
     if functions <= most:
         assert READING == suited(plan, GIB, concurrency)
+
+
+@given(
+    divide=st.sampled_from([sharded, lambda_fl, lifl, sharded_tree]),
+    size=st.sampled_from([4_000, MB, 100 * MB, 10_000 * MB]),
+    clients=st.integers(2, 200),
+    memory=st.sampled_from([256 * MB, GIB, 10 * GIB]),
+    concurrency=st.integers(1, 2_000),
+)
+def test_gets_bind(divide: Callable[..., Plan], size: int, clients: int, memory: int, concurrency: int) -> None:
+    """Of two inputs or more, functions come nearer to the limit of GETs than to that of PUTs."""
+    asked = rates(divide(manifest(size, clients), Limits(), reading=READING), memory, concurrency)
+
+    assert asked.gets / GETS > asked.puts / PUTS
 
 
 def test_suited() -> None:
