@@ -19,8 +19,6 @@ from urllib.parse import urlsplit
 
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "proxy-connection"}
 _CHUNK = 256 << 10
-_BURST = 0.1
-"""Seconds of quiet that a later burst may make up for."""
 _DOWN = b"<html><body><h1>503 Service Unavailable</h1>\nNo server is available to handle this request.\n</body></html>\n"
 """What HAProxy says then."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -41,8 +39,6 @@ class Path:
     """Bytes/s of each answer."""
     total: float = math.inf
     """Bytes/s of all answers together."""
-    rate: float = math.inf
-    """Requests/s that it lets through, evenly; all others it answers with 503 SlowDown, as S3 does."""
     faults: Mapping[int, str] = field(default_factory=dict)
 
 
@@ -60,11 +56,8 @@ class Proxy:
         self.target = urlsplit(endpoint).netloc
         self.path = path
         self.requests = 0
-        self.slowed = 0
-        """Requests that were beyond the rate."""
         self._lock = threading.Lock()
         self._free_at = 0.0
-        self._open_at = 0.0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Relay,), {"proxy": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -85,14 +78,7 @@ class Proxy:
         """Count a request; give what is to go wrong with it, or nothing."""
         with self._lock:
             self.requests += 1
-            if fault := self.path.faults.get(self.requests, ""):
-                return fault
-            if (now := time.monotonic()) < self._open_at:
-                self.slowed += 1
-                return "503"
-            # it need not have been quiet for a whole interval: a few may come at once, as long as they do not go on so
-            self._open_at = max(self._open_at + 1 / self.path.rate, now - _BURST)
-            return ""
+            return self.path.faults.get(self.requests, "")
 
     def pace(self, count: int) -> None:
         """Wait until ``count`` more bytes may pass, of all answers together."""
@@ -183,11 +169,9 @@ class _Relay(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def slow_path(
-    endpoint: str, *, latency: float = 0.0, per_connection: float = math.inf, total: float = math.inf, rate: float = math.inf
-) -> Iterator[str]:
+def slow_path(endpoint: str, *, latency: float = 0.0, per_connection: float = math.inf, total: float = math.inf) -> Iterator[str]:
     """Start a slow path to ``endpoint`` as a process of its own; give the endpoint to use instead."""
-    settings = {"latency": latency, "per_connection": per_connection, "total": total, "rate": rate}
+    settings = {"latency": latency, "per_connection": per_connection, "total": total}
     command = [sys.executable, "-m", "gradsharding.testing.proxy", endpoint, json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
