@@ -173,6 +173,17 @@ def test_denied_is_not_deleted(ceph_store: S3Store) -> None:
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
 
 
+@pytest.mark.usefixtures("on_lambda")
+def test_denied_write_is_the_functions(ceph_store: S3Store) -> None:
+    """A function that its role does not let write the result is named with it, since it is not the caller's rights that lack."""
+    round_ = Round.create(ceph_store, "r", output=f"s3://{ceph_store.bucket}/another/mean.safetensors")
+    round_.submit("a", {"w": np.ones(1 << 10, "f4")}, 1)
+    said = r"^function gradsharding, under its role: .*/another/.*: access is denied \(AccessDenied\); allow this action there to whoever"
+    with pytest.raises(StoreRefused, match=said) as caught:
+        aggregate(round_, executor=LambdaExecutor("gradsharding"))
+    assert ("AccessDenied", True) == (caught.value.details["code"], caught.value.details["denied"])
+
+
 def test_denied_to_both(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may not list either says that it may be denied, or not be there."""
     round_ = sealed(ceph_store)

@@ -327,7 +327,7 @@ class _Run:
         ]
         if "error" not in found:
             return reports
-        error = from_wire(found)
+        error = self._by_function(from_wire(found))
         if isinstance(error, NonFinite):
             return [*reports, error]
         if reports:
@@ -337,6 +337,14 @@ class _Run:
         if isinstance(error, OutOfMemory):
             raise self._too_small(tasks[0], error.message)
         raise _Failed(error, lost=False) if type(error) in (TaskFailed, StoreFailed) else error
+
+    def _by_function(self, error: GradShardingError) -> GradShardingError:
+        """Say whose rights or settings a refusal is about: they are the function's, and not the caller's."""
+        if not isinstance(error, StoreRefused):
+            return error
+        found = StoreRefused(f"function {self._executor.function}, under its role: {error.message}", **error.details)
+        found.usage = error.usage
+        return found
 
     def _metered(self, log: str, asked: int, tasks: int) -> Invocation | None:
         """Read what Lambda measured, at the end of an invocation's log."""

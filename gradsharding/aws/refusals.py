@@ -393,7 +393,7 @@ def _answered(error: ClientError) -> Reason:
     if code.startswith("KMS"):
         return Reason(
             StoreRefused,
-            f"the key of KMS that encrypts it cannot be used ({plain(code)}); enable it, and allow these credentials to use it",
+            f"the key of KMS that encrypts it cannot be used ({plain(code)}); enable it, and allow its use to whoever asks",
         )
     if code in DENIED:
         return Reason(StoreRefused, _denied(code, message, error.operation_name), denied=True)
@@ -473,7 +473,7 @@ def _denied(code: str, message: str, operation: str) -> str:
     action = re.search(r"not authorized to perform: ([A-Za-z0-9-]+:[A-Za-z0-9*]+)", message)
     because = re.search(r"because ([^.]{1,160})", message)
     said = f"access is denied ({code}{f', {scrubbed(because[0])}' if because else ''})"
-    said += f"; allow these credentials {action[1] if action else 'this action'} there, or use others"
+    said += f"; allow {action[1] if action else 'this action'} there to whoever asks, or ask with other credentials"
     if operation in READS:
         said += "; without s3:ListBucket, S3 says so of an object that is not there, too"
     return said
