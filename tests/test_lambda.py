@@ -299,6 +299,17 @@ def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: 
 
 
 @RUNS_HERE
+def test_each_turn_has_its_patience(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one task waited for its turn is not counted against the next task."""
+    monkeypatch.setattr("gradsharding.aws.invoke._pause", lambda _: 600.0)
+    updates = sample_updates()
+    front = start(concurrency=1, faults={1: "raise", 2: "throttle", 4: "throttle"})  # after a failure, tasks go one by one
+    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+    assert_same(reference_mean(updates), result.arrays())
+    assert ["Unhandled", "429", "200", "429", "200"] == [call.outcome for call in front.calls]
+
+
+@RUNS_HERE
 def test_updated_meanwhile(ceph_store: S3Store, start: Start) -> None:
     """While the function is being updated, tasks wait, and count no failure."""
     updates = sample_updates()

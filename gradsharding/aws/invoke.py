@@ -279,7 +279,7 @@ class _Run:
             for one in outcomes:
                 del left[_task_of(one)]
             done += [vain[_task_of(one)].added(one) for one in outcomes]
-            asked, failures = 0, 0
+            asked, failures, waited = 0, 0, 0.0
 
     def _invoke(self, data: bytes, tasks: Sequence[Task], asked: int, vain: dict[str, _Vain]) -> list[Outcome]:
         """Ask once: give the outcomes of the tasks that were done, at least one; note in ``vain`` what the next one asked, if it failed.
