@@ -212,6 +212,24 @@ def test_alias_is_looked_up_once(ceph_store: S3Store, start: Start) -> None:
     assert {"1"} == {call.qualifier for call in front.calls}
 
 
+@RUNS_HERE
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gradsharding:live", "version 1 of gradsharding, which gradsharding:live led to when this run began, is gone: .*; run it again"),
+        ("gradsharding:1", "there is no function 'gradsharding:1' in this account and region; put it up with: gradsharding deploy"),
+    ],
+)
+def test_version_is_gone(ceph_store: S3Store, start: Start, name: str, said: str) -> None:
+    """A version that goes away during a run is named; an alias that led to it is not said to be missing."""
+    front = start(concurrency=2)
+    executor = LambdaExecutor(name)
+    assert executor.settings.version == "1"
+    front.aliases.update(live="2")
+    with pytest.raises(StoreRefused, match=f"^{said}$"):
+        aggregate(_round(ceph_store, sample_updates()), executor=executor)
+
+
 @pytest.mark.parametrize(
     ("reserved", "unreserved", "asked", "at_once", "said"),
     [

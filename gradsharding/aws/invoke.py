@@ -94,7 +94,7 @@ class LambdaExecutor:
         self.concurrency = concurrency
         self.attempts = attempts
         self._unqualified, self._region, self._name = named["whole"], named["region"], named["function"]
-        self._qualified = named["qualifier"] is not None
+        self._qualifier = named["qualifier"]
 
     @cached_property
     def settings(self) -> Settings:
@@ -114,7 +114,7 @@ class LambdaExecutor:
             reserved=reserved.get("ReservedConcurrentExecutions"),
             unreserved=account.get("AccountLimit", {}).get("UnreservedConcurrentExecutions"),
             architecture=next(iter(config.get("Architectures", [])), None),
-            version=config.get("Version") if self._qualified else None,
+            version=config.get("Version") if self._qualifier else None,
         )
 
     @property
@@ -178,6 +178,16 @@ class LambdaExecutor:
             if code_of(error) in {"AccessDeniedException", "AccessDenied"}:
                 return None
             raise explained(error, f"settings of function {self.function}") from error
+
+    def _gone(self) -> StoreRefused:
+        """Say what is no longer there, once a run has begun."""
+        version = self.settings.version
+        if version in (None, self._qualifier):
+            return self._absent()
+        return StoreRefused(
+            f"version {version} of {self._name}, which {self.function} led to when this run began, is gone: the function was removed, or "
+            "put up anew, meanwhile; run it again"
+        )
 
     def _absent(self) -> StoreRefused:
         chosen, put_up = lambda_client().meta.region_name, deploying(self._name)
@@ -308,7 +318,7 @@ class _Run:
     def _said(self, error: ClientError, task: str) -> Exception:
         """Give what to raise for what Lambda said instead of running the function."""
         if code_of(error) == "ResourceNotFoundException":
-            return self._executor._absent()  # noqa: SLF001 - the same module
+            return self._executor._gone()  # noqa: SLF001 - the same module
         doing, found = f"invocation of function {self._executor.function}", verdict(error)
         match found:
             case None:
