@@ -36,7 +36,7 @@ from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
 from gradsharding.task import Job, Task, Term
 from gradsharding.testing import ExecutorContract, assert_same, peak, read, reference_mean, sample_updates
 from gradsharding.testing.executors import Started
-from gradsharding.testing.lambdas import HERE, LocalFunction, LocalLambda, Said, emulator_missing, hold
+from gradsharding.testing.lambdas import HERE, Fault, LocalFunction, LocalLambda, Said, emulator_missing, hold
 from gradsharding.testing.s3 import Ceph
 from gradsharding.topology import Topology, lambda_fl, sharded, sharded_tree
 
@@ -351,12 +351,12 @@ def told() -> Iterator[LocalLambda]:
         yield front
 
 
-def _end_of(said: Said, front: LocalLambda, monkeypatch: pytest.MonkeyPatch) -> tuple[GradShardingError, int]:
+def _end_of(said: Said | Fault, front: LocalLambda, monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple[GradShardingError, int]:
     """Give what a task raises if Lambda says this whenever it is asked, and how often it was; waiting takes no time."""
     monkeypatch.setattr("gradsharding.aws.invoke.PATIENCE", -1.0)
     monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
     account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in {**account, **front.environment()}.items():
+    for name, value in {**account, **front.environment(), **settings}.items():
         monkeypatch.setenv(name, value)
     (job, task), before = _call(1), len(front.calls)
     front.faults.update(dict.fromkeys(range(before + 1, before + 9), said))
@@ -403,6 +403,14 @@ def test_all_that_lambda_says(told: LocalLambda, monkeypatch: pytest.MonkeyPatch
 def test_what_lambda_adds(told: LocalLambda, monkeypatch: pytest.MonkeyPatch, said: Said, message: str) -> None:
     """What an exception's text and reason say of it decides, too; of others, the status does."""
     assert message in _end_of(said, told, monkeypatch)[0].message
+
+
+def test_lost_answer_keeps_secrets(told: LocalLambda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password in the endpoint's address is not in what is said of an answer that was lost."""
+    named = told.endpoint.replace("http://", "http://user:pass1234@")
+    error, _ = _end_of("lost", told, monkeypatch, AWS_ENDPOINT_URL_LAMBDA=named)
+    assert re.match(r"task t/2 failed: its answer was lost \(.*//…@127\.0\.0\.1.*\); run it again \(2 times\)$", error.message)
+    assert "pass1234" not in error.message
 
 
 def test_what_functions_cannot_reach(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

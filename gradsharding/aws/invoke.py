@@ -19,6 +19,7 @@ from urllib3.exceptions import HTTPError
 from gradsharding.aws.answers import Do, Verdict, verdict
 from gradsharding.aws.call import answered, deploying, pack
 from gradsharding.aws.client import code_of, explained, lambda_client
+from gradsharding.aws.refusals import scrubbed
 from gradsharding.aws.tail import metered
 from gradsharding.errors import (
     GradShardingError,
@@ -305,7 +306,7 @@ class _Run:
         except (BotoCoreError, HTTPError, OSError) as error:
             if isinstance(error, BotoCoreError) and isinstance(refused := explained(error, f"invocation of function {name}"), StoreRefused):
                 raise refused from error
-            raise _Failed(TaskFailed(f"task {first} failed: its answer was lost ({error}); run it again", task=first)) from error
+            raise _Failed(TaskFailed(f"task {first} failed: its answer was lost ({scrubbed(error)}); run it again", task=first)) from error
         log = base64.b64decode(answer.get("LogResult", "")).decode(errors="replace")
         told = self._metered(log, asked, len(tasks))
         broken = "FunctionError" in answer
