@@ -40,7 +40,7 @@ from gradsharding.round import RECORD, Manifest, ResultRecord, Round
 from gradsharding.store import ObjectStore, locate
 from gradsharding.store.private import private_directory
 from gradsharding.store.protocol import changed
-from gradsharding.task import Invocation, Job, NonFinitePolicy, TaskReport, Term
+from gradsharding.task import Invocation, Job, NonFinitePolicy, TaskReport, Term, invocations
 from gradsharding.timing import suited
 from gradsharding.topology import Topology, sharded
 from gradsharding.update import data_digest, load
@@ -147,8 +147,8 @@ class Result:
 
     @property
     def invocations(self) -> tuple[Invocation, ...]:
-        """What Lambda reported, once for each invocation; nothing if it told no figures, or the round ran elsewhere."""
-        return tuple({report.invocation.request: report.invocation for report in self.reports if report.invocation}.values())
+        """What Lambda reported, once for each invocation, also a failed one; nothing if it told no figures, or the round ran elsewhere."""
+        return invocations(self.reports)
 
     def prices(self) -> Prices:
         """Give the list prices of the region where functions ran; raise UserError if the file of prices cannot be read."""

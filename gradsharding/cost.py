@@ -8,7 +8,7 @@ from gradsharding.errors import UserError
 from gradsharding.plan import Plan
 from gradsharding.platform import CHARGES, Architecture
 from gradsharding.prices import Prices
-from gradsharding.task import TaskReport
+from gradsharding.task import TaskReport, invocations
 from gradsharding.timing import Seconds, Speeds, forecast_seconds
 from gradsharding.usage import Spent, Usage, together, total
 from gradsharding.value import Value
@@ -135,9 +135,9 @@ def bill(
     ``caller`` is what was asked beside the tasks. Functions of which Lambda told no figures cost requests only.
     """
     seen = tuple(reports)
-    invocations = {one.invocation.request: one.invocation for one in seen if one.invocation}.values()
-    gib_seconds = sum((Decimal(str(one.billed_seconds)) * one.memory_size / GIB for one in invocations), Decimal(0))
-    functions = priced_functions(gib_seconds, len(invocations), prices, architecture)
+    told = invocations(seen)
+    gib_seconds = sum((Decimal(str(one.billed_seconds)) * one.memory_size / GIB for one in told), Decimal(0))
+    functions = priced_functions(gib_seconds, len(told), prices, architecture)
     asked = {"functions' ": _of_s3(together(*(report.usage for report in seen))), "the caller's ": _of_s3(caller)}
     return priced(functions, asked, plan, prices, storage, clients)
 

@@ -3,7 +3,7 @@
 A function is told a Job and a Task, and nothing else; what comes back is a TaskReport. All three pass between machines as JSON.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from gradsharding.kernel import Arithmetic, is_exact, size, sum_bytes
@@ -207,6 +207,8 @@ class TaskReport(Value):
     lost: int = 0
     """Attempts before this one that gave no answer: what they asked is not in ``usage``."""
     invocation: Invocation | None = None
+    vain: tuple[Invocation, ...] = ()
+    """Invocations before that one, which did not do the task, and are billed, too."""
 
     @property
     def gets(self) -> int:
@@ -227,3 +229,9 @@ class TaskReport(Value):
     def bytes_written(self) -> int:
         """Bytes that stores were sent."""
         return total(self.usage).bytes_written
+
+
+def invocations(reports: Iterable[TaskReport]) -> tuple[Invocation, ...]:
+    """Give all that the platform reported of invocations, those in vain included, and each once, though it may have carried many tasks."""
+    told = (one for report in reports for one in (*report.vain, report.invocation) if one)
+    return tuple({one.request: one for one in told}.values())

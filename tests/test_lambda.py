@@ -141,6 +141,27 @@ def test_bill_stands_beside_the_forecast(ceph_store: S3Store, start: Start) -> N
 
 
 @RUNS_HERE
+@pytest.mark.parametrize("log_format", ["Text", "JSON"])
+def test_failed_invocations_are_billed(ceph_store: S3Store, start: Start, tmp_path: Path, log_format: str) -> None:
+    """Invocations that failed, with an answer or without, are billed as the others are, each of them once."""
+    (tmp_path / "buggy.py").write_text(_BUGGY.replace("== 2", "== 1"))
+    paths = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    front = start(
+        concurrency=1, code=tmp_path, handler="buggy.handler", environment=paths, log_format=log_format, faults={2: "raise"}, memory=512
+    )
+    result = aggregate(_round(ceph_store, sample_updates()), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+
+    assert ["Unhandled", "Unhandled", "200", "200"] == [call.outcome for call in front.calls]
+    made = [found for call in front.calls if (found := metered(call.log))]
+    assert [one.request for one in made] == [one.request for one in result.invocations]
+    assert [2, 0] == [len(report.vain) for report in result.reports]
+    cost = result.cost()
+    assert cost
+    counts = {item.what: item.count for item in cost.aggregation.items}
+    assert (4, sum(Decimal(str(one.billed)) for one in made) / 2) == (counts["invocations"], counts["functions"])
+
+
+@RUNS_HERE
 def test_settings(start: Start) -> None:
     """Memory, time and concurrency are read from the account, and narrow what is allowed; who may not ask goes by defaults."""
     start(memory=256, timeout=7, concurrency=3)

@@ -210,21 +210,25 @@ class _Wait(Exception):
 class _Failed(Exception):
     """The invocation may be tried again."""
 
-    def __init__(self, error: GradShardingError, *, lost: bool = True) -> None:
+    def __init__(self, error: GradShardingError, told: Invocation | None = None, *, lost: bool = True) -> None:
         self.error = error
+        self.told = told
+        """What it was billed, if Lambda said so."""
         self.lost = lost
         """Whether it gave no answer of its own, so that nobody knows what it asked of stores."""
 
 
 class _Vain(NamedTuple):
-    """What a task's attempts before the last one asked of stores, and how many of them gave no answer."""
+    """What a task's attempts before the last one asked of stores, how many of them gave no answer, and what they were billed."""
 
     usage: Spent = MappingProxyType({})
     lost: int = 0
+    invocations: tuple[Invocation, ...] = ()
 
     def then(self, failed: _Failed) -> "_Vain":
         """Add an attempt."""
-        return _Vain(together(self.usage, failed.error.usage), self.lost + failed.lost)
+        told = (failed.told,) if failed.told else ()
+        return _Vain(together(self.usage, failed.error.usage), self.lost + failed.lost, self.invocations + told)
 
     def added(self, one: Outcome) -> Outcome:
         """Add this to what came of the attempt that was answered."""
@@ -232,7 +236,7 @@ class _Vain(NamedTuple):
         if isinstance(one, NonFinite):
             one.usage = usage
             return one
-        return one.model_copy(update={"usage": usage, "lost": one.lost + self.lost})
+        return one.model_copy(update={"usage": usage, "lost": one.lost + self.lost, "vain": self.invocations})
 
 
 class _Run:
@@ -343,11 +347,11 @@ class _Run:
             return [*reports, error]
         if reports:
             failed = tasks[len(reports)].id  # it is asked for again
-            vain[failed] = vain[failed].then(_Failed(error, lost=False))
+            vain[failed] = vain[failed].then(_Failed(error, told, lost=False))
             return reports
         if isinstance(error, OutOfMemory):
             raise self._too_small(tasks[0], error.message)
-        raise _Failed(error, lost=False) if type(error) in (TaskFailed, StoreFailed) else error
+        raise _Failed(error, told, lost=False) if type(error) in (TaskFailed, StoreFailed) else error
 
     def _by_function(self, error: GradShardingError) -> GradShardingError:
         """Say whose rights or settings a refusal is about: they are the function's, and not the caller's."""
@@ -385,7 +389,7 @@ class _Run:
             advice = "it may have outgrown its memory: use more shards, or give the function more"
         else:
             advice = "its log in CloudWatch says more"
-        return _Failed(TaskFailed(f"task {task.id} failed: {why}; {advice}", task=task.id))
+        return _Failed(TaskFailed(f"task {task.id} failed: {why}; {advice}", task=task.id), told)
 
     def _too_small(self, task: Task, how: str) -> OutOfMemory:
         return OutOfMemory(
