@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import string
 import subprocess
@@ -18,9 +19,13 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws import refusals
+from gradsharding.aws.call import Fault, failed
 from gradsharding.aws.client import explained, explaining, lambda_client, session
+from gradsharding.aws.direct import _Discreet
+from gradsharding.aws.log import _line
 from gradsharding.aws.refusals import reason, scrubbed
 from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.testing import read
 from gradsharding.testing.s3 import S3Server
@@ -502,8 +507,39 @@ def test_no_file_of_certificates(moto: S3Server, settings: Path, monkeypatch: py
         ("SecretAccessKey: abc, session_token = 'def' password=x", "SecretAccessKey: …, session_token = '…' password=…"),
         ("The Canonical String for this request should have been 'GET", ""),
         ("a\x1b[2Jb", "a [2Jb"),
+        ("aws_session_token=IQoJb3JpZ2lu/x==, aws_access_key_id = x", "aws_session_token=…, aws_access_key_id = …"),
+        ('{"SecretAccessKey": "/a+b", "Code": "x"} of \'Token\': \'y\'', '{"SecretAccessKey": "…", "Code": "x"} of \'Token\': \'…\''),
+        (r"in {\"sessionToken\": \"abc\"}", r"in {\"sessionToken\": \"…\"}"),
+        ("<SessionToken>IQoJ</SessionToken> ends", "<SessionToken>…</SessionToken> ends"),
+        ("proxy http://ann:p@ss:word@proxy:3128/ says no", "proxy http://…@proxy:3128/ says no"),
+        ("Authorization: Bearer abc.def-g was sent", "Authorization: Bearer … was sent"),
+        ("Credential=ASIAIOSFODNN7EXAMPLE/20261128/eu-west-1", "Credential=…/20261128/eu-west-1"),
+        ("no arn:aws:secretsmanager:eu-west-1:1:secret:db-AbC there", "no arn:aws:secretsmanager:eu-west-1:1:secret:db-AbC there"),
+        ("'/run/secrets/token: x' and /a/b.token: gone", "'/run/secrets/token: x' and /a/b.token: gone"),
     ],
 )
 def test_scrubbed(text: str, left: str) -> None:
-    """What others wrote comes into a message on one line, without keys, tokens, passwords and signatures."""
+    """What others wrote comes into a message on one line, and into a log as it is, without keys, tokens, passwords and signatures."""
     assert left == scrubbed(text)
+    logged = logging.LogRecord("urllib3.connectionpool", logging.DEBUG, "", 1, "%s", (text,), None)
+    assert _Discreet().filter(logged)
+    [first, *_] = without_secrets(text).splitlines() or [""]
+    assert first == json.loads(_line(logged))["message"].partition("\n")[0]
+    assert left == scrubbed(first)
+
+
+def test_every_line_of_a_log() -> None:
+    """A traceback keeps its lines, and loses what is secret in each of them."""
+    error = OSError("no\naws_session_token=IQoJ\nredis://:hush@host:6379/0")
+    error.__cause__ = KeyError(f"https://b.s3.amazonaws.com/k?X-Amz-Credential={KEY}%2F2026&X-Amz-Signature=0a1b2c")
+    record = logging.LogRecord("x", logging.ERROR, "", 1, "broken", (), (OSError, error, None))
+    text = json.loads(_line(record))["exception"]
+    assert "KeyError: 'https://b.s3.amazonaws.com/k?…'" in text.splitlines()
+    assert ["OSError: no", "aws_session_token=…", "redis://…@host:6379/0"] == text.splitlines()[-3:]
+
+
+def test_fault_tells_no_secret() -> None:
+    """What a function raises, which Lambda logs, holds no secret."""
+    with pytest.raises(Fault) as caught:
+        failed(KeyError("aws_session_token=hush https://b/k?X-Amz-Signature=hush"), [])
+    assert "hush" not in str(caught.value)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradsharding import __version__
-from gradsharding.aws.log import redacted
+from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreFailed, StoreRefused, TaskFailed, UserError, to_wire
 from gradsharding.pace import Share
 from gradsharding.platform import PAYLOAD
@@ -65,7 +65,7 @@ def is_fault(error: BaseException) -> bool:
 def failed(error: BaseException, reports: Sequence[Any]) -> dict[str, Any]:
     """Answer that ``error`` has ended an invocation after some reports; raise it as a Fault if it is one."""
     answer = {**to_wire(error), "reports": [*reports]}
-    answer["message"] = redacted(answer["message"])  # Lambda's runtime logs what is raised
+    answer["message"] = without_secrets(answer["message"])  # Lambda's runtime logs what is raised
     if is_fault(error):
         raise Fault(json.dumps(answer)) from None
     return answer

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import mmap
-import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from urllib3.exceptions import HTTPError
 from gradsharding.aws.body import Body
 from gradsharding.aws.patience import BUSY, FAILURES, Patience, times
 from gradsharding.aws.ranged import Answer, first_of, stream
+from gradsharding.aws.secrets import without_secrets
 from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
 from gradsharding.plan import MAX_PARTS
@@ -204,12 +204,12 @@ def _refused(status: int, doing: str) -> GradShardingError:
 
 
 class _Discreet(logging.Filter):
-    """Cuts signatures out of what urllib3 logs."""
+    """Keeps secrets out of what urllib3 logs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if "X-Amz-" in text:
-            record.msg, record.args = re.sub(r"\?\S*X-Amz-\S*", "?…", text), ()
+        if (shown := without_secrets(text)) != text:
+            record.msg, record.args = shown, ()
         return True
 
 

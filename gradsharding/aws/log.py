@@ -8,16 +8,14 @@ import datetime as dt
 import json
 import logging
 import os
-import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-SERVICE = "gradsharding"
+from gradsharding.aws.secrets import without_secrets
 
-_URL = re.compile(r"(https?://[^\s?\"']+)\?[^\s\"']*")
-_CREDENTIAL = re.compile(r"\b(A[KS]IA[A-Z0-9]{16})\b")
+SERVICE = "gradsharding"
 
 
 class Invoked(Protocol):
@@ -67,21 +65,12 @@ def about(context: Invoked) -> Iterator[None]:
         _about.clear()
 
 
-def redacted(text: str) -> str:
-    """Leave out what might be secret: the query of a URL, where signatures stand, and access keys.
-
-    >>> redacted("no answer from https://b.s3.amazonaws.com/k?X-Amz-Signature=0a1b; try later")
-    'no answer from https://b.s3.amazonaws.com/k?... try later'
-    """
-    return _CREDENTIAL.sub("...", _URL.sub(r"\1?...", text))
-
-
 def _line(record: logging.LogRecord) -> str:
     time = dt.datetime.fromtimestamp(record.created, dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     line: dict[str, Any] = {
         "level": record.levelname,
         "location": f"{record.funcName}:{record.lineno}",
-        "message": redacted(record.getMessage()),
+        "message": without_secrets(record.getMessage()),
         "timestamp": time,
         "service": os.environ.get("POWERTOOLS_SERVICE_NAME", SERVICE),
         **_about,
@@ -89,7 +78,7 @@ def _line(record: logging.LogRecord) -> str:
     }
     if record.exc_info and record.exc_info[0]:
         line["exception_name"] = record.exc_info[0].__name__
-        line["exception"] = redacted("".join(traceback.format_exception(*record.exc_info)))
+        line["exception"] = without_secrets("".join(traceback.format_exception(*record.exc_info)))
     if trace := os.environ.get("_X_AMZN_TRACE_ID"):
         line["xray_trace_id"] = trace.partition(";")[0].removeprefix("Root=")
     return json.dumps(line)

@@ -15,6 +15,7 @@ import botocore
 import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError
 
+from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused, plain, quoted
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where a role is attached"
@@ -64,14 +65,7 @@ def reason(error: Exception) -> Reason:
 def scrubbed(text: object, most: int = 240) -> str:
     """Give the first line of what others wrote, printable and cut, without what may be a key, a token, a password or a signature."""
     line = next((line.strip() for line in str(text).splitlines() if line.strip()), "")
-    line = re.sub(r"(The )?Canonical String.*|The String-to-Sign.*", "", line)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN"):
-        if len(secret := os.environ.get(name, "")) >= 8:  # a shorter one is a test server's, and a word
-            line = line.replace(secret, "…")
-    line = re.sub(r"//[^/@\s]+@", "//…@", line)
-    line = re.sub(r"\?\S*", "?…", line)
-    line = re.sub(r"(?i)\b(\w*(?:secret|token|password|signature|accesskeyid)\w*\W{0,3}[=:]\W{0,2})[^\s\"',;&]+", r"\1…", line)
-    line = re.sub(r"\b(?:A3T|AKIA|ASIA|AROA|AIDA|AGPA|ANPA|ANVA|ABIA|ACCA)[A-Z0-9]{12,}\b|[A-Za-z0-9+/=]{40,}", "…", line)
+    line = without_secrets(line)
     return plain("".join(letter if letter.isprintable() else " " for letter in line)[:most].strip().rstrip("."), most)
 
 
