@@ -5,7 +5,7 @@ The tag, ``gradsharding`` = the stack's name, says that we put it up; the marker
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +32,9 @@ WORKING = {"CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IM
 
 BEGINNING = 60
 """Seconds until an operation shows in a stack's events, at most."""
+
+DATA = ("Bucket", "AWS::S3::Bucket")
+"""Logical id and type of the bucket in our template. Any other bucket in a stack of ours was added by somebody."""
 
 Tell = Callable[[str], None]
 
@@ -74,6 +77,11 @@ class Resource(NamedTuple):
     physical: str
     type: str
     status: str
+
+    @property
+    def is_data(self) -> bool:
+        """Whether it is the bucket of our template."""
+        return (self.logical, self.type) == DATA
 
 
 class Account:
@@ -188,8 +196,30 @@ class Account:
         ]
 
     def buckets(self, stack: Stack) -> list[str]:
-        """Name the buckets that CloudFormation made for a stack; never one that was brought."""
-        return [one.physical for one in self.resources(stack) if one.type == "AWS::S3::Bucket" and one.physical]
+        """Name the bucket that CloudFormation made for a stack by our template; never one that was brought, nor one that others added."""
+        return [one.physical for one in self.resources(stack) if one.is_data and one.physical]
+
+    def made(self, name: str) -> set[str]:
+        """Name the buckets that CloudFormation made for our stacks of that name, as their events say; it keeps those for 90 days."""
+        now = self.look_up(name)
+        found = set[str]()
+        for stack in (*([now] if now and not self.foreign(now) else ()), *self._deleted(name)):
+            try:
+                pages = self.formation.get_paginator("describe_stack_events").paginate(StackName=stack.id)
+                events: list[Any] = [event for page in pages for event in page["StackEvents"]]
+            except (BotoCoreError, ClientError) as error:
+                raise explained(error, f"events of stack {stack.name}") from error
+            found |= {one.get("PhysicalResourceId", "") for one in events if (one["LogicalResourceId"], one["ResourceType"]) == DATA}
+        return found - {""}
+
+    def brought(self) -> set[str]:
+        """Name the buckets that stacks of this region were given, whosever they are; raise StoreRefused if these may not be listed."""
+        try:
+            pages = self.formation.get_paginator("describe_stacks").paginate()
+            given = [one for page in pages for stack in page["Stacks"] for one in stack.get("Parameters", [])]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the stacks of {self}") from error
+        return {one.get("ParameterValue", "") for one in given if one.get("ParameterKey") == "ExistingBucket"} - {""}
 
     def done(self, stack: Stack, token: str, tell: Tell) -> Stack:
         """Wait until the operation that carries ``token`` has begun and ended; a stack's state alone may still be the old one."""
@@ -261,15 +291,17 @@ class Account:
 
     def deleted(self, name: str) -> Stack | None:
         """Find the newest of our stacks of that name that CloudFormation has deleted; it remembers them for 90 days."""
+        return next(self._deleted(name), None)
+
+    def _deleted(self, name: str) -> Iterator[Stack]:
+        """Find our stacks of that name, by tag and marker, that CloudFormation has deleted: the newest first."""
         try:
             pages = self.formation.get_paginator("list_stacks").paginate(StackStatusFilter=["DELETE_COMPLETE"])
-            for page in pages:
-                for one in page["StackSummaries"]:
-                    if one["StackName"] == name and (found := self.look_up(one["StackId"])) and found.tags.get(TAG) == name:
-                        return found
+            ids = [one["StackId"] for page in pages for one in page["StackSummaries"] if one["StackName"] == name]
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"deleted stacks in {self}") from error
-        return None
+        found = map(self.look_up, ids)
+        return (one for one in found if one and one.tags.get(TAG) == name and not self.foreign(one))
 
     def _change_sets(self, stack: Stack) -> list[str]:
         try:

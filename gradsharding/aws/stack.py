@@ -17,6 +17,7 @@ from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remed
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
 from gradsharding.aws.options import require_consistent
+from gradsharding.aws.teardown import disown
 from gradsharding.aws.template import RELEASE, filled
 from gradsharding.errors import GradShardingError, StackFailed, UserError
 
@@ -79,6 +80,8 @@ def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zippe
         if changes and not agreed:
             return None
         if agreed:
+            if bucket := order.parameters.get("ExistingBucket"):
+                disown(account, bucket)
             account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
             stack = account.done(stack, token, tell)
             if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":

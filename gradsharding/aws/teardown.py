@@ -1,23 +1,30 @@
 """A stack is deleted before its data, and data only if that was asked for; what stays is named.
 
-Only a bucket that CloudFormation made for the stack, or that carries our tag with the stack's name, is ever emptied; one that was brought
-is not.
+Only the bucket that CloudFormation made by our template is ever emptied. When its stack is gone, it is known by our tag and by those of
+CloudFormation, or by the stack's events. A bucket that was brought is never emptied, even if an earlier stack had made it, nor is one that
+somebody added to the stack.
 """
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.account import TAG, Account, Resource, Stack, Tell
+from gradsharding.aws.account import DATA, TAG, Account, Resource, Stack, Tell
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import code_of_template, delete_objects, forget_code, own_bucket
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 COUNTED = 100_000
 """Objects that are counted, at most, before the question."""
+
+
+_CLOUDFORMATION = "aws:cloudformation:"
+_BY = f"{_CLOUDFORMATION}stack-name"
+_LABEL = f"{TAG}-stack"
+"""Key of our own tag with the stack's ARN."""
 
 
 class Bucket(NamedTuple):
@@ -59,7 +66,7 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
         )
     names = [bucket for bucket in account.buckets(stack) if _exists(account, bucket)]
     earlier = [_counted(account, bucket) for bucket in left if bucket not in names]
-    others = [one for one in account.resources(stack) if one.type != "AWS::S3::Bucket"]
+    others = [one for one in account.resources(stack) if not one.is_data]
     own = [_counted(account, bucket) for bucket in names]
     return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack))
 
@@ -72,7 +79,7 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
     try:
         if what.stack:
             for bucket in what.buckets:
-                _label(account, bucket.name, name)
+                _label(account, bucket.name, what.stack)
             _delete_stack(account, what.stack, tell)
         for bucket in what.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
@@ -110,17 +117,49 @@ def _left(account: Account, name: str) -> list[str]:
         names = [
             one["Name"] for page in pages for one in page.get("Buckets", []) if one.get("BucketRegion", account.region) == account.region
         ]
-        return [bucket for bucket in names if (_tags(account, bucket) or {}).get(TAG) == name]
+        tags = {bucket: _tags(account, bucket) or {} for bucket in names}
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"buckets of {account}") from error
+    tagged = [bucket for bucket in names if tags[bucket].get(TAG) == name]
+    own = [bucket for bucket in tagged if _is_made(account, name, bucket, tags[bucket])]
+    return [bucket for bucket in own if bucket not in account.brought()] if own else []
 
 
-def _label(account: Account, bucket: str, name: str) -> None:
-    """See that a stack's bucket carries our tag before the stack goes, so that a later run finds it; other tags stay."""
+def _is_made(account: Account, name: str, bucket: str, tags: Mapping[str, str]) -> bool:
+    """Whether a bucket that carries our tag was made by our template: that tag alone can be anybody's: a stack's tags go to its buckets.
+
+    Nobody but CloudFormation sets tags that begin with ``aws:``. Where it sets none, as ministack does not, our label or its events say it.
+    """
+    if _BY not in tags:
+        return f":stack/{name}/" in tags.get(_LABEL, "") or bucket in account.made(name)
+    origin = account.look_up(tags[f"{_CLOUDFORMATION}stack-id"]) if f"{_CLOUDFORMATION}stack-id" in tags else None
+    named = (tags[_BY], tags.get(f"{_CLOUDFORMATION}logical-id"))
+    return named == (name, DATA[0]) and not (origin and account.foreign(origin))
+
+
+def disown(account: Account, bucket: str) -> None:
+    """Take our tags off a bucket that is brought: from now on no ``destroy`` takes it for a stack's own. Other tags stay."""
+    tags = _tags(account, bucket) or {}
+    kept = {key: value for key, value in tags.items() if key not in (TAG, _LABEL)}
+    try:
+        if kept and kept != tags:
+            _tag(account, bucket, kept)
+        elif tags and not kept:
+            account.s3.delete_bucket_tagging(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"taking tag {TAG!r} off bucket {bucket}, so that it is yours and no stack's") from error
+
+
+def _label(account: Account, bucket: str, stack: Stack) -> None:
+    """See that a stack's bucket carries our tag, and says whose it was, before the stack goes: a later run finds it so. Other tags stay."""
     tags = _tags(account, bucket)
-    if tags is not None and tags.get(TAG) != name:
-        wanted: Any = [{"Key": key, "Value": value} for key, value in (tags | {TAG: name}).items()]
-        account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": wanted})
+    if tags is not None and tags != (wanted := tags | {TAG: stack.name} | ({} if _BY in tags else {_LABEL: stack.id})):
+        _tag(account, bucket, wanted)
+
+
+def _tag(account: Account, bucket: str, tags: Mapping[str, str]) -> None:
+    wanted: Any = [{"Key": key, "Value": value} for key, value in tags.items()]
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": wanted})
 
 
 def _tags(account: Account, bucket: str) -> dict[str, str] | None:

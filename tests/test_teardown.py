@@ -1,0 +1,111 @@
+"""Destroy empties the bucket that our template made, and no other: not one that was brought, added, or tagged as ours are."""
+
+from typing import Any
+
+import pytest
+
+from gradsharding.aws.account import TAG, Account
+from gradsharding.aws.teardown import doomed
+from test_stack import OTHERS, account, command, door, down, enter, everything, foreign, put
+
+__all__ = ["account", "command", "door", "enter"]
+
+
+def fill(account: Account, *buckets: str) -> None:
+    """Put something precious into buckets."""
+    for bucket in buckets:
+        account.s3.put_object(Bucket=bucket, Key="gradsharding/x", Body=b"precious")
+
+
+def tagged(account: Account, bucket: str) -> dict[str, str]:
+    """Give the tags of a bucket."""
+    try:
+        return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
+    except account.s3.exceptions.ClientError:
+        return {}
+
+
+def test_bucket_that_is_brought_back(account: Account, command: Any) -> None:
+    """A bucket that a destroyed stack left, and another stack was given, is the user's: no destroy of either deletes it."""
+    bucket = put(account).outputs["Bucket"]
+    fill(account, bucket)
+    down(account)
+    put(account, "two", parameters={"ExistingBucket": bucket})
+    assert TAG not in tagged(account, bucket)
+
+    for name in ("one", "two", "one", "two"):
+        assert 0 == command("destroy", "--name", name, "--delete-data", "--yes").returncode
+    put(account, parameters={"ExistingBucket": bucket})
+    for _ in range(2):
+        assert 0 == command("destroy", "--name", "one", "--delete-data", "--yes").returncode
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="gradsharding/x")["Body"].read()
+
+
+def test_bucket_that_a_live_stack_was_given(account: Account) -> None:
+    """A bucket that a stack of the region has been given is not taken for a leftover, even if it carries our tag."""
+    bucket = put(account).outputs["Bucket"]
+    fill(account, bucket)
+    down(account)
+    body = {**OTHERS, "Parameters": {"ExistingBucket": {"Type": "String", "Default": bucket}}}
+    foreign(account, "theirs", body)
+    before = everything(account)
+    assert [] == doomed(account, "one", lambda _: None).buckets
+    down(account, data=True)
+    assert before == everything(account)
+
+
+@pytest.mark.parametrize("by", ["hand", "their stack", "another of our stacks"])
+def test_bucket_with_our_tag(account: Account, by: str) -> None:
+    """A bucket that carries our tag, but was not made by our template for a stack of that name, is never deleted."""
+    tag: Any = {"TagSet": [{"Key": TAG, "Value": "one"}, {"Key": "team", "Value": "blue"}]}
+    match by:
+        case "hand":
+            account.s3.create_bucket(Bucket=(bucket := f"one-bucket-{account.number}"))
+        case "their stack":
+            foreign(account, "one-data", tags={TAG: "one"})
+            (bucket,) = account.buckets(account.look_up("one-data") or pytest.fail("there is no stack"))
+        case _:
+            bucket = put(account, "one-more").outputs["Bucket"]
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging=tag)  # CloudFormation gives a stack's tags to its buckets; ministack does not
+    fill(account, bucket)
+    put(account)
+    assert [] == doomed(account, "one", lambda _: None).earlier
+    for _ in range(2):
+        down(account, data=True)
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="gradsharding/x")["Body"].read()
+    assert {"team": "blue", TAG: "one"} == tagged(account, bucket)
+
+
+@pytest.mark.parametrize(("stack", "logical", "ours"), [("one", "Bucket", True), ("one-data", "Bucket", False), ("one", "Precious", False)])
+def test_tags_of_cloudformation(account: Account, *, stack: str, logical: str, ours: bool) -> None:
+    """Where CloudFormation's own tags are on a bucket, they say which stack and resource it was, also when the stack is forgotten."""
+    account.s3.create_bucket(Bucket=(bucket := f"one-bucket-{account.number}"))
+    tags = {TAG: "one", "aws:cloudformation:stack-name": stack, "aws:cloudformation:logical-id": logical}
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": key, "Value": value} for key, value in tags.items()]})
+    assert ([bucket] if ours else []) == [one.name for one in doomed(account, "one", lambda _: None).buckets]
+
+
+def add_bucket(account: Account, name: str, bucket: str) -> None:
+    """Add a bucket to a stack of ours, as its owner may: it is to stay."""
+    body = account.template(account.find(name) or pytest.fail("there is no stack"))
+    added = f"\nResources:\n  Precious:\n    Type: AWS::S3::Bucket\n    DeletionPolicy: Retain\n    Properties: {{BucketName: {bucket}}}\n"
+    account.formation.update_stack(
+        StackName=name,
+        TemplateBody=str(body).replace("\nResources:\n", added, 1),
+        Capabilities=["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
+        Tags=[{"Key": TAG, "Value": name}],
+    )
+    account.formation.get_waiter("stack_update_complete").wait(StackName=name, WaiterConfig={"Delay": 1})
+
+
+def test_bucket_that_was_added(account: Account) -> None:
+    """A bucket that was added to our stack is what the stack does with it: it is neither emptied nor tagged nor counted as data."""
+    put(account)
+    add_bucket(account, "one", bucket := f"precious-{account.number}")
+    fill(account, bucket)
+    what = doomed(account, "one", lambda _: None)
+    assert [True] == [one.name.startswith("one-bucket-") for one in what.buckets]
+    assert bucket in [one.physical for one in what.resources]
+    down(account, data=True)
+    assert {f"bucket {bucket}", f"object {bucket}/gradsharding/x null"} == {*everything(account)}
+    assert {} == tagged(account, bucket)
