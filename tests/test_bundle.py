@@ -205,6 +205,31 @@ def test_other_wheel_than_the_listed_one_is_refused(wheels: Path, tmp_path: Path
     assert [] == [*(tmp_path / "bundle").iterdir()]
 
 
+@pytest.mark.parametrize("locked", [False, True], ids=["installed", "locked"])
+@pytest.mark.parametrize("suffix", ["+evil", ".0"])
+def test_other_spelling_of_a_version_is_refused(wheels: Path, tmp_path: Path, index: Index, suffix: str, *, locked: bool) -> None:
+    """A wheel whose version is the one asked for to pip, but is written otherwise, is on no list, and refused; nothing is built."""
+    index(shutil.copytree(wheels, tmp_path / "index"))
+    wheel = next((tmp_path / "index").glob("typing_extensions-*.whl"))
+    version = wheel.name.split("-")[1]
+    other = wheel.with_name(wheel.name.replace(version, f"{version}{suffix}"))
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("/METADATA"):
+                data = data.replace(f"\nVersion: {version}\n".encode(), f"\nVersion: {version}{suffix}\n".encode())
+            new.writestr(name.replace(f"-{version}.dist-info", f"-{version}{suffix}.dist-info"), data)
+    if suffix == ".0":  # which pip prefers no more than the other, unlike a local version
+        wheel.unlink()
+
+    told = (
+        f"typing-extensions {version} was asked for, and the index that pip uses gives {other.name}, whose version is {version}{suffix}; "
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(told)}nothing was built"):
+        build(tmp_path / "bundle", *HERE, locked=locked)
+    assert [] == [*(tmp_path / "bundle").iterdir()]
+
+
 def test_unlisted_version_is_said(wheels: Path, tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that is on no list is taken as the index has it, which is said; what lies in the working directory is no pip."""
     index(wheels)

@@ -1,4 +1,4 @@
-"""A wheel goes into a function only if its SHA-256 is the one that is listed for its version, or if none is listed for that version.
+"""A wheel goes into a function only if its version is the one asked for, to the letter, and its SHA-256 is listed for it, if any is.
 
 The list is ``wheels.txt``, as ``sha256sum`` writes it, and is part of the release. ``python -m gradsharding.aws.wheels numpy==2.4.6 >
 wheels.txt`` makes it anew: the newest versions first, then those that are named.
@@ -124,11 +124,16 @@ def _require_pip() -> None:
 
 
 def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture: str) -> Wheel:
-    """Give a downloaded wheel; raise UserError if it is another than the listed one, or of a package that no pin asked for."""
+    """Give a downloaded wheel; raise UserError if it is another than the listed one, or of a package or a version that no pin asked for."""
     wheel = Wheel(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
     what = f"{wheel.package} {wheel.version}"
     if wheel.package not in pins:
         raise UserError(f"pip brought {what} along, which no function has had so far; build with --locked, or go back to an older pydantic")
+    if wheel.version != pins[wheel.package]:  # for pip, 1.0 is satisfied by 1.0+local and by 1.0.0, too, which no list has
+        raise UserError(
+            f"{wheel.package} {pins[wheel.package]} was asked for, and the index that pip uses gives {wheel.file}, whose version is "
+            f"{wheel.version}; nothing was built; name an index that has the published wheel in PIP_INDEX_URL"
+        )
     known = [one for one in listed(runtime, architecture) if (one.package, one.version) == (wheel.package, wheel.version)]
     if known and wheel.sha256 not in {one.sha256 for one in known}:
         raise UserError(
