@@ -31,6 +31,7 @@ from gradsharding.update import encode, inspect
 
 POLICIES = Path(__file__).parent.parent / "deploy/policies"
 PREFIX = "some prefix"
+BOUNDARY = "arn:aws:iam::000000000000:policy/boundary"
 LARGEST = 6_144
 """Characters of a managed policy, without blanks (https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_iam-quotas.html)."""
 
@@ -62,7 +63,8 @@ UNUSED = {
 
 def policy(name: str, **filled: str) -> Any:
     """Give a policy with its placeholders filled."""
-    known = {"Account": "000000000000", "Region": "us-east-1", "Name": "one", "Bucket": "one-bucket-*", "Prefix": "gradsharding"} | filled
+    place = {"Partition": "aws", "Account": "000000000000", "Region": "us-east-1"}
+    known = place | {"Name": "one", "Bucket": "one-bucket-*", "Prefix": "gradsharding", "Boundary": BOUNDARY} | filled
     return json.loads(Template((POLICIES / f"{name}.json").read_text()).substitute(known))
 
 
@@ -144,12 +146,46 @@ def test_deployer_reaches_one_stack() -> None:
         Need("lambda:UpdateFunctionCode", f"arn:aws:lambda:{where}:function:one-more"),
         Need("iam:PutRolePolicy", "arn:aws:iam::000000000000:role/admin"),
         Need("logs:DeleteLogGroup", f"arn:aws:logs:{where}:log-group:/aws/lambda/another"),
+        Need("iam:UpdateAssumeRolePolicy", "arn:aws:iam::000000000000:role/admin"),
         Need("iam:CreateUser", "arn:aws:iam::000000000000:user/me"),
+        Need("iam:CreatePolicyVersion", BOUNDARY),
     ]
     (passing,) = (one for one in deployer["Statement"] if "iam:PassRole" in one["Action"])
 
     assert [] == [need for need in others if allows([deployer], need)]
     assert {"StringEquals": {"iam:PassedToService": "lambda.amazonaws.com"}} == passing["Condition"]
+
+
+def test_bounded_deployer() -> None:
+    """It may do what a deployer may, but makes, bounds and changes the rights of a role only with the boundary, and takes it off none."""
+    deployer, bounded = policy("deployer"), policy("deployer-bounded")
+    of_rights = {"iam:CreateRole", "iam:DeleteRolePolicy", "iam:PutRolePermissionsBoundary", "iam:PutRolePolicy"}
+    plain, held = ([one for one in bounded["Statement"] if (one["Sid"] == "BoundedRole") == is_held] for is_held in (False, True))
+    (role,) = (one for one in deployer["Statement"] if one["Sid"] == "Role")
+    rest = {**role, "Action": [one for one in role["Action"] if one not in of_rights | {"iam:DeleteRolePermissionsBoundary"}]}
+
+    assert [rest if one is role else one for one in deployer["Statement"]] == plain
+    assert [
+        {
+            "Sid": "BoundedRole",
+            "Effect": "Allow",
+            "Action": sorted(of_rights),
+            "Resource": role["Resource"],
+            "Condition": {"StringEquals": {"iam:PermissionsBoundary": BOUNDARY}},
+        }
+    ] == held
+    conditional = {  # of IAM's actions on roles, those that the condition key is for
+        "iam:AttachRolePolicy", "iam:CreateRole", "iam:DeleteRolePermissionsBoundary", "iam:DeleteRolePolicy", "iam:DetachRolePolicy",
+        "iam:PutRolePermissionsBoundary", "iam:PutRolePolicy",
+    }  # fmt: skip
+    assert set() == conditional & actions({"Statement": plain})
+
+
+def test_partition_is_asked_for() -> None:
+    """Each ARN of the policies has the partition for a placeholder, so that they can be filled in for China and GovCloud as well."""
+    for path in POLICIES.glob("*.json"):
+        for one in policy(path.stem, Partition="aws-cn", Node="*", Boundary="arn:aws-cn:iam::000000000000:policy/boundary")["Statement"]:
+            assert [] == [place for place in one["Resource"] if place != "*" and not place.startswith("arn:aws-cn:")]
 
 
 @pytest.mark.parametrize("path", sorted(POLICIES.glob("*.json")), ids=lambda path: path.stem)
