@@ -31,6 +31,7 @@ from gradsharding.errors import GradShardingError, StackFailed, StoreRefused, Us
 from gradsharding.store import open_store
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.frontdoor import FrontDoor, Stop, front_door
+from gradsharding.testing.policies import recorded
 from gradsharding.testing.stack import account_missing, local_account
 from gradsharding.update import encode, load
 
@@ -232,6 +233,28 @@ def test_nothing_to_change(account: Account) -> None:
     assert {"team": "blue", "cost": "7", TAG: "one"} == stack.tags
     assert stack.protected
     assert not put(account, agree=ask, protected=False).protected
+
+
+def test_service_role(account: Account, command: Any) -> None:
+    """Another service role alone is a change, shown and agreed to; the stack keeps it, and destroy may name yet another one."""
+    first, second, third = (f"arn:aws:iam::{account.number}:role/{name}" for name in ("first", "second", "third"))
+    assert "" == put(account).role
+    assert first == put(account, role=first).role
+
+    def ask(changes: list[Change]) -> bool:
+        raise AssertionError(changes)
+
+    for same in (None, first):
+        assert first == put(account, agree=ask, role=same).role
+    shown = list[Change]()
+    assert up(account, agree=lambda changes: bool(shown.extend(changes)), role=second) is None
+    assert ("change", "Function") in {(one.action, one.logical) for one in shown}
+    assert second == put(account, role=second).role
+    with recorded() as sent:
+        take_down(account, "one", doomed(account, "one", lambda _: None), data=True, tell=lambda _: None, role=third)
+    assert [third] == [one.parameters.get("RoleARN") for one in sent if one.operation == "DeleteStack"]
+    wrong = command("destroy", "--name", "one", "--service-role", "mine", "--yes")
+    assert (2, True) == (wrong.returncode, "--service-role takes the ARN of a role" in wrong.stderr)
 
 
 def test_nobody_to_ask(account: Account, command: Any) -> None:

@@ -53,6 +53,8 @@ class Stack(NamedTuple):
     tags: Mapping[str, str]
     protected: bool
     """Against being deleted: its termination protection is on."""
+    role: str = ""
+    """ARN of the role that CloudFormation takes whenever it changes the stack; "" if it takes the rights of who asks."""
 
     @property
     def works(self) -> bool:
@@ -146,6 +148,7 @@ class Account:
             {one["ParameterKey"]: one.get("ParameterValue", "") for one in found.get("Parameters", [])},
             {tag["Key"]: tag["Value"] for tag in found.get("Tags", [])},
             found.get("EnableTerminationProtection", False),
+            found.get("RoleARN", ""),
         )
 
     def find(self, name: str) -> Stack | None:

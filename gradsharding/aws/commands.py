@@ -12,7 +12,7 @@ import click
 from gradsharding.aws.account import Account, Stack
 from gradsharding.aws.code import zipped
 from gradsharding.aws.drift import checked, drift
-from gradsharding.aws.options import chosen, deploy_options
+from gradsharding.aws.options import SERVICE_ROLE, chosen, deploy_options
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
 from gradsharding.aws.teardown import Bucket, Doomed, doomed, take_down
 from gradsharding.errors import UserError
@@ -81,8 +81,9 @@ def status(name: str) -> None:
 @click.command(short_help="Take a stack down again; its data stays unless you say otherwise.")
 @name_option
 @click.option("--delete-data", is_flag=True, help="Delete the bucket, too, with all that is in it.")
+@SERVICE_ROLE.option()
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
+def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool) -> None:
     """Delete the stack, its log and the function's code. Its bucket stays, unless --delete-data is given. It asks first."""
     account = Account()
     with _recoverable(account, name):
@@ -94,7 +95,7 @@ def destroy(name: str, *, delete_data: bool, yes: bool) -> None:
         if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
             click.echo("nothing was deleted")
             raise click.exceptions.Exit(1)
-        take_down(account, name, what, data=delete_data, tell=_tell)
+        take_down(account, name, what, data=delete_data, tell=_tell, role=service_role)
     click.echo(f"stack {name} in {account} is gone")
     _say_left(name, [*([] if delete_data else what.buckets), *what.earlier])
 

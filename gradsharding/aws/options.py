@@ -73,6 +73,9 @@ _ARN, _BUCKET = "arn:aws[a-z-]*", "[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _NAME_OF_BUCKET = Form(_BUCKET, "the name of a bucket: 3 to 63 small letters, digits, hyphens and dots")
 _ROLE = Form(f"{_ARN}:iam::[0-9]{{12}}:role/.+", "the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME")
 
+SERVICE_ROLE = Row("--service-role", "", "Role that CloudFormation takes, instead of yours.", metavar="ARN", form=_ROLE)
+"""Of ``destroy``, too: the role that a stack was put up with may be gone."""
+
 OPTIONS = (
     Row("--architecture", "Architecture", "[default: arm64]", kind=click.Choice([*MACHINES])),
     Row("--memory", "Memory", "Memory of one function.  [default: 512]", kind=click.IntRange(192, MEMORY[-1] >> 20), metavar="MIB"),
@@ -127,7 +130,7 @@ OPTIONS = (
         values=("true", "false"),
     ),
     Row("--tag", "", "Tag of the stack and all that is in it; may be given several times.", metavar="KEY=VALUE", several=True, default=()),
-    Row("--service-role", "", "Role that CloudFormation takes, instead of yours.", metavar="ARN", form=_ROLE),
+    SERVICE_ROLE,
     Row("--termination-protection/--no-termination-protection", "", "Have CloudFormation refuse to delete the stack."),
     Row(
         "--code-bucket", "", "A bucket that you have, for the function's code.  [default: one is made]",

@@ -125,7 +125,7 @@ def _request(
     return {
         "StackName": found.id if found else order.name,  # by its ARN it is the one that was looked at
         "ChangeSetType": "UPDATE" if found else "CREATE",
-        "TemplateBody": filled(text, code.url, known),
+        "TemplateBody": filled(text, code.url, known, order.role or (found.role if found else "")),
         "Capabilities": ["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
         "Parameters": [
             *({"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept)),

@@ -71,8 +71,8 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack))
 
 
-def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell) -> int:
-    """Delete the stack, then, with ``data``, its buckets, then its code; give the number of objects of code.
+def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> int:
+    """Delete the stack, as ``role`` if that is given, then, with ``data``, its buckets, then its code; give the number of objects of code.
 
     Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there.
     """
@@ -80,7 +80,7 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
         if what.stack:
             for bucket in what.buckets:
                 _label(account, bucket.name, what.stack)
-            _delete_stack(account, what.stack, tell)
+            _delete_stack(account, what.stack, role, tell)
         for bucket in what.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
             _delete_bucket(account, bucket.name)
@@ -92,10 +92,11 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
     return cleared
 
 
-def _delete_stack(account: Account, stack: Stack, tell: Tell) -> None:
+def _delete_stack(account: Account, stack: Stack, role: str | None, tell: Tell) -> None:
     tell(f"deleting stack {stack.name}")
     token = f"gradsharding-{uuid.uuid4().hex}"
-    account.formation.delete_stack(StackName=stack.id, ClientRequestToken=token)
+    taken: Any = {"RoleARN": role} if role else {}  # else CloudFormation takes the one that the stack has
+    account.formation.delete_stack(StackName=stack.id, ClientRequestToken=token, **taken)
     gone = account.done(stack, token, tell)
     if gone.status != "DELETE_COMPLETE":
         raise StackFailed(

@@ -1,4 +1,6 @@
-"""What AWS does at its front door, and ministack does not: a bucket is compared with its expected owner. A request can be a caller's last.
+"""What AWS does at its front door, and ministack does not. A request can be a caller's last.
+
+A bucket is compared with its expected owner, and a stack keeps the role that CloudFormation was given for it.
 
 It stands before an account on loopback, tells which requests came, and can stop who sends them at a request of a given number.
 """
@@ -55,10 +57,13 @@ class FrontDoor:
     accounts: list[str]
     seen: list[Seen] = field(default_factory=list)
     stop: Stop | None = None
+    roles: dict[str, str] = field(default_factory=dict)
+    """By account and name of a stack."""
 
     def __post_init__(self) -> None:
         """Open the port."""
         self.endpoint = self.plain["AWS_ENDPOINT_URL"]
+        self._given: dict[str, tuple[str, str]] = {}
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), type("Bound", (_Relay,), {"door": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -93,12 +98,37 @@ class FrontDoor:
             return False
         return any(self._has(number, one.bucket) for number in self.accounts if number != one.owner)
 
+    def keep_role(self, account: str, asked: Mapping[str, list[str]]) -> None:
+        """Note the role that CloudFormation is given by a change set that is executed; with the stack, it goes."""
+        stack, change = (_name(asked.get(name, [""])[0]) for name in ("StackName", "ChangeSetName"))
+        match asked["Action"][0]:
+            case "CreateChangeSet" if "RoleARN" in asked:
+                self._given[change] = (f"{account}/{stack}", asked["RoleARN"][0])
+            case "ExecuteChangeSet" if change in self._given:
+                self.roles.update([self._given[change]])
+            case "DeleteStack":
+                self.roles.pop(f"{account}/{stack}", None)
+
+    def with_roles(self, account: str, described: bytes) -> bytes:
+        """Add the roles to what DescribeStacks answers."""
+
+        def add(found: re.Match[bytes]) -> bytes:
+            role = self.roles.get(f"{account}/{found[1].decode()}")
+            return found[0] + (f"<RoleARN>{role}</RoleARN>".encode() if role else b"")
+
+        return re.sub(rb"<StackName>([^<]*)</StackName>", add, described)
+
     def _has(self, account: str, bucket: str) -> bool:
         """Ask for an account's buckets, in its own name: ministack checks no signatures."""
         scope = f"AWS4-HMAC-SHA256 Credential={account}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
         with contextlib.closing(http.client.HTTPConnection(urlsplit(self.endpoint).netloc, timeout=120)) as connection:
             connection.request("GET", f"/?prefix={bucket}", headers={"Authorization": scope})
             return f"<Name>{bucket}</Name>" in connection.getresponse().read().decode()
+
+
+def _name(place: str) -> str:
+    """Give what an ARN, or a name alone, names."""
+    return place.split("/")[1] if place.startswith("arn:") else place
 
 
 class _Server(ThreadingHTTPServer):
@@ -127,7 +157,8 @@ class _Relay(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         scope, path = _SCOPE.search(self.headers.get("Authorization", "")), urlsplit(self.path).path
         account, service = scope.groups() if scope else ("", "")
-        action = (parse_qs(body.decode()).get("Action") or [""])[0] if service in ("cloudformation", "iam", "sts", "monitoring") else ""
+        asked = parse_qs(body.decode()) if service in ("cloudformation", "iam", "sts", "monitoring") else {}
+        action = asked.get("Action", [""])[0]
         bucket = path.split("/")[1] if service == "s3" else ""
         one = Seen(account, service, action or f"{self.command} {path}", bucket, self.headers.get("x-amz-expected-bucket-owner"))
         stop = self.door.note(one)
@@ -147,6 +178,9 @@ class _Relay(BaseHTTPRequestHandler):
             upstream.endheaders(body or None)
             answer = upstream.getresponse()
             data, headers = answer.read(), dict(answer.getheaders())
+        if service == "cloudformation":
+            self.door.keep_role(account, asked)
+            data = self.door.with_roles(account, data) if action == "DescribeStacks" else data
         if stop and stop.answered:
             os.kill(stop.pid, stop.how)
         with contextlib.suppress(OSError):
