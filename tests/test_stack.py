@@ -582,6 +582,19 @@ def test_bucket_that_was_brought(account: Account) -> None:
     assert [f"bucket mine-{account.number}, which was brought, is gone"] == [one.what for one in missing(account, stack)]
 
 
+def test_what_is_deleted_is_said(account: Account, command: Any) -> None:
+    """After deploy it is said when rounds are deleted: by the template's rule; of a bucket that was brought, only its own rules say."""
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    made = command("deploy", "--name", "one", "--expire-days", "3", "--yes")
+    brought = command("deploy", "--name", "two", "--bucket", f"mine-{account.number}", "--yes")
+
+    assert (0, 0) == (made.returncode, brought.returncode)
+    assert made.stdout.endswith("; rounds are deleted after 3 days, results stay.\n")
+    told = f"; what is deleted in mine-{account.number}, and when, its own rules say: deploy/README.md has those that rounds need.\n"
+    assert brought.stdout.endswith(told)
+    assert "rounds are deleted" not in brought.stdout
+
+
 def test_reason_of_this_failure(account: Account) -> None:
     """A failed change gives the reason of this change, not of an earlier one, and the stack is as it was before."""
     reasons = []

@@ -58,8 +58,7 @@ def deploy(name: str, **options: Any) -> None:
         f"-o {store}/results/mean.safetensors --executor {executor}\n"
         f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
         f"Take it down: gradsharding destroy{_named(name)}\n\n"
-        f"Left up and unused, {standing(account.region)}; "
-        f"rounds are deleted after {up.parameters.get('ExpireDays', '7')} days, results stay."
+        f"Left up and unused, {standing(account.region)}; {_kept(up)}."
     )
 
 
@@ -158,6 +157,13 @@ def _recoverable(account: Account, name: str) -> Iterator[None]:
         _tell("stopped; looking what is there now")
         click.echo(interrupted(account, name), err=True)
         raise
+
+
+def _kept(stack: Stack) -> str:
+    """Say what is deleted of a stack's data, and when."""
+    if bucket := stack.parameters.get("ExistingBucket"):
+        return f"what is deleted in {bucket}, and when, its own rules say: deploy/README.md has those that rounds need"
+    return f"rounds are deleted after {stack.parameters.get('ExpireDays', '7')} days, results stay"
 
 
 def standing(region: str) -> str:
