@@ -21,10 +21,12 @@ import boto3
 import numpy as np
 import pytest
 
+from gradsharding.aws import stack as stacks
 from gradsharding.aws.account import TAG, Account, Stack, is_marked, remedy
 from gradsharding.aws.code import own_bucket
 from gradsharding.aws.code import zipped as build_zip
 from gradsharding.aws.drift import checked, drift, missing
+from gradsharding.aws.options import NAMED
 from gradsharding.aws.stack import Change, Order, put_up, template
 from gradsharding.aws.teardown import doomed, take_down
 from gradsharding.errors import GradShardingError, StackFailed, StoreRefused, UserError
@@ -255,6 +257,26 @@ def test_service_role(account: Account, command: Any) -> None:
     assert [third] == [one.parameters.get("RoleARN") for one in sent if one.operation == "DeleteStack"]
     wrong = command("destroy", "--name", "one", "--service-role", "mine", "--yes")
     assert (2, True) == (wrong.returncode, "--service-role takes the ARN of a role" in wrong.stderr)
+
+
+def test_long_name(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that CloudFormation would shorten is refused to a new stack; one that an older release put up is changed and taken down."""
+    longest = "n" * NAMED
+    with pytest.raises(UserError, match=rf"^{longest}n has 41 characters, and a new stack's name 40 at most, .* --name$"):
+        put(account, f"{longest}n")
+    assert {} == everything(account)
+
+    put(account, longest)
+    buckets, roles = (f"{longest}-{kind}-" for kind in ("bucket", "Role"))
+    assert all(len(f"{start}{'x' * 13}") <= most for start, most in ((buckets, 63), (roles, 64)))
+    down(account, longest, data=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stacks, "NAMED", 48)
+        put(account, "o" * 48)
+    assert "1024" == put(account, "o" * 48, parameters={"Memory": "1024"}).parameters["Memory"]
+    down(account, "o" * 48, data=True)
+    assert {} == everything(account)
 
 
 def test_nobody_to_ask(account: Account, command: Any) -> None:

@@ -12,7 +12,7 @@ import click
 from gradsharding.aws.account import Account, Stack
 from gradsharding.aws.code import zipped
 from gradsharding.aws.drift import checked, drift
-from gradsharding.aws.options import SERVICE_ROLE, chosen, deploy_options
+from gradsharding.aws.options import NAMED, SERVICE_ROLE, chosen, deploy_options
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
 from gradsharding.aws.teardown import Bucket, Doomed, doomed, take_down
 from gradsharding.errors import UserError
@@ -192,8 +192,8 @@ def _found(account: Account, name: str) -> Stack:
 
 
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,47}", name):
-        raise UserError(f"{name!r} cannot name a stack; use up to 48 letters, digits and hyphens, a letter first")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,47}", name):  # older releases made stacks with names of up to 48
+        raise UserError(f"{name!r} cannot name a stack; use up to {NAMED} letters, digits and hyphens, a letter first")
     return name
 
 

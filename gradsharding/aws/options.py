@@ -15,6 +15,10 @@ LOG_DAYS = (1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096,
 """Days that CloudWatch keeps a log
 (https://docs.aws.amazon.com/AmazonCloudWatchLogs/latest/APIReference/API_PutRetentionPolicy.html)."""
 
+NAMED = 40
+"""Characters of a new stack's name, at most. CloudFormation makes names of it, such as NAME-bucket-x and NAME-Role-x with 12 or 13
+characters for x, and shortens those beyond what S3 (63) and IAM (64) take; the policies of deploy/policies/ would not match them."""
+
 TAGS = 49
 """Tags that a stack may have beside our own, by which it is known as ours: AWS takes 50."""
 

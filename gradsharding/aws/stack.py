@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
-from gradsharding.aws.options import require_consistent
+from gradsharding.aws.options import NAMED, require_consistent
 from gradsharding.aws.teardown import disown
 from gradsharding.aws.template import RELEASE, filled
 from gradsharding.errors import GradShardingError, StackFailed, UserError
@@ -188,7 +188,12 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
 
 
 def _check_free(account: Account, name: str) -> None:
-    """Raise UserError if something has a name that the stack's resources will have."""
+    """Raise UserError if something has a name that the stack's resources will have, or if those would be too long."""
+    if len(name) > NAMED:
+        raise UserError(
+            f"{name} has {len(name)} characters, and a new stack's name {NAMED} at most, as AWS would shorten the names that it makes of it; "
+            "choose a shorter one with --name"
+        )
     try:
         with suppress(account.functions.exceptions.ResourceNotFoundException):
             account.functions.get_function_configuration(FunctionName=name)
