@@ -266,7 +266,7 @@ def test_version_is_gone(ceph_store: S3Store, start: Start, name: str, said: str
         (None, None, 300, 300, "300 invocations at once; these credentials may not ask how many the account has"),
     ],
 )
-def test_share(
+def test_invocations_at_once(
     monkeypatch: pytest.MonkeyPatch, reserved: int | None, unreserved: int | None, asked: int | None, at_once: int, said: str
 ) -> None:
     """A run takes what is reserved for the function, else half of what the account has left, else the number it is told; and says so."""
@@ -331,7 +331,7 @@ def test_gives_up(ceph_store: S3Store, start: Start, fault: str, advice: str) ->
 @RUNS_HERE
 def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that get no turn for a quarter of an hour end the round, and it says what takes their place."""
-    monkeypatch.setattr("gradsharding.aws.invoke.PATIENCE", 0.2)
+    monkeypatch.setattr("gradsharding.aws.invoke.TURN_PATIENCE", 0.2)
     start(faults=dict.fromkeys(range(1, 99), "throttle"))
     with pytest.raises(TaskFailed, match=r"waited .* s for its turn: other work takes the account's concurrency"):
         aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
@@ -374,7 +374,7 @@ def told() -> Iterator[LocalLambda]:
 
 def _end_of(said: Said | Fault, front: LocalLambda, monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple[GradShardingError, int]:
     """Give what a task raises if Lambda says this whenever it is asked, and how often it was; waiting takes no time."""
-    monkeypatch.setattr("gradsharding.aws.invoke.PATIENCE", -1.0)
+    monkeypatch.setattr("gradsharding.aws.invoke.TURN_PATIENCE", -1.0)
     monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
     account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**account, **front.environment(), **settings}.items():

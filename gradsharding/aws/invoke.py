@@ -43,10 +43,10 @@ from gradsharding.usage import Spent, together
 CONCURRENCY = 100
 """Invocations at once, where the account does not say what it allows."""
 
-PATIENCE = 900.0
+TURN_PATIENCE = 900.0
 """Seconds that tasks wait for their turn, or for a function that is being updated, before the round is given up."""
 
-SHARE = 2
+ONE_IN = 2
 """A run takes one in so many of the account's unreserved invocations, unless it is told a number: others run functions there, too."""
 
 _KILLED = ("OutOfMemory", "signal: killed", "exited without providing a reason")
@@ -125,21 +125,21 @@ class LambdaExecutor:
         return f"{self._unqualified}:{version}" if version else self.function
 
     def limits(self, limits: Limits | None) -> Limits:
-        """What the function has, if it is less than what is allowed; of concurrency, its share, or the number that is asked for."""
+        """What the function has, if it is less than what is allowed; of concurrency, a part, or the number that is asked for."""
         memory = self.settings.memory
         room = memory - RUNTIME if memory else Limits().memory
         asked = [count for count in (self.concurrency, limits.concurrency if limits else None) if count is not None]
         most = self.settings.most
-        at_once = min(asked, default=self._share)
+        at_once = min(asked, default=self._unasked)
         return Limits(memory=min(room, limits.memory) if limits else room, concurrency=at_once if most is None else min(at_once, most))
 
     @property
-    def _share(self) -> int:
+    def _unasked(self) -> int:
         """Invocations at once that are taken unasked."""
         reserved, unreserved = self.settings.reserved, self.settings.unreserved
         if reserved is not None:
             return reserved
-        return CONCURRENCY if unreserved is None else min(unreserved, max(1, unreserved // SHARE))
+        return CONCURRENCY if unreserved is None else min(unreserved, max(1, unreserved // ONE_IN))
 
     def taken(self, limits: Limits) -> str:
         """Say how many invocations at once a run takes, of how many."""
@@ -280,7 +280,7 @@ class _Run:
                 outcomes = self._invoke(data, some, asked, vain)
             except _Wait as wait:
                 waited += _pause(asked)
-                if waited > PATIENCE:
+                if waited > TURN_PATIENCE:
                     raise TaskFailed(f"task {some[0].id} waited {waited:.0f} s for its turn: {wait.why}", task=some[0].id) from None
                 continue
             except _Failed as failed:
