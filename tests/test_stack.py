@@ -249,7 +249,12 @@ def test_service_role(account: Account, command: Any) -> None:
     for same in (None, first):
         assert first == put(account, agree=ask, role=same).role
     shown = list[Change]()
-    assert up(account, agree=lambda changes: bool(shown.extend(changes)), role=second) is None
+
+    def refuse(changes: list[Change]) -> bool:
+        shown.extend(changes)
+        return False
+
+    assert up(account, agree=refuse, role=second) is None
     assert ("change", "Function") in {(one.action, one.logical) for one in shown}
     assert second == put(account, role=second).role
     with recorded() as sent:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from gradsharding.aws.account import TAG, Account
-from gradsharding.aws.teardown import doomed
+from gradsharding.aws.teardown import doomed, take_down
+from gradsharding.errors import StackFailed
 from test_stack import OTHERS, account, command, door, down, enter, everything, foreign, put
 
 __all__ = ["account", "command", "door", "enter"]
@@ -109,3 +110,19 @@ def test_bucket_that_was_added(account: Account) -> None:
     down(account, data=True)
     assert {f"bucket {bucket}", f"object {bucket}/gradsharding/x null"} == {*everything(account)}
     assert {} == tagged(account, bucket)
+
+
+@pytest.mark.parametrize("change", ["add", "replace"])
+def test_stack_that_changes_at_the_question(account: Account, change: str) -> None:
+    """What was added to a stack, or took its name, after it was shown, is not deleted: nobody has agreed to that."""
+    put(account)
+    what = doomed(account, "one", lambda _: None)
+    if change == "add":
+        add_bucket(account, "one", f"precious-{account.number}")
+    else:
+        down(account)
+        put(account)
+    before = everything(account)
+    with pytest.raises(StackFailed, match="was changed by another command since it was shown; nothing was deleted, run this again"):
+        take_down(account, "one", what, data=True, tell=lambda _: None)
+    assert before == everything(account)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import mmap
+import re
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor

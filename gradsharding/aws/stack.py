@@ -191,7 +191,7 @@ def _check_free(account: Account, name: str) -> None:
     """Raise UserError if something has a name that the stack's resources will have, or if those would be too long."""
     if len(name) > NAMED:
         raise UserError(
-            f"{name} has {len(name)} characters, and a new stack's name {NAMED} at most, as AWS would shorten the names that it makes of it; "
+            f"{name} has {len(name)} characters, and a new stack's name {NAMED} at most, as AWS would shorten what it makes of it; "
             "choose a shorter one with --name"
         )
     try:

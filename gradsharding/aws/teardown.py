@@ -49,6 +49,8 @@ class Doomed(NamedTuple):
     """Those that earlier stacks of its name left; they stay while it is there."""
     code: str
     """The bucket of its code."""
+    held: tuple[Resource, ...] = ()
+    """All that the stack has, as it is shown."""
 
 
 def doomed(account: Account, name: str, tell: Tell) -> Doomed:
@@ -64,11 +66,12 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
             f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
             f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
         )
-    names = [bucket for bucket in account.buckets(stack) if _exists(account, bucket)]
+    held = account.resources(stack)
+    names = [one.physical for one in held if one.is_data and one.physical and _exists(account, one.physical)]
     earlier = [_counted(account, bucket) for bucket in left if bucket not in names]
-    others = [one for one in account.resources(stack) if not one.is_data]
     own = [_counted(account, bucket) for bucket in names]
-    return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack))
+    others = [one for one in held if not one.is_data]
+    return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack), (*held,))
 
 
 def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> int:
@@ -78,6 +81,7 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
     """
     try:
         if what.stack:
+            _check_same(account, what.stack, what)
             for bucket in what.buckets:
                 _label(account, bucket.name, what.stack)
             _delete_stack(account, what.stack, role, tell)
@@ -90,6 +94,16 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name} in {account}") from error
     return cleared
+
+
+def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
+    """Raise if a stack has become another since it was shown: what was added in between, nobody has agreed to delete."""
+    now = account.find(stack.name)
+    held = {one[:3] for one in account.resources(now)} if now else set()
+    if not now or now.id != stack.id or held != {one[:3] for one in what.held}:
+        raise StackFailed(
+            f"stack {stack.name} in {account} was changed by another command since it was shown; nothing was deleted, run this again"
+        )
 
 
 def _delete_stack(account: Account, stack: Stack, role: str | None, tell: Tell) -> None:
