@@ -290,6 +290,13 @@ ANSWERS: list[tuple[str, int, str, str, str]] = [
     ("s3", 403, "InvalidAccessKeyId", ECHO, STRANGER),
     ("sts", 403, "InvalidClientTokenId", "The security token included in the request is invalid", STRANGER),
     ("cloudformation", 403, "InvalidClientTokenId", "The security token included in the request is invalid.", STRANGER),
+    (
+        "cloudformation",
+        400,
+        "ValidationError",
+        "Role arn:aws:iam::123456789012:role/gone is invalid or cannot be assumed",
+        "ValidationError Role .*gone .*; let cloudformation.amazonaws.com assume that role, or name another one with --service-role$",
+    ),
     ("lambda", 403, "UnrecognizedClientException", "The security token included in the request is invalid.", STRANGER),
     ("logs", 400, "UnrecognizedClientException", "The security token included in the request is invalid.", STRANGER),
     ("s3", 403, "SignatureDoesNotMatch", ECHO, FORGED),

@@ -22,6 +22,8 @@ CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, 
 
 AGAIN = "run it again"
 
+_ROLE = "let cloudformation.amazonaws.com assume that role, or name another one with --service-role"
+
 READS = frozenset({"GetObject", "HeadObject"})
 """Operations to which S3 answers that access is denied also where there is no object, unless the asker may list the bucket
 (https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObject.html, "Permissions")."""
@@ -391,7 +393,8 @@ def _answered(error: ClientError) -> Reason:
         )
     if code in DENIED:
         return Reason(StoreRefused, _denied(code, message, error.operation_name), denied=True)
-    return Reason(StoreFailed, f"AWS answered {status} {plain(code)} {scrubbed(message)}".rstrip() + f"; {AGAIN}")
+    kind, then = (StoreRefused, _ROLE) if "is invalid or cannot be assumed" in message else (StoreFailed, AGAIN)
+    return Reason(kind, f"AWS answered {status} {plain(code)} {scrubbed(message)}".rstrip() + f"; {then}")
 
 
 def _clock(_: str) -> str:
