@@ -145,7 +145,7 @@ def put(account: Account, name: str = "one", **more: Any) -> Stack:
 
 def down(account: Account, name: str = "one", *, data: bool = False) -> int:
     """Take a stack down."""
-    return take_down(account, name, doomed(account, name, lambda _: None), data=data, tell=lambda _: None)
+    return take_down(account, name, doomed(account, name, lambda _: None), data=data, tell=lambda _: None).objects
 
 
 def foreign(account: Account, name: str, body: Mapping[str, Any] = OTHERS, tags: Mapping[str, str] = {}) -> None:

@@ -1,13 +1,15 @@
 """Destroy empties the bucket that our template made, and no other: not one that was brought, added, or tagged as ours are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from gradsharding.aws.account import TAG, Account
 from gradsharding.aws.teardown import doomed, take_down
-from gradsharding.errors import StackFailed
-from test_stack import OTHERS, account, command, door, down, enter, everything, foreign, put
+from gradsharding.errors import StackFailed, UserError
+from gradsharding.testing.frontdoor import FrontDoor
+from test_stack import OTHERS, account, command, door, down, enter, enter_again, everything, foreign, put
 
 __all__ = ["account", "command", "door", "enter"]
 
@@ -126,3 +128,67 @@ def test_stack_that_changes_at_the_question(account: Account, change: str) -> No
     with pytest.raises(StackFailed, match="was changed by another command since it was shown; nothing was deleted, run this again"):
         take_down(account, "one", what, data=True, tell=lambda _: None)
     assert before == everything(account)
+
+
+@pytest.mark.parametrize(("closed", "stands"), [("HEAD /{}", True), ("GET /{}?tagging", True), ("GET /{}?tagging", False)])
+def test_bucket_that_cannot_be_looked_into(account: Account, door: FrontDoor, command: Any, closed: str, *, stands: bool) -> None:
+    """A bucket that is there, and closed to these credentials, is named as left; with --delete-data nothing is deleted at all."""
+    bucket = put(account).outputs["Bucket"]
+    fill(account, bucket)
+    if not stands:
+        down(account)
+    before = everything(account)
+    door.closed.add(closed.format(bucket))
+    refused = command("destroy", "--name", "one", "--delete-data", "--yes")
+    assert 2 == refused.returncode
+    assert f"bucket {bucket} may hold data of stack one, and these credentials may not look into it; nothing was deleted" in refused.stderr
+    door.closed.clear()
+    assert before == everything(account)
+
+    door.closed.add(closed.format(bucket))
+    gone = command("destroy", "--name", "one", "--yes")
+    door.closed.clear()
+    assert 0 == gone.returncode, gone.stderr
+    assert f"left: bucket {bucket}, which these credentials may not look into: it may hold data of this stack" in gone.stdout
+    assert "nothing that is billed is left" not in gone.stdout
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="gradsharding/x")["Body"].read()
+
+
+def test_brought_bucket_is_named_as_left(account: Account, command: Any) -> None:
+    """Destroy says that a bucket which was brought is left, with all that lies in it."""
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    put(account, parameters={"ExistingBucket": f"mine-{account.number}"})
+    for _ in range(2):
+        gone = command("destroy", "--name", "one", "--delete-data", "--yes")
+        assert f"left: bucket mine-{account.number}, which was brought, with all that lies in it" in gone.stdout
+        assert "nothing that is billed is left" not in gone.stdout
+
+
+def test_s3_of_another_server(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where S3 is asked on another server than CloudFormation, no bucket counts as gone: the account refuses, with both names."""
+    assert account.find("one") is None
+    for elsewhere in ("http://minio.example:9000", "https://s3.us-east-1.amazonaws.com"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", elsewhere)
+        with pytest.raises(UserError, match=f"S3 is asked at {elsewhere.split('/')[2].split(':')[0]}, and CloudFormation at 127.0.0.1"):
+            Account()
+
+
+def test_code_bucket_that_is_lost(enter: Callable[[], Account], command: Any) -> None:
+    """Destroy ends although the bucket of the code is another account's by now, and says that code was left there."""
+    account = enter()
+    account.s3.create_bucket(Bucket=(bucket := f"mine-{account.number}"))
+    put(account, code_bucket=bucket)
+    for one in account.s3.list_objects_v2(Bucket=bucket)["Contents"]:
+        account.s3.delete_object(Bucket=bucket, Key=one["Key"])
+    account.s3.delete_bucket(Bucket=bucket)
+    thief = enter()
+    thief.s3.create_bucket(Bucket=bucket)
+    before = everything(thief)
+    enter_again(account)
+    for _ in range(2):
+        gone = command("destroy", "--name", "one", "--yes", "--delete-data")
+        assert 0 == gone.returncode, gone.stderr
+        assert "stack one in account" in gone.stdout
+        assert f"left: code in bucket {bucket}, which is another account's by now, or closed to these credentials (" in gone.stdout
+    assert {} == everything(account)
+    assert before == everything(enter_again(thief))

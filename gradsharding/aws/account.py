@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
@@ -37,6 +38,9 @@ DATA = ("Bucket", "AWS::S3::Bucket")
 """Logical id and type of the bucket in our template. Any other bucket in a stack of ours was added by somebody."""
 
 Tell = Callable[[str], None]
+
+_AWS = re.compile(r"(^|\.)(amazonaws\.(com|com\.cn|eu)|api\.aws)$")
+"""Hosts of AWS, those of VPC endpoints among them."""
 
 _MARKER = re.compile(r"^Metadata:[ ]*\n(?:(?:[ #].*)?\n)*?  Gradsharding:", re.MULTILINE)
 
@@ -100,8 +104,18 @@ class Account:
             self.formation: CloudFormationClient = own.client("cloudformation")
         except (BotoCoreError, ClientError) as error:
             raise explained(error, "looking up the account") from error
+        self._check_endpoints()
         self.s3.meta.events.register("provide-client-params.s3", self._expect_owner)  # type: ignore[arg-type]  # what it gives is used
         prepare(self.s3)
+
+    def _check_endpoints(self) -> None:
+        """Raise UserError if S3 is asked on another server than CloudFormation: what that has not, would count as gone."""
+        hosts = [urlsplit(client.meta.endpoint_url).hostname or "" for client in (self.s3, self.formation)]
+        if hosts[0] != hosts[1] and not hosts[0].endswith(f".{hosts[1]}") and not all(map(_AWS.search, hosts)):
+            raise UserError(
+                f"S3 is asked at {hosts[0]}, and CloudFormation at {hosts[1]}, which makes no buckets there; "
+                "for this command, take AWS_ENDPOINT_URL_S3, or endpoint_url of s3 in the profile, away"
+            )
 
     @cached_property
     def functions(self) -> "LambdaClient":

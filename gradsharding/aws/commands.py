@@ -14,7 +14,7 @@ from gradsharding.aws.code import zipped
 from gradsharding.aws.drift import checked, drift
 from gradsharding.aws.options import NAMED, SERVICE_ROLE, chosen, deploy_options
 from gradsharding.aws.stack import Change, Order, interrupted, put_up
-from gradsharding.aws.teardown import Bucket, Doomed, doomed, take_down
+from gradsharding.aws.teardown import Bucket, Cleared, Doomed, doomed, take_down
 from gradsharding.errors import UserError
 from gradsharding.plan import mib
 from gradsharding.prices import load_prices
@@ -87,41 +87,52 @@ def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool
     account = Account()
     with _recoverable(account, name):
         what = doomed(account, name, _tell)
-        if not what.stack and not (delete_data and what.buckets):
+        if not what.stack and not (delete_data and (what.buckets or what.hidden)):
             cleared = take_down(account, name, what, data=False, tell=_tell)  # what an interrupted run has left
-            _say_gone(account, name, what.buckets, cleared=cleared)
+            _say_gone(account, name, what, cleared)
             return
         if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
             click.echo("nothing was deleted")
             raise click.exceptions.Exit(1)
-        take_down(account, name, what, data=delete_data, tell=_tell, role=service_role)
+        cleared = take_down(account, name, what, data=delete_data, tell=_tell, role=service_role)
     click.echo(f"stack {name} in {account} is gone")
-    _say_left(name, [*([] if delete_data else what.buckets), *what.earlier])
+    _say_left(name, [*([] if delete_data else what.buckets), *what.earlier], what, cleared)
 
 
 def _listed(what: Doomed, *, data: bool) -> str:
     """Show what goes, and what stays, one a line."""
     lines = [_columns([("delete", one.logical, one.type, one.physical) for one in what.resources])] if what.resources else []
     lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
-    return "\n".join([*lines, *(f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier)])
+    lines += [f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier]
+    lines += [f"  keep    bucket {what.brought}, which was brought"] if what.brought else []
+    return "\n".join([*lines, *(f"  keep    {_hidden(bucket)}" for bucket in what.hidden)])
 
 
-def _say_gone(account: Account, name: str, left: list[Bucket], *, cleared: int) -> None:
+def _say_gone(account: Account, name: str, what: Doomed, cleared: Cleared) -> None:
     """Tell a stack that was deleted from one that was never here: it may be in another region."""
-    if not cleared and not left and not account.deleted(name):
+    if not cleared.objects and not what.buckets and not what.hidden and not account.deleted(name):
         raise UserError(
             f"there is no stack {name} in {account}, and none was deleted there in the last 90 days; nothing was deleted now. "
             "If it is in another region, set AWS_DEFAULT_REGION"
         )
-    click.echo(f"stack {name} in {account} is gone" + (f"; so is its code now, {cleared} objects" if cleared else " already"))
-    _say_left(name, left)
+    more = f"; so is its code now, {cleared.objects} objects" if cleared.objects else " already"
+    click.echo(f"stack {name} in {account} is gone{more}")
+    _say_left(name, what.buckets, what, cleared)
 
 
-def _say_left(name: str, left: list[Bucket]) -> None:
+def _say_left(name: str, left: list[Bucket], what: Doomed, cleared: Cleared) -> None:
     for bucket in left:
         click.echo(f"left: {_weighed(bucket)}; its storage is billed. Delete it with: gradsharding destroy{_named(name)} --delete-data")
-    if not left:
+    others = [f"bucket {what.brought}, which was brought, with all that lies in it"] if what.brought else []
+    others += [*map(_hidden, what.hidden), *([cleared.kept] if cleared.kept else [])]
+    for one in others:
+        click.echo(f"left: {one}")
+    if not left and not others:
         click.echo("nothing that is billed is left")
+
+
+def _hidden(bucket: str) -> str:
+    return f"bucket {bucket}, which these credentials may not look into: it may hold data of this stack"
 
 
 def _weighed(bucket: Bucket) -> str:

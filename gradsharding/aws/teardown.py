@@ -5,6 +5,7 @@ CloudFormation, or by the stack's events. A bucket that was brought is never emp
 somebody added to the stack.
 """
 
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -51,34 +52,56 @@ class Doomed(NamedTuple):
     """The bucket of its code."""
     held: tuple[Resource, ...] = ()
     """All that the stack has, as it is shown."""
+    hidden: tuple[str, ...] = ()
+    """Buckets of this account that may be the stack's, or left by an earlier one, and cannot be looked into."""
+    brought: str = ""
+    """The bucket that the stack was given, and leaves."""
+
+
+class Cleared(NamedTuple):
+    """What became of a stack's code."""
+
+    objects: int
+    """Deleted."""
+    kept: str
+    """Why some of it may be left; "" if none is."""
 
 
 def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     """Look for what is to be taken down; raise UserError for a stack that is not ours, or is protected."""
     found = account.find(name)
     stack = account.settled(found, tell) if found else None
-    left = _left(account, name)
+    left, hidden = _left(account, name)
     if not stack or stack.status == "DELETE_COMPLETE":
         before = account.deleted(name)
-        return Doomed(None, [], [_counted(account, bucket) for bucket in left], [], _code_bucket(account, before))
+        brought = before.parameters.get("ExistingBucket", "") if before else ""
+        return Doomed(None, [], [_counted(account, one) for one in left], [], _code_bucket(account, before), (), (*hidden,), brought)
     if stack.protected:
         raise UserError(
             f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
             f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
         )
     held = account.resources(stack)
-    names = [one.physical for one in held if one.is_data and one.physical and _exists(account, one.physical)]
-    earlier = [_counted(account, bucket) for bucket in left if bucket not in names]
-    own = [_counted(account, bucket) for bucket in names]
+    there = {one.physical: _exists(account, one.physical) for one in held if one.is_data and one.physical}
+    hidden = [*{*hidden, *(bucket for bucket, seen in there.items() if seen is None)}]
+    names = [bucket for bucket, seen in there.items() if seen and bucket not in hidden]
+    earlier = [_counted(account, bucket) for bucket in left if bucket not in there]
     others = [one for one in held if not one.is_data]
-    return Doomed(stack, others, own, earlier, _code_bucket(account, None if stack.empty else stack), (*held,))
+    own, code = [_counted(account, bucket) for bucket in names], _code_bucket(account, None if stack.empty else stack)
+    return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""))
 
 
-def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> int:
-    """Delete the stack, as ``role`` if that is given, then, with ``data``, its buckets, then its code; give the number of objects of code.
+def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
+    """Delete the stack, as ``role`` if that is given, then, with ``data``, its buckets, then its code.
 
-    Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there.
+    Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there. Raise UserError, before anything
+    is deleted, if a bucket that may be the stack's data cannot be looked into.
     """
+    if data and what.hidden:
+        raise UserError(
+            f"bucket {what.hidden[0]} may hold data of stack {name}, and these credentials may not look into it; nothing was deleted. "
+            "Use credentials that may, or leave --delete-data out"
+        )
     try:
         if what.stack:
             _check_same(account, what.stack, what)
@@ -88,12 +111,19 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
         for bucket in what.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
             _delete_bucket(account, bucket.name)
-        cleared = forget_code(account, name, what.code)
-        with suppress(StoreRefused):  # code of an earlier deploy may lie there, too, if it is ours
-            cleared += forget_code(account, name, own_bucket(account))
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name} in {account}") from error
-    return cleared
+    objects, kept = 0, ""
+    try:
+        objects += forget_code(account, name, what.code)
+    except StoreRefused as error:  # the stack is gone all the same, and no later run could do it
+        kept = (
+            f"code in bucket {what.code}, which is another account's by now, or closed to these credentials ({error.details.get('code')})"
+        )
+    if what.code != own_bucket(account):
+        with suppress(StoreRefused):  # code of an earlier deploy may lie there, too, if it is ours
+            objects += forget_code(account, name, own_bucket(account))
+    return Cleared(objects, kept)
 
 
 def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
@@ -125,19 +155,27 @@ def _code_bucket(account: Account, stack: Stack | None) -> str:
     return code.bucket if code else own_bucket(account)
 
 
-def _left(account: Account, name: str) -> list[str]:
-    """Name the buckets that stacks of that name left in this region: CloudFormation names them after the stack, and they carry our tag."""
+def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
+    """Name the buckets that stacks of that name left in this region, and those that may be such, and cannot be looked into.
+
+    CloudFormation names them after the stack, and they carry our tag.
+    """
     try:
         pages = account.s3.get_paginator("list_buckets").paginate(Prefix=f"{name.lower()[:24]}", BucketRegion=account.region)
         names = [
             one["Name"] for page in pages for one in page.get("Buckets", []) if one.get("BucketRegion", account.region) == account.region
         ]
-        tags = {bucket: _tags(account, bucket) or {} for bucket in names}
+        tags = {bucket: _tags(account, bucket) for bucket in names}
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"buckets of {account}") from error
-    tagged = [bucket for bucket in names if tags[bucket].get(TAG) == name]
-    own = [bucket for bucket in tagged if _is_made(account, name, bucket, tags[bucket])]
-    return [bucket for bucket in own if bucket not in account.brought()] if own else []
+    called = re.compile(f"{re.escape(name.lower()[:24])}-?{DATA[0].lower()}-[a-z0-9]+")  # others' buckets may be closed to us, and may
+    hidden = [bucket for bucket in names if tags[bucket] is None and called.fullmatch(bucket)]
+    tagged = {bucket: said for bucket, said in tags.items() if said and said.get(TAG) == name}
+    own = [bucket for bucket, said in tagged.items() if _is_made(account, name, bucket, said)]
+    try:
+        return [bucket for bucket in own if bucket not in account.brought()] if own else [], hidden
+    except StoreRefused:  # they may be in use
+        return [], [*hidden, *own]
 
 
 def _is_made(account: Account, name: str, bucket: str, tags: Mapping[str, str]) -> bool:
@@ -169,7 +207,8 @@ def _label(account: Account, bucket: str, stack: Stack) -> None:
     """See that a stack's bucket carries our tag, and says whose it was, before the stack goes: a later run finds it so. Other tags stay."""
     tags = _tags(account, bucket)
     if tags is not None and tags != (wanted := tags | {TAG: stack.name} | ({} if _BY in tags else {_LABEL: stack.id})):
-        _tag(account, bucket, wanted)
+        with suppress(account.s3.exceptions.NoSuchBucket):
+            _tag(account, bucket, wanted)
 
 
 def _tag(account: Account, bucket: str, tags: Mapping[str, str]) -> None:
@@ -178,13 +217,13 @@ def _tag(account: Account, bucket: str, tags: Mapping[str, str]) -> None:
 
 
 def _tags(account: Account, bucket: str) -> dict[str, str] | None:
-    """Give a bucket's tags; None if it is gone, or not to be looked into."""
+    """Give a bucket's tags, none if it is gone; None if it is not to be looked into."""
     try:
         return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
     except ClientError as error:
-        if code_of(error) == "NoSuchTagSet":
+        if code_of(error) in ("NoSuchTagSet", "NoSuchBucket"):
             return {}
-        if code_of(error) in ("NoSuchBucket", "AccessDenied"):
+        if code_of(error) == "AccessDenied":
             return None
         raise
 
@@ -224,11 +263,18 @@ def _delete_bucket(account: Account, bucket: str) -> None:
         account.s3.delete_bucket(Bucket=bucket)
 
 
-def _exists(account: Account, bucket: str) -> bool:
+def _exists(account: Account, bucket: str) -> bool | None:
+    """Whether a bucket is there, and this account's; None if it is, and cannot be looked into."""
     try:
         account.s3.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
-        if code_of(error) in ("404", "NoSuchBucket", "403", "AccessDenied"):  # gone, or another account's by now
+        if code_of(error) in ("404", "NoSuchBucket"):
             return False
-        raise explained(error, f"bucket {bucket}") from error
+        if code_of(error) not in ("403", "AccessDenied"):
+            raise explained(error, f"bucket {bucket}") from error
+        try:  # S3 says the same of another account's bucket; what it lists is this account's
+            pages = account.s3.get_paginator("list_buckets").paginate(Prefix=bucket)
+            return None if any(one["Name"] == bucket for page in pages for one in page.get("Buckets", [])) else False
+        except (BotoCoreError, ClientError):
+            return None
     return True

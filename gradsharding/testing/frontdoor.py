@@ -59,6 +59,8 @@ class FrontDoor:
     stop: Stop | None = None
     roles: dict[str, str] = field(default_factory=dict)
     """By account and name of a stack."""
+    closed: set[str] = field(default_factory=set)
+    """Requests that are denied, each as method and path with its query: ``HEAD /bucket``."""
 
     def __post_init__(self) -> None:
         """Open the port."""
@@ -167,7 +169,7 @@ class _Relay(BaseHTTPRequestHandler):
             if stop.how == signal.SIGKILL:
                 self.close_connection = True
                 return
-        if self.door.denies(one):
+        if self.door.denies(one) or f"{self.command} {self.path}" in self.door.closed:
             self._answer(403, {"Content-Type": "application/xml"}, b"" if self.command == "HEAD" else _DENIED)
             return
         with contextlib.closing(http.client.HTTPConnection(urlsplit(self.door.endpoint).netloc, timeout=120)) as upstream:
