@@ -234,7 +234,7 @@ def test_nothing_to_change(account: Account) -> None:
     assert ("1024", "60") == (stack.parameters["Memory"], stack.parameters["Timeout"])
     assert {"team": "blue", "cost": "7", TAG: "one"} == stack.tags
     assert stack.protected
-    assert not put(account, agree=ask, protected=False).protected
+    assert not put(account, protected=False).protected
 
 
 def test_service_role(account: Account, command: Any) -> None:
@@ -344,8 +344,11 @@ def test_stack_of_others(account: Account, command: Any) -> None:
 
 def test_change_set_of_others(account: Account) -> None:
     """A stack that others have prepared is theirs; one that we have prepared is ours, and goes on."""
-    for name, change in (("one", "theirs"), ("two", "gradsharding-0123")):
-        account.formation.create_change_set(StackName=name, ChangeSetName=change, ChangeSetType="CREATE", TemplateBody=json.dumps(OTHERS))
+    prepared: list[tuple[str, str, Any]] = [("one", "theirs", []), ("two", f"gradsharding-{'0123' * 8}", [{"Key": TAG, "Value": "two"}])]
+    for name, change, tags in prepared:
+        account.formation.create_change_set(
+            StackName=name, ChangeSetName=change, ChangeSetType="CREATE", TemplateBody=json.dumps(OTHERS), Tags=tags
+        )  # fmt: skip
     before = everything(account)
     with pytest.raises(UserError, match=r"stack one in .* is not one of ours \(others have prepared it\)"):
         up(account)

@@ -42,6 +42,8 @@ Tell = Callable[[str], None]
 _AWS = re.compile(r"(^|\.)(amazonaws\.(com|com\.cn|eu)|api\.aws)$")
 """Hosts of AWS, those of VPC endpoints among them."""
 
+_CHANGE_SET = re.compile(r"gradsharding-[0-9a-f]{32}")
+
 _MARKER = re.compile(r"^Metadata:[ ]*\n(?:(?:[ #].*)?\n)*?  Gradsharding:", re.MULTILINE)
 
 
@@ -177,9 +179,10 @@ class Account:
 
     def foreign(self, stack: Stack) -> str:
         """Why a stack is not ours; "" if it is."""
-        if stack.empty and not stack.tags:  # CloudFormation may keep the tags with the change set until that is run
-            sets = self._change_sets(stack)
-            return "" if sets and all(name.startswith("gradsharding-") for name in sets) else "others have prepared it"
+        if stack.empty and (sets := self.change_sets(stack)) and not all(self._is_prepared(stack, *one) for one in sets.items()):
+            return "others have prepared it"
+        if stack.empty and sets and not stack.tags:  # CloudFormation may keep the tags with the change set until that is run
+            return ""
         if (tag := stack.tags.get(TAG)) != stack.name:
             return f"its tag {TAG!r} is {tag!r}" if tag is not None else f"it has no tag {TAG!r}"
         return "" if stack.empty or is_marked(self.template(stack)) else "its template has not our marker"
@@ -320,12 +323,25 @@ class Account:
         found = map(self.look_up, ids)
         return (one for one in found if one and one.tags.get(TAG) == name and not self.foreign(one))
 
-    def _change_sets(self, stack: Stack) -> list[str]:
+    def change_sets(self, stack: Stack) -> dict[str, str]:
+        """Give the change sets that are there for a stack, whosever they are: the ARN of each by its name."""
         try:
             pages = self.formation.get_paginator("list_change_sets").paginate(StackName=stack.name)
-            return [one["ChangeSetName"] for page in pages for one in page["Summaries"]]
+            return {one["ChangeSetName"]: one["ChangeSetId"] for page in pages for one in page["Summaries"]}
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"change sets of stack {stack.name}") from error
+
+    def _is_prepared(self, stack: Stack, name: str, arn: str) -> bool:
+        """Whether a change set is one of ours: it is called as ours are, and has our tag. Others may choose such a name, too."""
+        if not _CHANGE_SET.fullmatch(name):
+            return False
+        try:
+            tags = self.formation.describe_change_set(ChangeSetName=arn).get("Tags", [])
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) == "ChangeSetNotFound":
+                return True  # it is gone since it was listed, and prepares nothing
+            raise explained(error, f"change set {name} of stack {stack.name}") from error
+        return {"Key": TAG, "Value": stack.name} in tags
 
 
 def is_marked(template: str | Mapping[str, Any]) -> bool:

@@ -64,39 +64,101 @@ def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zippe
 
     Raise UserError for a stack that is not ours, or must be mended first, StackFailed with CloudFormation's reason.
     """
-    found, name, token = _ready(account, order, tell), order.name, f"gradsharding-{uuid.uuid4().hex}"
+    found, name = _ready(account, order, tell), order.name
+    if found and found.status == "ROLLBACK_COMPLETE":  # it was never made, and CloudFormation takes no changes for it
+        if not agree(_remains(account, found)):
+            return None
+        _clear(account, found, tell)
+        found = None
     old = code_of_template(account.template(found)) if found else None
     request, code = _request(account, order, found, old, tell, make)
+    _check_same(account, order, found)
     try:
-        made = account.formation.create_change_set(ChangeSetName=token, **request)
-        stack, change, changes, agreed = _known(account, made["StackId"]), made["Id"], None, False
-        try:
-            changes = _changes(account, stack, change)
-            agreed = bool(changes) and agree(changes)
-        finally:
-            if not agreed:  # there is nothing to agree to, or nobody to ask, or an interrupt came instead
-                _take_back(account, stack, change)
-                _tidy(account, name, old, code, code if changes == [] else old, tell)
-        if changes and not agreed:
-            return None
-        if agreed:
-            if bucket := order.parameters.get("ExistingBucket"):
-                disown(account, bucket)
-            account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
-            stack = account.done(stack, token, tell)
-            if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":
-                why = account.failure(stack, token) or "its events give no reason"
-                raise StackFailed(f"stack {name} in {account} is {stack.status}: {why}; {remedy(stack)}")
-            _tidy(account, name, old, code, code, tell)
-        else:
-            tell(f"stack {name} is as it should be: no change")
-        if order.protected is not None and stack.protected != order.protected:
-            account.formation.update_termination_protection(StackName=stack.id, EnableTerminationProtection=order.protected)
+        agreed = _prepare_and_run(account, order, request, (old, code), agree, tell)
     except (BotoCoreError, ClientError) as error:
         if code_of(error) in ("ChangeSetNotFound", "InvalidChangeSetStatus"):
             raise StackFailed(f"stack {name} was changed by another command since its changes were shown; run this again") from error
         raise explained(error, f"stack {name} in {account}") from error
-    return account.find(name)
+    return account.find(name) if agreed else None
+
+
+def _prepare_and_run(
+    account: Account, order: Order, request: dict[str, Any], codes: tuple[Code | None, Code], agree: Agree, tell: Tell
+) -> bool:
+    """Prepare a change set, show it, and run it; False if it is not agreed to."""
+    token, (old, code) = f"gradsharding-{uuid.uuid4().hex}", codes
+    made = account.formation.create_change_set(ChangeSetName=token, **request)
+    stack, change = _known(account, made["StackId"]), made["Id"]
+    try:
+        _check_alone(account, stack)
+        changes = _changes(account, stack, change)
+        shown = [*_shown(stack, changes), *_protection(stack, order)]
+        agreed = bool(shown) and agree(shown)
+    except BaseException:  # it cannot be made, or there is nobody to ask, or an interrupt came instead
+        try:
+            _withdraw(account, stack, change, codes, old, tell)
+        except (BotoCoreError, ClientError, GradShardingError) as error:  # and that is what is to be heard of
+            tell(f"what was prepared for stack {stack.name} could not be taken back: {error}")
+        raise
+    if changes is None or not agreed:
+        _withdraw(account, stack, change, codes, old if shown and not agreed else code, tell)
+    else:
+        if bucket := order.parameters.get("ExistingBucket"):
+            disown(account, bucket)
+        _run(account, stack, change, token, tell)
+        _tidy(account, stack.name, old, code, code, tell)
+    if agreed and _protection(stack, order):
+        account.formation.update_termination_protection(StackName=stack.id, EnableTerminationProtection=bool(order.protected))
+    if not shown:
+        tell(f"stack {stack.name} is as it should be: no change")
+    return agreed or not shown
+
+
+def _run(account: Account, stack: Stack, change: str, token: str, tell: Tell) -> None:
+    """Run a change set; raise StackFailed with CloudFormation's reason if it fails."""
+    account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
+    stack = account.done(stack, token, tell)
+    if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":
+        why = account.failure(stack, token) or "its events give no reason"
+        raise StackFailed(f"stack {stack.name} in {account} is {stack.status}: {why}; {remedy(stack)}")
+
+
+def _shown(stack: Stack, changes: list[Change] | None) -> list[Change]:
+    """Give the changes of a change set as they are shown; where no resource changes, what is changed is the stack's own."""
+    return [Change("change", "tags or outputs", "AWS::CloudFormation::Stack", stack.name)] if changes == [] else changes or []
+
+
+def _protection(stack: Stack, order: Order) -> list[Change]:
+    """Give what an order changes about a stack's termination protection; no change set says it."""
+    if order.protected is None or order.protected == stack.protected:
+        return []
+    return [Change("turn on" if order.protected else "turn off", "termination protection", "AWS::CloudFormation::Stack", stack.name)]
+
+
+def _remains(account: Account, stack: Stack) -> list[Change]:
+    """Give what goes with a stack whose making had failed."""
+    held = [Change("delete", one.logical, one.type, one.physical) for one in account.resources(stack)]
+    return [*held, Change("delete", "the failed stack", "AWS::CloudFormation::Stack", stack.name)]
+
+
+def _clear(account: Account, stack: Stack, tell: Tell) -> None:
+    """Delete a stack whose making had failed; its ARN is its own, and it can become nothing else."""
+    tell(f"deleting stack {stack.name}, whose making had failed")
+    try:
+        account.formation.delete_stack(StackName=stack.id, ClientRequestToken=(token := f"gradsharding-{uuid.uuid4().hex}"))
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"deleting stack {stack.name}") from error
+    gone = account.done(stack, token, tell)
+    if gone.status != "DELETE_COMPLETE":
+        raise UserError(f"stack {stack.name} in {account} is {gone.status}; {remedy(gone)}")
+
+
+def _withdraw(account: Account, stack: Stack, change: str, codes: tuple[Code | None, Code], keep: Code | None, tell: Tell) -> None:
+    """Take back a change set, and the code that was put for it."""
+    if _take_back(account, stack, change):
+        _tidy(account, stack.name, *codes, keep, tell)
+    else:
+        tell(f"stack {stack.name} stays: another command has prepared or changed it meanwhile")
 
 
 def _tidy(account: Account, name: str, old: Code | None, new: Code, keep: Code | None, tell: Tell) -> None:
@@ -162,7 +224,7 @@ def kinds(text: str) -> set[tuple[str, str]]:
 
 
 def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
-    """Find the stack, ours and up; None if there is none yet. Raise UserError if it must be mended first."""
+    """Find the stack, ours and up, or one whose making failed; None if there is none. Raise UserError if it must be mended first."""
     found = account.look_up(order.name)
     if found and (why := account.foreign(found)):
         if not order.adopt or found.empty:  # what was only prepared has nothing to be taken over
@@ -172,16 +234,8 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
     if not found or found.empty or found.status == "DELETE_COMPLETE":
         _check_free(account, order.name)
         return None
-    if found.status == "ROLLBACK_COMPLETE":  # it was never made, and nothing of it is there
-        tell(f"deleting stack {order.name}, whose making had failed")
-        try:
-            account.formation.delete_stack(StackName=found.id, ClientRequestToken=(token := f"gradsharding-{uuid.uuid4().hex}"))
-        except (BotoCoreError, ClientError) as error:
-            raise explained(error, f"deleting stack {order.name}") from error
-        gone = account.done(found, token, tell)
-        if gone.status != "DELETE_COMPLETE":
-            raise UserError(f"stack {order.name} in {account} is {gone.status}; {remedy(gone)}")
-        return None
+    if found.status == "ROLLBACK_COMPLETE":
+        return found
     if not found.works:
         raise UserError(f"stack {order.name} in {account} is {found.status}; {remedy(found)}")
     return found
@@ -227,8 +281,8 @@ def _is_known(logical: str, kind: str) -> bool:
     )
 
 
-def _changes(account: Account, stack: Stack, change: str) -> list[Change]:
-    """Wait until a change set is there; say what it will do: nothing, if it has no changes. Raise StackFailed if it cannot be made."""
+def _changes(account: Account, stack: Stack, change: str) -> list[Change] | None:
+    """Wait until a change set is there; say what it does to resources; None if nothing. Raise StackFailed if it cannot be made."""
     pause = 0.1
     while True:
         pages = account.formation.get_paginator("describe_change_set").paginate(ChangeSetName=change)
@@ -240,7 +294,7 @@ def _changes(account: Account, stack: Stack, change: str) -> list[Change]:
         pause = min(2.0, pause * 1.5)
     if state != "CREATE_COMPLETE":
         if "didn't contain changes" in why or "No updates" in why:
-            return []
+            return None
         raise StackFailed(f"stack {stack.name} in {account} was not changed: {why or state}")
     return [_change(one["ResourceChange"]) for page in described for one in page.get("Changes", []) if "ResourceChange" in one]
 
@@ -270,12 +324,45 @@ def _known(account: Account, arn: str) -> Stack:
     raise StackFailed(f"{arn} was deleted by another command; run this again")
 
 
-def _take_back(account: Account, stack: Stack, change: str) -> None:
-    """Delete a change set that will not be run, and with it the stack, if there is nothing else to it."""
-    if stack.empty:
-        account.formation.delete_stack(StackName=stack.id)
-    else:
+def _take_back(account: Account, stack: Stack, change: str) -> bool:
+    """Delete a change set that will not be run, and with it the stack, if there is nothing else to it; False if others have a hand in it.
+
+    What the stack was before the question says nothing: meanwhile, another command may have filled it.
+    """
+    try:
         account.formation.delete_change_set(ChangeSetName=change)
+    except ClientError as error:
+        if code_of(error) not in ("ChangeSetNotFound", "InvalidChangeSetStatus"):  # another command has run it, or one beside it
+            raise
+    if not stack.empty:
+        return True
+    now = account.look_up(stack.id)
+    if now and now.empty and not account.change_sets(now):
+        account.formation.delete_stack(StackName=now.id)
+        return True
+    return not now or now.status == "DELETE_COMPLETE"
+
+
+def _check_same(account: Account, order: Order, found: Stack | None) -> None:
+    """Raise UserError or StackFailed unless the stack is what it was when it was looked at: code is built and put in between."""
+    now = account.look_up(order.name)
+    if now and (why := account.foreign(now)):
+        if not order.adopt or now.empty:
+            account.find(order.name)  # refuses
+        _check_old(account, now, why)
+    if now and now.empty and not found:
+        return
+    if (now and (now.id, now.status, now.parameters, now.tags)) != (found and (found.id, found.status, found.parameters, found.tags)):
+        is_now, was = (f"is {one.status} ({one.id})" if one else "is not there" for one in (now, found))
+        raise StackFailed(
+            f"stack {order.name} in {account} was changed by another command: it {is_now}, and it {was} before; run this again"
+        )
+
+
+def _check_alone(account: Account, stack: Stack) -> None:
+    """Raise UserError if others have prepared the same stack meanwhile; what we have prepared is taken back by who calls this."""
+    if stack.empty and (why := account.foreign(stack)):
+        raise UserError(f"stack {stack.name} in {account} is not ours alone: {why}; choose another name with --name")
 
 
 def interrupted(account: Account, name: str) -> str:

@@ -1,0 +1,183 @@
+"""While a command builds, waits and asks, others change the same account: what is acted on is what is there now, and what was agreed to."""
+
+import json
+import uuid
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError
+
+from gradsharding.aws.account import TAG, Account
+from gradsharding.aws.stack import Change, Order, put_up
+from gradsharding.errors import StackFailed, UserError
+from test_stack import CODE, OTHERS, account, door, enter, everything, foreign, put, up, yes, zipped
+
+__all__ = ["account", "door", "enter"]  # pytest finds fixtures by their names here
+
+
+def prepare(account: Account, name: str, change: str = "theirs", **tags: str) -> str:
+    """Prepare a stack as others do; give the ARN of the change set."""
+    made = account.formation.create_change_set(
+        StackName=name,
+        ChangeSetName=change,
+        ChangeSetType="CREATE",
+        TemplateBody=json.dumps(OTHERS),
+        Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
+    )
+    return made["Id"]
+
+
+def test_no_leaves_what_a_colleague_has_run(account: Account) -> None:
+    """Who answers no, after a colleague has run the very change set that is asked about, leaves the stack that is live by then."""
+
+    def colleague(_: list[Change]) -> bool:
+        (change,) = account.formation.list_change_sets(StackName="one")["Summaries"]
+        account.formation.execute_change_set(ChangeSetName=change["ChangeSetId"])
+        account.formation.get_waiter("stack_create_complete").wait(StackName="one", WaiterConfig={"Delay": 1})
+        return False
+
+    assert up(account, agree=colleague) is None
+    stack = account.find("one")
+    assert stack
+    assert ("CREATE_COMPLETE", "one") == (stack.status, account.functions.get_function_configuration(FunctionName="one")["FunctionName"])
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_change_set_beside_ours(account: Account, answer: bool) -> None:
+    """A stack that others prepare while the code is built, or while the question stands, is theirs whatever the answer is."""
+
+    def build(*_: Any) -> bytes:
+        prepare(account, "one")
+        return CODE
+
+    with pytest.raises(UserError, match=r"stack one in .* is not one of ours \(others have prepared it\)"):
+        put_up(account, Order("one"), lambda _: answer, lambda _: None, build)
+    assert ["theirs"] == [one["ChangeSetName"] for one in account.formation.list_change_sets(StackName="one")["Summaries"]]
+
+    def beside(_: list[Change]) -> bool:
+        prepare(account, "two")
+        return False
+
+    assert up(account, "two", agree=beside) is None
+    assert ["theirs"] == [one["ChangeSetName"] for one in account.formation.list_change_sets(StackName="two")["Summaries"]]
+
+
+def test_change_set_between_check_and_ours(account: Account) -> None:
+    """A stack that others prepare right before our change set is refused before the question, and stays as they have left it."""
+
+    def first(**_: Any) -> None:
+        account.formation.meta.events.unregister("before-call.cloudformation.CreateChangeSet", first)
+        prepare(account, "one")
+
+    account.formation.meta.events.register("before-call.cloudformation.CreateChangeSet", first)
+    with pytest.raises(UserError, match=r"stack one in .* is not ours alone: others have prepared it"):
+        up(account, agree=lambda _: pytest.fail("it asks"))
+    assert ["theirs"] == [one["ChangeSetName"] for one in account.formation.list_change_sets(StackName="one")["Summaries"]]
+
+
+def test_stack_changed_while_code_is_built(account: Account) -> None:
+    """What was found is looked at again before changes are prepared: a stack made anew, or taken by others, meanwhile, is refused."""
+    put(account)
+
+    def lose(*_: Any) -> bytes:
+        account.formation.delete_stack(StackName="one")
+        account.formation.get_waiter("stack_delete_complete").wait(StackName="one", WaiterConfig={"Delay": 1})
+        return CODE
+
+    with pytest.raises(StackFailed, match=r"stack one in .* was changed by another command: it is not there"):
+        put_up(account, Order("one"), yes, lambda _: None, lose)
+
+    def squat(*_: Any) -> bytes:
+        foreign(account, "one")
+        return CODE
+
+    with pytest.raises(UserError, match=r"stack one in .* is not one of ours"):
+        put_up(account, Order("one"), yes, lambda _: None, squat)
+
+
+def test_change_sets_called_as_ours(account: Account) -> None:
+    """A change set that is called as ours are is others' all the same, unless it has the stack's tag."""
+    prepare(account, "one", "gradsharding-plans")
+    prepare(account, "two", f"gradsharding-{uuid.uuid4().hex}")
+    prepare(account, "three", f"gradsharding-{uuid.uuid4().hex}", **{TAG: "two"})
+    before = everything(account)
+    for name in ("one", "two", "three"):
+        with pytest.raises(UserError, match=rf"stack {name} in .* is not one of ours"):
+            up(account, name)
+    assert before == everything(account)
+
+
+def test_protection_is_asked_for(account: Account) -> None:
+    """Termination protection goes on or off only if that is agreed to, also where nothing else changes."""
+    shown = list[Change]()
+
+    def refuse(changes: list[Change]) -> bool:
+        shown[:] = changes
+        return False
+
+    put(account, protected=True)
+    assert up(account, agree=refuse, protected=False) is None
+    assert [("turn off", "termination protection")] == [one[:2] for one in shown]
+    stack = account.find("one")
+    assert stack
+    assert stack.protected
+    assert not put(account, protected=False).protected
+
+
+def test_failed_stack_is_asked_for(account: Account) -> None:
+    """What is left of a stack that could not be made is deleted only if that is agreed to."""
+    body = {
+        "Metadata": {"Gradsharding": {"Format": 1}},
+        "Resources": {"Taken": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": f"taken-{account.number}"}}},
+    }  # fmt: skip
+    account.s3.create_bucket(Bucket=f"taken-{account.number}")
+    tags: Any = [{"Key": TAG, "Value": "one"}]
+    made = account.formation.create_stack(StackName="one", TemplateBody=json.dumps(body), Tags=tags, Capabilities=["CAPABILITY_IAM"])
+    failed = account.settled(account.look_up(made["StackId"]) or pytest.fail("there is no stack"), lambda _: None)
+    assert "ROLLBACK_COMPLETE" == failed.status
+    asked = list[list[Change]]()
+
+    def note(changes: list[Change]) -> bool:
+        asked.append(changes)
+        return len(asked) > 1
+
+    assert up(account, agree=note) is None
+    assert [("delete", "the failed stack")] == [one[:2] for one in asked[0]][-1:]
+    assert failed == account.look_up("one")
+    assert put(account, agree=note, code=zipped("newer")).works
+    assert 3 == len(asked)
+
+
+def test_interrupt_while_nothing_can_be_taken_back(account: Account) -> None:
+    """An interrupt at the question is what is heard of, also where CloudFormation does not take back what was prepared."""
+
+    def throttle(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "Throttling", "Message": "Rate exceeded"}}, "DeleteChangeSet")
+
+    def interrupt(_: list[Change]) -> bool:
+        raise KeyboardInterrupt
+
+    account.formation.meta.events.register("before-call.cloudformation.DeleteChangeSet", throttle)
+    said = list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        put_up(account, Order("one"), interrupt, said.append, lambda *_: CODE)
+    (line,) = [line for line in said if "Rate exceeded" in line]
+    assert line.startswith("what was prepared for stack one could not be taken back: ")
+
+
+def test_change_of_the_stack_alone(account: Account) -> None:
+    """A change set that can be run, and changes no resource, is asked about and run: what it changes is the stack's own."""
+    put(account)
+
+    def bare(parsed: dict[str, Any], **_: Any) -> None:
+        parsed["Changes"] = []
+
+    account.formation.meta.events.register("after-call.cloudformation.DescribeChangeSet", bare)
+    shown = list[Change]()
+
+    def note(changes: list[Change]) -> bool:
+        shown[:] = changes
+        return True
+
+    assert "blue" == put(account, agree=note, tags={"team": "blue"}).tags["team"]
+    assert [("change", "tags or outputs")] == [one[:2] for one in shown]
