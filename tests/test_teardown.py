@@ -1,5 +1,6 @@
 """Destroy empties the bucket that our template made, and no other: not one that was brought, added, or tagged as ours are."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from gradsharding.aws.account import TAG, Account
 from gradsharding.aws.teardown import doomed, take_down
 from gradsharding.errors import StackFailed, UserError
 from gradsharding.testing.frontdoor import FrontDoor
-from test_stack import OTHERS, account, command, door, down, enter, enter_again, everything, foreign, put
+from test_stack import CODE, OTHERS, account, command, door, down, enter, enter_again, everything, foreign, put, zipped
 
 __all__ = ["account", "command", "door", "enter"]
 
@@ -192,3 +193,36 @@ def test_code_bucket_that_is_lost(enter: Callable[[], Account], command: Any) ->
         assert f"left: code in bucket {bucket}, which is another account's by now, or closed to these credentials (" in gone.stdout
     assert {} == everything(account)
     assert before == everything(enter_again(thief))
+
+
+@pytest.mark.parametrize("versioned", [False, True])
+def test_code_of_others_in_a_brought_bucket(account: Account, *, versioned: bool) -> None:
+    """What is called as our code is, in a bucket that was brought, is the user's unless we wrote it: no version of it is deleted."""
+    account.s3.create_bucket(Bucket=(bucket := f"mine-{account.number}"))
+    if versioned:
+        account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    for text in ("older", "newer"):
+        account.s3.put_object(Bucket=bucket, Key=f"one/{'0' * 64}.zip", Body=text.encode())
+    same = f"one/{hashlib.sha256(CODE).hexdigest()}.zip"
+    account.s3.put_object(Bucket=bucket, Key=same, Body=CODE)
+    before = everything(account)
+    put(account, code_bucket=bucket)
+    put(account, code=zipped("newer"))
+    put(account, code=zipped("newest"))
+    down(account, data=True)
+    assert before == everything(account)
+
+
+def test_code_that_a_foreign_deleted_stack_names(account: Account) -> None:
+    """What the template of a deleted stack names is deleted only if that stack was ours, by tag and by marker."""
+    account.s3.create_bucket(Bucket=(bucket := f"mine-{account.number}"))
+    key = f"one/{'0' * 64}.zip"
+    account.s3.put_object(Bucket=bucket, Key=key, Body=b"precious", Metadata={TAG: "one"})
+    foreign(
+        account, "one", {"Resources": {"Log": {"Type": "AWS::Logs::LogGroup"}}, "Metadata": {"Code": f"s3://{bucket}/{key}"}}, {TAG: "one"}
+    )
+    account.formation.delete_stack(StackName="one")
+    account.formation.get_waiter("stack_delete_complete").wait(StackName="one", WaiterConfig={"Delay": 1})
+    before = everything(account)
+    assert 0 == down(account, data=True)
+    assert before == everything(account)

@@ -88,7 +88,9 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Co
             _make_bucket(account, code.bucket)
         has = _digest(account, code)
         if has is None:
-            account.s3.put_object(Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256)  # S3 compares it
+            account.s3.put_object(
+                Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256, Metadata={TAG: name}
+            )  # S3 compares it
             has = code.digest
     except (BotoCoreError, ClientError) as error:
         raise _refused(account, code.bucket, error, "writing the function's code to") from error
@@ -98,10 +100,16 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Co
 
 
 def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> int:
-    """Delete the code of a stack, but for ``keep``, and our own bucket, too, if it is empty then; give the number of objects deleted."""
+    """Delete the code of a stack, but for ``keep``, and our own bucket, too, if it is empty then; give the number of objects deleted.
+
+    In a bucket that was brought, that is only what we put there: what is called as our code is may be the user's.
+    """
     try:
         doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
         doomed = [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)]
+        if bucket != own_bucket(account):
+            strange = {one["Key"] for one in doomed if not _is_ours(account, name, bucket, one)}
+            doomed = [one for one in doomed if one["Key"] not in strange]
         delete_objects(account, bucket, doomed)
         if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
             account.s3.delete_bucket(Bucket=bucket)
@@ -121,6 +129,18 @@ def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]])
                 f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {kept[0].get('Message')}; "
                 "take that hindrance away, and run this again"
             )
+
+
+def _is_ours(account: Account, name: str, bucket: str, version: Mapping[str, str]) -> bool:
+    """Whether ``put_code`` wrote that version of an object, as its metadata says; a delete marker has none, and loses nothing."""
+    try:
+        return account.s3.head_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])["Metadata"].get(TAG) == name
+    except ClientError as error:
+        if code_of(error) in ("403", "AccessDenied"):
+            return False
+        if code_of(error) in ("404", "405", "MethodNotAllowed"):
+            return True
+        raise
 
 
 def _versions(account: Account, bucket: str, prefix: str = "") -> Iterator[dict[str, str]]:
