@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gradsharding.aws.account import TAG, Account
+from gradsharding.aws.drift import missing
 from gradsharding.aws.teardown import doomed, take_down
 from gradsharding.errors import StackFailed, UserError
 from gradsharding.testing.frontdoor import FrontDoor
@@ -226,3 +227,29 @@ def test_code_that_a_foreign_deleted_stack_names(account: Account) -> None:
     before = everything(account)
     assert 0 == down(account, data=True)
     assert before == everything(account)
+
+
+@pytest.mark.parametrize("case", ["made", "brought", "lost"])
+def test_advice_keeps_the_data_in_sight(account: Account, command: Any, case: str) -> None:
+    """What is gone comes back by a destroy and a deploy that are given with the bucket's name, so that the stack goes on with its data."""
+    brought = f"mine-{account.number}"
+    if case == "brought":
+        account.s3.create_bucket(Bucket=brought)
+    stack = put(account, parameters={"ExistingBucket": brought} if case == "brought" else {})
+    bucket = brought if case == "brought" else stack.outputs["Bucket"]
+    account.alarms.delete_alarms(AlarmNames=[one.physical for one in account.resources(stack) if one.logical == "ErrorsAlarm"])
+    if case == "lost":
+        account.s3.delete_bucket(Bucket=bucket)
+    else:
+        fill(account, bucket)
+    said = {one.what.split()[0]: one.remedy for one in missing(account, stack)}["ErrorsAlarm"]
+    assert said.startswith("rounds run without it; ")
+    assert (case != "lost") == (f"gradsharding deploy --name one --bucket {bucket} " in said)
+    if case == "lost":
+        return
+    assert 0 == command("destroy", "--name", "one", "--yes").returncode
+    assert 0 == command("deploy", "--name", "one", "--bucket", bucket, "--yes").returncode
+    assert [] == missing(account, account.find("one") or pytest.fail("there is no stack"))
+    down(account, data=True)
+    down(account, data=True)
+    assert b"precious" == account.s3.get_object(Bucket=bucket, Key="gradsharding/x")["Body"].read()

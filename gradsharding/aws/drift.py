@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.account import Account, Stack, remedy
+from gradsharding.aws.account import Account, Resource, Stack, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import code_of_template
 from gradsharding.errors import GradShardingError
@@ -42,9 +42,9 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
     """Say what keeps a stack of ours from working: its state, what is gone, other code; nothing, if it works."""
     if not stack.works:
         return [Wrong(f"stack {stack.name} is {stack.status}", remedy(stack))]
-    anew = f"make it anew: gradsharding destroy --name {stack.name}, which leaves a bucket that is there, then gradsharding deploy"
     resources = account.resources(stack)
     wrong, lost = list[Wrong](), set[str]()
+    anew = _anew(account, stack, resources)
     for one in resources:
         try:
             there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
@@ -54,7 +54,8 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
             there = False
         if not there:
             lost.add(one.logical)
-            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", anew))
+            beside = "rounds run without it; to have it again, " if one.type == "AWS::CloudWatch::Alarm" else ""
+            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", beside + anew))
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
         wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
     code = code_of_template(account.template(stack))
@@ -72,6 +73,19 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
                 )
             )
     return wrong
+
+
+def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
+    """Say how to make a stack anew that goes on with the same bucket, where that is there: without its name, a new one would be made."""
+    own = next((one.physical for one in resources if one.is_data), "")
+    brought, name = stack.parameters.get("ExistingBucket", ""), stack.name
+    bucket = brought or own
+    try:  # what was its own is another account's if S3 denies it; functions may be let into one that was brought where we are not
+        there = not _is_gone(account, stack, brought) if brought else bool(own and account.s3.head_bucket(Bucket=own))
+    except (BotoCoreError, ClientError):
+        there = False
+    destroy = f"make it anew: gradsharding destroy --name {name}{f', which leaves bucket {bucket} with its data' if there else ''}, then "
+    return f"{destroy}gradsharding deploy --name {name}{f' --bucket {bucket}' if there else ''} and the options that it has"
 
 
 def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
