@@ -103,7 +103,7 @@ def add_bucket(account: Account, name: str, bucket: str) -> None:
     account.formation.get_waiter("stack_update_complete").wait(StackName=name, WaiterConfig={"Delay": 1})
 
 
-def test_bucket_that_was_added(account: Account) -> None:
+def test_bucket_that_was_added(account: Account, command: Any) -> None:
     """A bucket that was added to our stack is what the stack does with it: it is neither emptied nor tagged nor counted as data."""
     put(account)
     add_bucket(account, "one", bucket := f"precious-{account.number}")
@@ -111,7 +111,9 @@ def test_bucket_that_was_added(account: Account) -> None:
     what = doomed(account, "one", lambda _: None)
     assert [True] == [one.name.startswith("one-bucket-") for one in what.buckets]
     assert bucket in [one.physical for one in what.resources]
-    down(account, data=True)
+    gone = command("destroy", "--name", "one", "--delete-data", "--yes")
+    assert ["keep", "Precious", "AWS::S3::Bucket", bucket] in [line.split() for line in gone.stdout.splitlines()]
+    assert "delete  Log " in gone.stdout
     assert {f"bucket {bucket}", f"object {bucket}/gradsharding/x null"} == {*everything(account)}
     assert {} == tagged(account, bucket)
 

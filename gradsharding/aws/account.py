@@ -195,6 +195,15 @@ class Account:
             raise explained(error, f"the template of stack {stack.name}") from error
         return body if isinstance(body, str) else dict(body)
 
+    def kept(self, stack: Stack) -> set[str]:
+        """Name the resources, by logical id, that a stack leaves when it is deleted, as its template says with SAM's part worked out."""
+        try:
+            body: Any = self.formation.get_template(StackName=stack.id, TemplateStage="Processed")["TemplateBody"]
+        except (BotoCoreError, ClientError) as error:
+            raise explained(error, f"the template of stack {stack.name}") from error
+        found = body.get("Resources", {}) if isinstance(body, Mapping) else {}
+        return {logical for logical, one in found.items() if str(one.get("DeletionPolicy", "")).startswith("Retain")}
+
     def description(self, stack: Stack) -> str:
         """Give what a stack's template says of itself."""
         try:

@@ -56,6 +56,8 @@ class Doomed(NamedTuple):
     """Buckets of this account that may be the stack's, or left by an earlier one, and cannot be looked into."""
     brought: str = ""
     """The bucket that the stack was given, and leaves."""
+    kept: frozenset[str] = frozenset()
+    """Logical ids of what the stack leaves."""
 
 
 class Cleared(NamedTuple):
@@ -87,8 +89,9 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     names = [bucket for bucket, seen in there.items() if seen and bucket not in hidden]
     earlier = [_counted(account, bucket) for bucket in left if bucket not in there]
     others = [one for one in held if not one.is_data]
+    kept = frozenset(account.kept(stack)) if others else frozenset[str]()
     own, code = [_counted(account, bucket) for bucket in names], _code_bucket(account, None if stack.empty else stack)
-    return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""))
+    return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""), kept)
 
 
 def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
