@@ -632,8 +632,8 @@ def test_reason_of_this_failure(account: Account) -> None:
         put(account)
 
         def lose(_: list[Change]) -> bool:
-            for one in account.s3.list_objects_v2(Bucket=own_bucket(account))["Contents"]:
-                account.s3.delete_object(Bucket=own_bucket(account), Key=one["Key"])
+            for one in account.s3.list_object_versions(Bucket=own_bucket(account))["Versions"]:
+                account.s3.delete_object(Bucket=own_bucket(account), Key=one["Key"], VersionId=one["VersionId"])
             return True
 
         with pytest.raises(

@@ -8,8 +8,10 @@ import pytest
 from botocore.exceptions import ClientError
 
 from gradsharding.aws.account import TAG, Account
+from gradsharding.aws.code import own_bucket
+from gradsharding.aws.drift import checked, missing
 from gradsharding.aws.stack import Change, Order, put_up
-from gradsharding.errors import StackFailed, UserError
+from gradsharding.errors import GradShardingError, StackFailed, UserError
 from test_stack import CODE, OTHERS, account, door, enter, everything, foreign, put, up, yes, zipped
 
 __all__ = ["account", "door", "enter"]  # pytest finds fixtures by their names here
@@ -181,3 +183,67 @@ def test_change_of_the_stack_alone(account: Account) -> None:
 
     assert "blue" == put(account, agree=note, tags={"team": "blue"}).tags["team"]
     assert [("change", "tags or outputs")] == [one[:2] for one in shown]
+
+
+def other_code_in_its_place(account: Account, bucket: str) -> Any:
+    """Give an agreement that replaces the code right before it says yes."""
+
+    def agree(_: list[Change]) -> bool:
+        (one,) = account.s3.list_objects_v2(Bucket=bucket)["Contents"]
+        account.s3.put_object(Bucket=bucket, Key=one["Key"], Body=zipped("evil"))
+        return True
+
+    return agree
+
+
+def test_code_is_what_was_compared(account: Account) -> None:
+    """Code that is replaced in its bucket between the comparison and the answer is not what is deployed."""
+    stack = put(account, agree=other_code_in_its_place(account, own_bucket(account)))
+    checked(account, stack)
+    with pytest.raises(UserError, match="holds other code"):
+        up(account)
+    (one,) = account.s3.list_objects_v2(Bucket=own_bucket(account))["Contents"]
+    account.s3.delete_object(Bucket=own_bucket(account), Key=one["Key"])
+    checked(account, put(account))
+    put(account, agree=lambda _: pytest.fail("something is to be changed"))
+
+
+def test_other_code_is_replaced(account: Account) -> None:
+    """A function whose code was changed by hand gets its own again by the same deploy; the alias leads to it, and then nothing is to do."""
+    stack = put(account)
+    account.functions.update_function_code(FunctionName="one", ZipFile=zipped("evil"))
+    (wrong,) = missing(account, stack)
+    assert "have it replaced: gradsharding deploy with the same options" in wrong.remedy
+    checked(account, put(account))
+    put(account, agree=lambda _: pytest.fail("something is to be changed"))
+
+
+def test_code_bucket_without_versions(account: Account) -> None:
+    """In a bucket without versions, other code is found out after it was deployed; once versions are kept, the same deploy replaces it."""
+    bucket = f"mine-{account.number}"
+    account.s3.create_bucket(Bucket=bucket)
+    stack = put(account, agree=other_code_in_its_place(account, bucket), code_bucket=bucket)
+    with pytest.raises(GradShardingError, match=r"runs other code .*turn that on first") as found:
+        checked(account, stack)
+    assert f"versioning is on for bucket {bucket}" in found.value.message
+    (one,) = account.s3.list_objects_v2(Bucket=bucket)["Contents"]
+    account.s3.delete_object(Bucket=bucket, Key=one["Key"])
+    account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    checked(account, put(account))
+
+
+def test_bucket_for_code_keeps_what_others_added(account: Account) -> None:
+    """Statements and tags that others add to the bucket for code stay, whatever is deployed."""
+    put(account)
+    bucket = own_bucket(account)
+    policy = json.loads(account.s3.get_bucket_policy(Bucket=bucket)["Policy"])
+    policy["Statement"].append({**policy["Statement"][0], "Sid": "Theirs", "Condition": {"NumericLessThan": {"s3:TlsVersion": 1.3}}})
+    account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+    tags = [{"Key": "team", "Value": "blue"}, {"Key": TAG, "Value": "code"}]
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": tags})  # type: ignore[typeddict-item]
+    put(account, code=zipped("newer"))
+    assert policy == json.loads(account.s3.get_bucket_policy(Bucket=bucket)["Policy"])
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": tags[:1]})  # type: ignore[typeddict-item]
+    put(account, code=zipped("newest"))
+    assert {"team": "blue", TAG: "code"} == {one["Key"]: one["Value"] for one in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
+    assert "Enabled" == account.s3.get_bucket_versioning(Bucket=bucket)["Status"]

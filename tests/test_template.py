@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from gradsharding.aws.account import Account, Stack
+from gradsharding.aws.code import Code, code_of_template
 from gradsharding.aws.demands import demanded
 from gradsharding.aws.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
 from gradsharding.aws.stack import TEMPLATES, Order, defaults, put_up, template
@@ -226,6 +227,19 @@ def test_dashboard() -> None:
     assert all(dimension == ["FunctionName", "${Function}"] for dimension in shown.values())
     assert [f"SOURCE '{name}'" for name in ("${Log}",)] == [one["properties"]["query"][:15] for one in widgets if one["type"] == "log"]
     assert {REGION} == {one["properties"]["region"] for one in widgets}
+
+
+@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+def test_code_is_pinned_to_its_version() -> None:
+    """Where the bucket of the code keeps versions, the function is made of the very version that was compared, and that is read back."""
+    code = Code("code-bucket", "one", "0" * 64, "3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY-MTRCxf3vjVBH40_Nr8X8gdRQBpUMLUo")
+    text = filled(template(), code.uri, {})
+    made = translated(read_template(text))["Resources"]["Function"]["Properties"]["Code"]
+    assert {"S3Bucket": code.bucket, "S3Key": code.key, "S3ObjectVersion": code.version} == made
+    assert (code, code) == (
+        code_of_template(text),
+        code_of_template({"CodeUri": read_template(text)["Resources"]["Function"]["Properties"]["CodeUri"]}),
+    )
 
 
 def test_alias_leads_to_a_version_that_stays() -> None:

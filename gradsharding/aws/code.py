@@ -24,6 +24,14 @@ from gradsharding.errors import StackFailed, StoreRefused, UserError
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
 """Where a template finds the code: bucket, stack, SHA-256."""
 
+_VERSION = re.compile(
+    r"""\{"?Bucket"?: "?([a-z0-9][a-z0-9.-]+)"?, "?Key"?: "?([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip"?, "?Version"?: "([^"\\]+)"\}"""
+)
+"""And where the bucket keeps versions: the version, too."""
+
+UNVERSIONED = "null"
+"""S3's version of what was written while its bucket kept no versions."""
+
 _DENIED = {"403", "AccessDenied", "Forbidden"}
 
 
@@ -35,6 +43,8 @@ class Code(NamedTuple):
     """Of the stack."""
     digest: str
     """SHA-256 of the zip, hexadecimal."""
+    version: str = UNVERSIONED
+    """Of the object: by it, what is deployed is what was compared, whatever is written in its place meanwhile."""
 
     @property
     def key(self) -> str:
@@ -43,8 +53,15 @@ class Code(NamedTuple):
 
     @property
     def url(self) -> str:
-        """What the template says."""
+        """What people read."""
         return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def uri(self) -> str:
+        """What the template says."""
+        if self.version == UNVERSIONED:
+            return self.url
+        return f'{{Bucket: {self.bucket}, Key: {self.key}, Version: "{self.version}"}}'
 
     @property
     def sha256(self) -> str:
@@ -68,7 +85,8 @@ def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False)
 
 def code_of_template(template: str | Mapping[str, Any]) -> Code | None:
     """Find the code that a deployed template of ours names; None if it names none that we put there."""
-    found = CodeUri.search(template if isinstance(template, str) else json.dumps(template))
+    text = template if isinstance(template, str) else json.dumps(template)
+    found = _VERSION.search(text) or CodeUri.search(text)
     return Code(*found.groups()) if found else None
 
 
@@ -77,8 +95,8 @@ def own_bucket(account: Account) -> str:
     return f"gradsharding-code-{account.number}-{account.region}"
 
 
-def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Code:
-    """Put a zip where the template will find it.
+def put_code(account: Account, name: str, bucket: str | None, data: bytes, stale: str = "") -> Code:
+    """Put a zip where the template will find it; anew if its version is ``stale``, from which a function with other code was made.
 
     Raise StoreRefused for a bucket that is not this account's, UserError for other code in its place.
     """
@@ -86,17 +104,20 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes) -> Co
     try:
         if bucket is None:
             _make_bucket(account, code.bucket)
-        has = _digest(account, code)
-        if has is None:
-            account.s3.put_object(
+        has, version = _digest(account, code) or (code.digest, "")
+        doubtful = {"", stale, *([UNVERSIONED] if _keeps_versions(account, code.bucket) else [])}
+        if has == code.digest and version in doubtful:
+            made = account.s3.put_object(  # S3 compares it
                 Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256, Metadata={TAG: name}
-            )  # S3 compares it
-            has = code.digest
+            )
+            version = made.get("VersionId", UNVERSIONED)
+            if version != UNVERSIONED:  # S3 may not find it at first, in a bucket that keeps versions since a moment ago
+                account.s3.get_waiter("object_exists").wait(Bucket=code.bucket, Key=code.key, VersionId=version)
     except (BotoCoreError, ClientError) as error:
         raise _refused(account, code.bucket, error, "writing the function's code to") from error
     if has != code.digest:
         raise UserError(f"{code.url} holds other code: its SHA-256 is {has}; find out who wrote it, delete it, and run this again")
-    return code
+    return code._replace(version=version)
 
 
 def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> int:
@@ -160,37 +181,64 @@ def _make_bucket(account: Account, bucket: str) -> None:
         with suppress(account.s3.exceptions.BucketAlreadyOwnedByYou):
             account.s3.create_bucket(Bucket=bucket, **where)
     block: Any = dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True)
-    policy = {
-        "Version": "2012-10-17",
-        "Statement": [
-            {
-                "Sid": "TlsOnly",
-                "Effect": "Deny",
-                "Principal": "*",
-                "Action": "s3:*",
-                "Resource": [f"arn:{account.partition}:s3:::{bucket}", f"arn:{account.partition}:s3:::{bucket}/*"],
-                "Condition": {"Bool": {"aws:SecureTransport": "false"}},
-            }
-        ],
-    }
     account.s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=block)
-    account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
-    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": TAG, "Value": "code"}]})
+    if not _keeps_versions(account, bucket):  # so that a template can name the very code that was compared
+        account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    only_tls = {
+        "Sid": "TlsOnly",
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:*",
+        "Resource": [f"arn:{account.partition}:s3:::{bucket}", f"arn:{account.partition}:s3:::{bucket}/*"],
+        "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+    }
+    policy = _policy(account, bucket)
+    if only_tls not in policy["Statement"]:  # what others have added stays
+        kept = [one for one in policy["Statement"] if one.get("Sid") != only_tls["Sid"]]
+        account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({**policy, "Statement": [*kept, only_tls]}))
+    tags = _tags(account, bucket)
+    if tags.get(TAG) != "code":
+        wanted: Any = [{"Key": key, "Value": value} for key, value in {**tags, TAG: "code"}.items() if not key.startswith("aws:")]
+        account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": wanted})
 
 
-def _digest(account: Account, code: Code) -> str | None:
-    """Give the SHA-256 of what lies in the code's place, read back; None if nothing does."""
+def _policy(account: Account, bucket: str) -> dict[str, Any]:
     try:
-        body = account.s3.get_object(Bucket=code.bucket, Key=code.key)["Body"]
+        policy = json.loads(account.s3.get_bucket_policy(Bucket=bucket)["Policy"])
+    except ClientError as error:
+        if code_of(error) != "NoSuchBucketPolicy":
+            raise
+        policy = {"Version": "2012-10-17", "Statement": []}
+    statements = policy["Statement"]
+    return {**policy, "Statement": statements if isinstance(statements, list) else [statements]}
+
+
+def _tags(account: Account, bucket: str) -> dict[str, str]:
+    try:
+        return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
+    except ClientError as error:
+        if code_of(error) != "NoSuchTagSet":
+            raise
+        return {}
+
+
+def _keeps_versions(account: Account, bucket: str) -> bool:
+    return account.s3.get_bucket_versioning(Bucket=bucket).get("Status") == "Enabled"
+
+
+def _digest(account: Account, code: Code) -> tuple[str, str] | None:
+    """Give the SHA-256 of what lies in the code's place, read back, and its version; None if nothing does."""
+    try:
+        found = account.s3.get_object(Bucket=code.bucket, Key=code.key)
     except ClientError as error:
         if code_of(error) in ("NoSuchKey", "404"):
             return None
         raise
-    digest = hashlib.sha256()
+    digest, body = hashlib.sha256(), found["Body"]
     with body:
         for chunk in body.iter_chunks(1 << 20):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest.hexdigest(), found.get("VersionId", UNVERSIONED)
 
 
 def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, doing: str) -> Exception:

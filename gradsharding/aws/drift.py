@@ -4,14 +4,14 @@ A resource that was deleted by hand stays in CloudFormation's books, where a cha
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import Account, Resource, Stack, remedy
 from gradsharding.aws.client import code_of, explained
-from gradsharding.aws.code import code_of_template
+from gradsharding.aws.code import UNVERSIONED, Code, code_of_template
 from gradsharding.errors import GradShardingError
 
 DETECTING = 60
@@ -59,19 +59,13 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
         wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
     code = code_of_template(account.template(stack))
-    functions = [one for one in resources if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias") and one.logical not in lost]
-    for one in functions if code else ():
-        try:
-            has = account.functions.get_function_configuration(FunctionName=one.physical)["CodeSha256"]
-        except (BotoCoreError, ClientError) as error:
-            raise explained(error, f"the configuration of {one.physical}") from error
-        if code and has != code.sha256:
-            wrong.append(
-                Wrong(
-                    f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})",
-                    f"find out who changed it; {anew}",
-                )
-            )
+    again = "what runs is not to be trusted: find out who changed it, then have it replaced: gradsharding deploy with the same options"
+    if code and code.version == UNVERSIONED:
+        again += f"; it sees the difference only if versioning is on for bucket {code.bucket}, so turn that on first"
+    if code:
+        for one, has in others_code(account, [one for one in resources if one.logical not in lost], code):
+            what = f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
+            wrong.append(Wrong(what, again))
     return wrong
 
 
@@ -86,6 +80,20 @@ def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
         there = False
     destroy = f"make it anew: gradsharding destroy --name {name}{f', which leaves bucket {bucket} with its data' if there else ''}, then "
     return f"{destroy}gradsharding deploy --name {name}{f' --bucket {bucket}' if there else ''} and the options that it has"
+
+
+def others_code(account: Account, resources: list[Resource], code: Code) -> Iterator[tuple[Resource, str]]:
+    """Find the functions, and what their aliases lead to, whose code is other than that; give its SHA-256 as Lambda writes it."""
+    for one in resources:
+        if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias"):
+            try:
+                has = account.functions.get_function_configuration(FunctionName=one.physical)["CodeSha256"]
+            except (BotoCoreError, ClientError) as error:
+                if code_of(error) in _GONE:
+                    continue
+                raise explained(error, f"the configuration of {one.physical}") from error
+            if has != code.sha256:
+                yield one, has
 
 
 def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:

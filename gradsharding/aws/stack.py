@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
+from gradsharding.aws.drift import others_code
 from gradsharding.aws.options import NAMED, require_consistent
 from gradsharding.aws.teardown import disown
 from gradsharding.aws.template import RELEASE, filled
@@ -182,12 +183,13 @@ def _request(
     known = {**takes, **{key: found.parameters[key] for key in kept if found}, **given}
     require_consistent(known, given, found.parameters if found else None, account.region)
     bucket = order.code_bucket or (old.bucket if old and old.bucket != own_bucket(account) else None)
-    code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell))
+    stale = old.version if old and found and any(others_code(account, account.resources(found), old)) else ""
+    code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell), stale)
     tags = {**(found.tags if found else {}), **order.tags, TAG: order.name}
     return {
         "StackName": found.id if found else order.name,  # by its ARN it is the one that was looked at
         "ChangeSetType": "UPDATE" if found else "CREATE",
-        "TemplateBody": filled(text, code.url, known, order.role or (found.role if found else "")),
+        "TemplateBody": filled(text, code.uri, known, order.role or (found.role if found else "")),
         "Capabilities": ["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
         "Parameters": [
             *({"ParameterKey": key, "UsePreviousValue": True} for key in sorted(kept)),
