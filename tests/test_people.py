@@ -56,7 +56,6 @@ UNUSED = {
     "firehose:.*|s3:REST.*|logs:(CreateLogDelivery|.*BearerToken.*|.*DeletionProtection|(Put|Delete)(DataProtection|Index|Resource)Policy)":
     "no delivery, no masks and no policies of logs",
     "iam:(Attach|Detach)RolePolicy": "the role has a policy of its own",
-    "s3:GetObjectVersion": "code is named by its digest, not by a version",
 }  # fmt: skip
 """What the handlers of our resources' types may ask, and not for this template: the reasons."""
 

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -247,3 +248,20 @@ def test_bucket_for_code_keeps_what_others_added(account: Account) -> None:
     put(account, code=zipped("newest"))
     assert {"team": "blue", TAG: "code"} == {one["Key"]: one["Value"] for one in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
     assert "Enabled" == account.s3.get_bucket_versioning(Bucket=bucket)["Status"]
+
+
+def test_bucket_that_is_brought_is_looked_at_first(enter: Callable[[], Account]) -> None:
+    """A bucket that is not there, or is another account's than is said, is refused before anything is made."""
+    other = enter()
+    other.s3.create_bucket(Bucket=f"theirs-{other.number}")
+    account = enter()
+    account.s3.create_bucket(Bucket=f"mine-{account.number}")
+    before = everything(account)
+    for bucket, owner, said in (
+        ("no-such-bucket", "", "there is no bucket no-such-bucket"),
+        (f"theirs-{other.number}", "", f"bucket theirs-{other.number} is not account {account.number}'s.*--bucket-owner"),
+        (f"mine-{account.number}", other.number, f"bucket mine-{account.number} is not account {other.number}'s.*--bucket-owner"),
+    ):
+        with pytest.raises(UserError, match=said):
+            up(account, parameters={"ExistingBucket": bucket, "BucketOwner": owner})
+    assert before == everything(account)

@@ -120,6 +120,13 @@ class Account:
             )
 
     @cached_property
+    def anybodys_s3(self) -> "S3Client":
+        """A client of S3 that reaches any account's buckets; it is to ask no more than whether one is there."""
+        client = self._session.client("s3", config=Config(**s3_settings(self._session._session, "")))  # noqa: SLF001 - botocore's own
+        prepare(client)
+        return client
+
+    @cached_property
     def functions(self) -> "LambdaClient":
         """Lambda's client."""
         return self._session.client("lambda")

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.account import Account, Resource, Stack, remedy
+from gradsharding.aws.account import Account, Resource, Stack, Tell, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import UNVERSIONED, Code, code_of_template
-from gradsharding.errors import GradShardingError
+from gradsharding.errors import GradShardingError, UserError
 
 DETECTING = 60
 """Seconds that CloudFormation has for its own detection of drift."""
@@ -94,6 +94,33 @@ def others_code(account: Account, resources: list[Resource], code: Code) -> Iter
                 raise explained(error, f"the configuration of {one.physical}") from error
             if has != code.sha256:
                 yield one, has
+
+
+def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None:
+    """Raise UserError unless a bucket that is brought is there, and is the account's that it is said to be, as far as it can be seen."""
+    try:
+        account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=owner or account.number)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) in ("404", "NoSuchBucket"):
+            raise UserError(f"there is no bucket {bucket}, and nothing was changed; check its name, or make it first") from error
+        if code_of(error) not in ("403", "AccessDenied"):
+            raise explained(error, f"looking at bucket {bucket}") from error
+    else:
+        return
+    try:
+        account.anybodys_s3.head_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError):
+        if owner:  # who deploys need not be let in where the function is
+            tell(f"bucket {bucket} could not be looked into: it is not account {owner}'s, or does not let these credentials in")
+            return
+        raise UserError(
+            f"bucket {bucket} is not account {account.number}'s, or does not let these credentials in (s3:ListBucket), and nothing was "
+            "changed; if it is another account's, name that with --bucket-owner"
+        ) from None
+    raise UserError(
+        f"bucket {bucket} is not account {owner or account.number}'s, and nothing was changed; name the account that owns it with "
+        "--bucket-owner"
+    )
 
 
 def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:

@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
-from gradsharding.aws.drift import others_code
+from gradsharding.aws.drift import check_brought, others_code
 from gradsharding.aws.options import NAMED, require_consistent
 from gradsharding.aws.teardown import disown
 from gradsharding.aws.template import RELEASE, filled
@@ -182,6 +182,8 @@ def _request(
     kept = found.parameters.keys() & takes.keys() - given.keys() if found else frozenset[str]()
     known = {**takes, **{key: found.parameters[key] for key in kept if found}, **given}
     require_consistent(known, given, found.parameters if found else None, account.region)
+    if known["ExistingBucket"] and given.keys() & {"ExistingBucket", "BucketOwner"}:
+        check_brought(account, known["ExistingBucket"], known["BucketOwner"], tell)
     bucket = order.code_bucket or (old.bucket if old and old.bucket != own_bucket(account) else None)
     stale = old.version if old and found and any(others_code(account, account.resources(found), old)) else ""
     code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell), stale)
