@@ -11,7 +11,7 @@ from gradsharding.aws.drift import missing
 from gradsharding.aws.teardown import doomed, take_down
 from gradsharding.errors import StackFailed, UserError
 from gradsharding.testing.frontdoor import FrontDoor
-from test_stack import CODE, OTHERS, account, command, door, down, enter, enter_again, everything, foreign, put, zipped
+from test_stack import CODE, OTHERS, account, add_bucket, command, door, down, enter, enter_again, everything, foreign, put, zipped
 
 __all__ = ["account", "command", "door", "enter"]
 
@@ -88,19 +88,6 @@ def test_tags_of_cloudformation(account: Account, *, stack: str, logical: str, o
     tags = {TAG: "one", "aws:cloudformation:stack-name": stack, "aws:cloudformation:logical-id": logical}
     account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": [{"Key": key, "Value": value} for key, value in tags.items()]})
     assert ([bucket] if ours else []) == [one.name for one in doomed(account, "one", lambda _: None).buckets]
-
-
-def add_bucket(account: Account, name: str, bucket: str) -> None:
-    """Add a bucket to a stack of ours, as its owner may: it is to stay."""
-    body = account.template(account.find(name) or pytest.fail("there is no stack"))
-    added = f"\nResources:\n  Precious:\n    Type: AWS::S3::Bucket\n    DeletionPolicy: Retain\n    Properties: {{BucketName: {bucket}}}\n"
-    account.formation.update_stack(
-        StackName=name,
-        TemplateBody=str(body).replace("\nResources:\n", added, 1),
-        Capabilities=["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
-        Tags=[{"Key": TAG, "Value": name}],
-    )
-    account.formation.get_waiter("stack_update_complete").wait(StackName=name, WaiterConfig={"Delay": 1})
 
 
 def test_bucket_that_was_added(account: Account, command: Any) -> None:

@@ -171,7 +171,8 @@ def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
         tags = {bucket: _tags(account, bucket) for bucket in names}
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"buckets of {account}") from error
-    called = re.compile(f"{re.escape(name.lower()[:24])}-?{DATA[0].lower()}-[a-z0-9]+")  # others' buckets may be closed to us, and may
+    begins, rest = re.escape(name.lower()[:24]), re.escape(name.lower()[24:])  # of a long name, CloudFormation may take a part
+    called = re.compile(f"{begins}({rest})?-?{DATA[0].lower()}-[a-z0-9]+")  # any other bucket that is closed to us is somebody's
     hidden = [bucket for bucket in names if tags[bucket] is None and called.fullmatch(bucket)]
     tagged = {bucket: said for bucket, said in tags.items() if said and said.get(TAG) == name}
     own = [bucket for bucket, said in tagged.items() if _is_made(account, name, bucket, said)]
