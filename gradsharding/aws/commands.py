@@ -101,7 +101,9 @@ def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool
 
 def _listed(what: Doomed, *, data: bool) -> str:
     """Show what goes, and what stays, one a line."""
-    rows = [("keep" if one.logical in what.kept else "delete", one.logical, one.type, one.physical) for one in what.resources]
+    rows: list[tuple[str, ...]] = [
+        ("keep" if one.logical in what.kept else "delete", one.logical, one.type, one.physical) for one in what.resources
+    ]
     lines = [_columns(rows)] if rows else []
     lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
     lines += [f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier]
