@@ -21,14 +21,34 @@ _BEARER = re.compile(r"(?i)\b(authorization[\"'\\\s]{0,4}[:=][\"'\\\s]{0,4}(?:ba
 
 _LABELLED = re.compile(
     r"(?i)(\barn:aws[a-z-]*:[^\s\"',;&<>]*)"  # secretsmanager:, and secret:, stand in names
-    r"|((?<![\w./-])[\w.-]*"
+    r"|((?<![\w./-])[\w.-]{0,64}"
     r"(?:secret(?: access)?(?: key)?|token|passw(?:or)?d|passphrase|signature|access[ _-]?key[ _-]?id|api_?key|private_?key)"
-    r"[\w.-]*[\"'\\ \t\]]{0,4}[=:>][\"'\\ \t]{0,4})[^\s\"',;&<>\\]+"
+    r"[\w.-]{0,64}[\"'\\ \t\]]{0,4}[=:>][\"'\\ \t]{0,4})[^\s\"',;&<>\\]+"
 )
 
 _ACCESS_KEY = re.compile(r"\b(?:A3T|AKIA|ASIA|AROA|AIDA|AGPA|ANPA|ANVA|ABIA|ACCA)[A-Z0-9]{12,}\b")
 
-_RUN = re.compile(r"[A-Za-z0-9+/=]{40,}")
+_RUN = re.compile(r"[A-Za-z0-9+/_%-]{40,}={0,2}")
+"""What may be a secret key of AWS's, which has 40 letters, or a token; or a path, or a name."""
+
+_KEY = re.compile(r"[A-Za-z0-9+/]{40}")
+_PIECE = re.compile(r"[A-Za-z0-9]+")
+_ESCAPED = re.compile(r"%[0-9A-Fa-f]{2}")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+
+
+def _random(run: str) -> bool:
+    """Whether upper case, lower case and digits alternate as in letters drawn at random; in a path or a name they do so only at its words.
+
+    Words are counted, in 40 letters. Pieces of one case have none: digests in hexadecimal, ids of CloudFormation's, paths in lower case.
+    A secret key has fewer than 9 words once in 10,000 times, and fewer than 12 once in 1,000 times. As a name of exactly 40 letters is
+    rare, 9 are enough there; a longer run, which may be a path, takes 12.
+    """
+    plain = _ESCAPED.sub("///", run)
+    pieces = [piece for piece in _PIECE.finditer(plain) if any(map(str.isupper, piece[0])) and any(map(str.islower, piece[0]))]
+    starts = [piece.start() + word.start() for piece in pieces for word in _WORD.finditer(piece[0])]
+    few = 9 if _KEY.fullmatch(run) else 12
+    return any(last - first < 40 for first, last in zip(starts, starts[few - 1 :], strict=False))
 
 
 def without_secrets(text: str) -> str:
@@ -42,4 +62,4 @@ def without_secrets(text: str) -> str:
             text = text.replace(secret, "…")
     text = _QUERY.sub("?…", _USER.sub("//…@", _SIGNED.sub("", text)))
     text = _LABELLED.sub(lambda found: found[1] or f"{found[2]}…", _BEARER.sub(r"\1…", text))
-    return _RUN.sub("…", _ACCESS_KEY.sub("…", text))
+    return _RUN.sub(lambda found: "…" if _random(found[0]) else found[0], _ACCESS_KEY.sub("…", text))
