@@ -608,3 +608,15 @@ def test_fault_tells_no_secret() -> None:
     with pytest.raises(Fault) as caught:
         failed(KeyError("aws_session_token=hush https://b/k?X-Amz-Signature=hush"), [])
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("settings")
+def test_what_a_server_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a server that is not AWS's says of what it cannot do is told in one line, cut, and without a secret."""
+    with answering(_as("s3", 501, "NotImplemented", f"no, {SECRET}, {'never ' * 1000}\nat all")) as url:
+        for name, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(StoreRefused, match=r"cannot do that \(.*NotImplemented.*: no, …, never .*\); ") as caught:
+            S3Store("s3://bucket").put("a", [b"x"])
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 700

@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Tell
 from gradsharding.aws.bundle import build
 from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.refusals import scrubbed
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
@@ -147,7 +148,7 @@ def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]])
         some: Any = objects[i : i + 1000]
         if kept := account.s3.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True}).get("Errors"):
             raise StackFailed(
-                f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {kept[0].get('Message')}; "
+                f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {scrubbed(kept[0].get('Message'))}; "
                 "take that hindrance away, and run this again"
             )
 

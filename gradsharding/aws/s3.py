@@ -17,7 +17,7 @@ from gradsharding.aws.demands import EQUAL_PARTS
 from gradsharding.aws.dialect import Dialect, dialect
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
 from gradsharding.aws.ranged import Answer, Ask, first_of, stream
-from gradsharding.aws.refusals import READS
+from gradsharding.aws.refusals import READS, scrubbed
 from gradsharding.charges import Charges
 from gradsharding.compose import MINIMUM, Composed, piece
 from gradsharding.dtypes import Buffer
@@ -279,7 +279,7 @@ class S3Store:
         """Say what a server that is not AWS's cannot do, if that is what it answers."""
         match code_of(error):
             case "NotImplemented" | "MethodNotAllowed":
-                return StoreRefused(f"{verb} of {self.url}/{key}: {self._server} cannot do that ({error}); {OTHERS}", key=key)
+                return StoreRefused(f"{verb} of {self.url}/{key}: {self._server} cannot do that ({scrubbed(error)}); {OTHERS}", key=key)
             case "InvalidPart" if "same length" in str(error):
                 return StoreRefused(f"{self._server} wants parts of one size; set {EQUAL_PARTS}=1 and run it again", key=key)
         return None
