@@ -19,7 +19,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import TAG, Account, Tell
 from gradsharding.aws.bundle import build
 from gradsharding.aws.client import code_of, explained
-from gradsharding.aws.refusals import scrubbed
+from gradsharding.aws.refusals import DENIED, scrubbed
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
@@ -32,8 +32,6 @@ _VERSION = re.compile(
 
 UNVERSIONED = "null"
 """S3's version of what was written while its bucket kept no versions."""
-
-_DENIED = {"403", "AccessDenied", "Forbidden"}
 
 
 class Code(NamedTuple):
@@ -243,7 +241,7 @@ def _digest(account: Account, code: Code) -> tuple[str, str] | None:
 
 
 def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, doing: str) -> Exception:
-    if code_of(error) in _DENIED or code_of(error) in ("BucketAlreadyExists", "NoSuchBucket"):
+    if code_of(error) in DENIED or code_of(error) in ("BucketAlreadyExists", "NoSuchBucket"):
         return StoreRefused(
             f"{doing} bucket {bucket}: it is not account {account.number}'s, or does not let these credentials in ({code_of(error)}); "
             "choose a bucket of yours with --code-bucket",

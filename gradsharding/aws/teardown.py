@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import DATA, TAG, Account, Resource, Stack, Tell
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import code_of_template, delete_objects, forget_code, own_bucket
+from gradsharding.aws.refusals import DENIED
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 COUNTED = 100_000
@@ -227,7 +228,7 @@ def _tags(account: Account, bucket: str) -> dict[str, str] | None:
     except ClientError as error:
         if code_of(error) in ("NoSuchTagSet", "NoSuchBucket"):
             return {}
-        if code_of(error) == "AccessDenied":
+        if code_of(error) in DENIED:
             return None
         raise
 
@@ -274,7 +275,7 @@ def _exists(account: Account, bucket: str) -> bool | None:
     except (BotoCoreError, ClientError) as error:
         if code_of(error) in ("404", "NoSuchBucket"):
             return False
-        if code_of(error) not in ("403", "AccessDenied"):
+        if code_of(error) not in DENIED:
             raise explained(error, f"bucket {bucket}") from error
         try:  # S3 says the same of another account's bucket; what it lists is this account's
             pages = account.s3.get_paginator("list_buckets").paginate(Prefix=bucket)
