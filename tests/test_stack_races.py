@@ -10,10 +10,10 @@ from botocore.exceptions import ClientError
 
 from gradsharding.aws.account import TAG, Account
 from gradsharding.aws.code import own_bucket
-from gradsharding.aws.drift import checked, missing
+from gradsharding.aws.drift import checked, drift, missing
 from gradsharding.aws.stack import Change, Order, put_up
 from gradsharding.errors import GradShardingError, StackFailed, UserError
-from test_stack import CODE, OTHERS, account, door, enter, everything, foreign, put, up, yes, zipped
+from test_stack import CODE, OTHERS, account, door, down, enter, everything, foreign, put, up, yes, zipped
 
 __all__ = ["account", "door", "enter"]  # pytest finds fixtures by their names here
 
@@ -265,3 +265,66 @@ def test_bucket_that_is_brought_is_looked_at_first(enter: Callable[[], Account])
         with pytest.raises(UserError, match=said):
             up(account, parameters={"ExistingBucket": bucket, "BucketOwner": owner})
     assert before == everything(account)
+
+
+def test_what_cannot_be_seen_is_not_well(account: Account) -> None:
+    """Where CloudFormation's detection is refused or fails, that is said; nothing that was not looked at counts as it was deployed."""
+    stack = put(account)
+
+    def deny(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "AccessDenied", "Message": "not authorized to perform DetectStackDrift"}}, "DetectStackDrift")
+
+    for action in ("DetectStackDrift", "DescribeStackDriftDetectionStatus", "DescribeStackResourceDrifts"):
+        account.formation.meta.events.register(f"before-call.cloudformation.{action}", deny)
+        unseen = list[str]()
+        assert [] == drift(account, stack, unseen.append)
+        (said,) = unseen
+        assert said.startswith("what was changed by hand could not be looked for: ")
+        account.formation.meta.events.unregister(f"before-call.cloudformation.{action}", deny)
+
+    def fail(parsed: dict[str, Any], **_: Any) -> None:
+        parsed.update(DetectionStatus="DETECTION_FAILED", DetectionStatusReason="Failed to detect drift on resource [Role]")
+
+    account.formation.meta.events.register("after-call.cloudformation.DescribeStackDriftDetectionStatus", fail)
+    failed = list[str]()
+    drift(account, stack, failed.append)
+    assert ["what was changed by hand could not be looked for everywhere: Failed to detect drift on resource [Role]"] == failed
+
+
+def test_bucket_that_was_opened(account: Account) -> None:
+    """A bucket that was opened by hand, or lost the policy that asks for TLS, is found out."""
+    stack = put(account)
+    bucket = stack.outputs["Bucket"]
+    assert [] == drift(account, stack)
+    account.s3.delete_public_access_block(Bucket=bucket)
+    account.s3.delete_bucket_policy(Bucket=bucket)
+    said = {one.what.partition(" ")[0]: str(one) for one in drift(account, stack)}
+    assert {"Bucket", "BucketPolicy"} == said.keys()
+    assert f"put-public-access-block --bucket {bucket} --public-access-block-configuration BlockPublicAcls=true," in said["Bucket"]
+
+
+def test_bucket_stays_closed(account: Account) -> None:
+    """The bucket that outlives its stack keeps the policy that refuses requests without TLS."""
+    bucket = put(account).outputs["Bucket"]
+    before = account.s3.get_bucket_policy(Bucket=bucket)["Policy"]
+    down(account)
+    assert before == account.s3.get_bucket_policy(Bucket=bucket)["Policy"]
+
+
+def test_change_by_hand(account: Account) -> None:
+    """Of what was changed by hand, the advice is one that works: a deploy sees nothing to change."""
+    stack = put(account, parameters={"Memory": "512"})
+    account.functions.update_function_configuration(FunctionName="one", MemorySize=1024)
+    (wrong,) = drift(account, stack)
+    assert wrong.what.startswith("Function (AWS::Lambda::Function one) was changed by hand: ")
+    assert "set it back by hand" in wrong.remedy
+    put(account, agree=lambda _: pytest.fail("something is to be changed"), parameters={"Memory": "512"})
+
+
+def test_dashboard_of_a_region(account: Account) -> None:
+    """A dashboard is called after its stack and region, as an account has one of a name; one that was deleted is found out."""
+    stack = put(account, parameters={"Dashboard": "true"})
+    assert ["one-us-east-1"] == [one["DashboardName"] for one in account.alarms.list_dashboards()["DashboardEntries"]]
+    account.alarms.delete_dashboards(DashboardNames=["one-us-east-1"])
+    (lost,) = missing(account, stack)
+    assert lost.what.startswith("Board (AWS::CloudWatch::Dashboard one-us-east-1) is gone")

@@ -71,8 +71,10 @@ def status(name: str) -> None:
     click.echo(f"stack {name} in {account}: {up.status}{', protected against being deleted' if up.protected else ''}")
     for title, values in (("outputs", up.outputs), ("parameters", up.parameters), ("tags", up.tags)):
         click.echo(f"{title}:" + "".join(f"\n  {key:<20} {value}" for key, value in sorted(values.items())))
-    wrong = drift(account, up)
-    click.echo("\n".join(f"wrong: {one}" for one in wrong) if wrong else "all of it is there, and as it was deployed")
+    unseen = list[str]()
+    wrong = drift(account, up, unseen.append)
+    well = "all of it is there" if unseen else "all of it is there, and as it was deployed"
+    click.echo("\n".join([*([f"wrong: {one}" for one in wrong] or [well]), *unseen]))
     if wrong:
         raise click.exceptions.Exit(1)
 

@@ -17,7 +17,10 @@ from gradsharding.errors import GradShardingError, UserError
 DETECTING = 60
 """Seconds that CloudFormation has for its own detection of drift."""
 
-_GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "ResourceNotFound", "NoSuchBucketPolicy", "403"}
+_CLOSED = ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets")
+"""What closes a bucket to the public."""
+
+_GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "ResourceNotFound", "DashboardNotFoundError", "403"}
 """What services say of what is not there; S3 says 403 of a bucket that is another account's by now."""
 
 
@@ -31,11 +34,15 @@ class Wrong(NamedTuple):
         return f"{self.what}; {self.remedy}"
 
 
-def drift(account: Account, stack: Stack) -> list[Wrong]:
-    """Say what is wrong with a stack of ours, and what was changed by hand as far as CloudFormation can tell; nothing, if all is well."""
+def drift(account: Account, stack: Stack, unseen: Tell = lambda _: None) -> list[Wrong]:
+    """Say what is wrong with a stack of ours, and what was changed by hand as far as CloudFormation can tell; nothing, if all is well.
+
+    ``unseen`` hears what could not be looked for, so that nobody takes it for being well.
+    """
     lost = missing(account, stack)
+    lost += _opened(account, account.resources(stack), unseen) if not lost else []
     known = {one.what.partition(" ")[0] for one in lost}
-    return [*lost, *(one for one in _detected(account, stack) if one.what.partition(" ")[0] not in known)]
+    return [*lost, *(one for one in _detected(account, stack, unseen) if one.what.partition(" ")[0] not in known)]
 
 
 def missing(account: Account, stack: Stack) -> list[Wrong]:
@@ -134,25 +141,58 @@ def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
     return False
 
 
-def _detected(account: Account, stack: Stack) -> list[Wrong]:
-    """What CloudFormation's own detection finds; nothing, where these credentials may not ask it, or it has no answer in time."""
+def _opened(account: Account, resources: list[Resource], unseen: Tell) -> list[Wrong]:
+    """Say which buckets of a stack are no longer closed as the template has closed them."""
+    wrong, bucket = list[Wrong](), next((one.physical for one in resources if one.logical == "Bucket"), "")
+    for one in resources:
+        try:
+            if (one.logical, one.type) == ("BucketPolicy", "AWS::S3::BucketPolicy"):
+                account.s3.get_bucket_policy(Bucket=bucket)
+            elif one.type == "AWS::S3::Bucket":
+                block = account.s3.get_public_access_block(Bucket=one.physical)["PublicAccessBlockConfiguration"]
+                if not all(block.get(key) for key in _CLOSED):
+                    wrong.append(_open(one))
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) == "NoSuchPublicAccessBlockConfiguration":
+                wrong.append(_open(one))
+            elif code_of(error) == "NoSuchBucketPolicy":
+                what = f"{one.logical} ({one.type} {one.physical}) is gone: bucket {bucket} takes requests without TLS"
+                wrong.append(Wrong(what, "set it again by hand, as the template has it"))
+            else:
+                unseen(f"whether {one.logical} ({one.type} {one.physical}) is as it was could not be looked for: {error}")
+    return wrong
+
+
+def _open(one: Resource) -> Wrong:
+    closing = ",".join(f"{key}=true" for key in _CLOSED)
+    return Wrong(
+        f"{one.logical} ({one.type} {one.physical}) is not closed to the public",
+        f"close it: aws s3api put-public-access-block --bucket {one.physical} --public-access-block-configuration {closing}",
+    )
+
+
+def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
+    """What CloudFormation's own detection finds; ``unseen`` hears why it found nothing out, if these credentials may not ask, say."""
+    lacks = "what was changed by hand could not be looked for"
     try:
         detection = account.formation.detect_stack_drift(StackName=stack.id)["StackDriftDetectionId"]
         until = time.monotonic() + DETECTING
-        while (
-            account.formation.describe_stack_drift_detection_status(StackDriftDetectionId=detection)["DetectionStatus"]
-            == "DETECTION_IN_PROGRESS"
-        ):
+        while True:
+            state = account.formation.describe_stack_drift_detection_status(StackDriftDetectionId=detection)
+            if state["DetectionStatus"] != "DETECTION_IN_PROGRESS":
+                break
             if time.monotonic() > until:
+                unseen(f"{lacks}: CloudFormation has been at it for {DETECTING} s; run this again")
                 return []
             time.sleep(1)
+        if state["DetectionStatus"] == "DETECTION_FAILED":  # of some resources; it tells what it knows of the others
+            unseen(f"{lacks} everywhere: {state.get('DetectionStatusReason', 'CloudFormation gives no reason')}")
         found = account.formation.describe_stack_resource_drifts(
             StackName=stack.id, StackResourceDriftStatusFilters=["MODIFIED", "DELETED"]
         )
-    except ClientError:
+    except (BotoCoreError, ClientError) as error:
+        unseen(f"{lacks}: {error}")
         return []
-    except BotoCoreError as error:
-        raise explained(error, f"drift of stack {stack.name}") from error
     wrong = []
     for one in found["StackResourceDrifts"]:
         paths = ", ".join(
@@ -163,7 +203,7 @@ def _detected(account: Account, stack: Stack) -> list[Wrong]:
         wrong.append(
             Wrong(
                 f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {said}",
-                "set it back, or have deploy set it: gradsharding deploy with the values that you want",
+                "set it back by hand: deploy compares with what was deployed, and would see nothing to change",
             )
         )
     return wrong
@@ -191,5 +231,6 @@ _LOOKS: dict[str, Callable[[Account, str], bool]] = {
         name in {one["logGroupName"] for one in account.logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]}
     ),
     "AWS::CloudWatch::Alarm": lambda account, name: bool(account.alarms.describe_alarms(AlarmNames=[name])["MetricAlarms"]),
+    "AWS::CloudWatch::Dashboard": lambda account, name: bool(account.alarms.get_dashboard(DashboardName=name)),
 }
 """How to look for a resource of a type; of others, CloudFormation's detection says whether they are there."""
