@@ -13,6 +13,7 @@ _S3: Mapping[str, tuple[str, ...]] = {
     "CreateMultipartUpload": ("PutObject",),
     "DeleteObjects": ("DeleteObject", "DeleteObjectVersion"),
     "GetObject": ("GetObject",),
+    "GetPublicAccessBlock": ("GetBucketPublicAccessBlock",),
     "HeadBucket": ("ListBucket",),
     "HeadObject": ("GetObject",),
     "ListBuckets": ("ListAllMyBuckets",),
@@ -36,7 +37,7 @@ _ANYWHERE = re.compile(
 """Actions that name no resource, or that a caller may only have for all."""
 
 
-_NAMES = ("StackName", "ChangeSetName", "FunctionName", "RoleName", "logGroupName")
+_NAMES = ("StackName", "ChangeSetName", "FunctionName", "RoleName", "logGroupName", "DashboardName")
 """Parameters that name what is asked for."""
 
 
@@ -101,6 +102,7 @@ def _resources(service: str, action: str, asked: Mapping[str, Any], where: str) 
         "lambda": f"{where}:function:{name}",
         "iam": f":{account}:role/{name}",
         "logs": f"{where}:log-group:{name}",
+        "cloudwatch": f":{account}:dashboard/{name}",
     }
     return [f"arn:aws:{service}:{kinds[service]}"]
 
