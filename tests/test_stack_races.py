@@ -328,3 +328,23 @@ def test_dashboard_of_a_region(account: Account) -> None:
     account.alarms.delete_dashboards(DashboardNames=["one-us-east-1"])
     (lost,) = missing(account, stack)
     assert lost.what.startswith("Board (AWS::CloudWatch::Dashboard one-us-east-1) is gone")
+
+
+def test_demands_are_met(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a bucket's owner demands of each request is sent with the function's code, too, and the owner is still expected."""
+    monkeypatch.setenv("GRADSHARDING_S3_SSE", "AES256")
+    monkeypatch.setenv("GRADSHARDING_S3_ACL", "bucket-owner-full-control")
+    demanding, sent = Account(), dict[str, dict[str, str]]()
+
+    def note(model: Any, params: dict[str, Any], **_: Any) -> None:
+        sent[model.name] = params["headers"]
+
+    demanding.s3.meta.events.register("before-call.s3", note)
+    put(demanding)
+    written = {name: sent["PutObject"].get(f"x-amz-{name}") for name in ("server-side-encryption", "acl", "expected-bucket-owner")}
+    assert {
+        "server-side-encryption": "AES256",
+        "acl": "bucket-owner-full-control",
+        "expected-bucket-owner": account.number,
+    } == written
+    assert "x-amz-acl" not in sent["CreateBucket"]

@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.client import code_of, explained, prepare, s3_settings, session
+from gradsharding.aws.demands import demanded
 from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:
@@ -150,8 +151,13 @@ class Account:
         return f"account {self.number}, region {self.region}"
 
     def _expect_owner(self, params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:
-        """Add the owner to each request that takes one and names none: a bucket's name says nothing about whose it is."""
-        return {**({"ExpectedBucketOwner": self.number} if "ExpectedBucketOwner" in model.input_shape.members else {}), **params}
+        """Add the owner to each request that takes one and names none: a bucket's name says nothing about whose it is.
+
+        And what the environment demands, as botocore takes but the first answer, which is this one. An ACL is demanded of objects.
+        """
+        wanted = {**demanded(), "ExpectedBucketOwner": self.number}
+        members = model.input_shape.members.keys() - ({"ACL"} if "Key" not in model.input_shape.members else set())
+        return {**{name: value for name, value in wanted.items() if name in members}, **params}
 
     def look_up(self, name: str) -> Stack | None:
         """Find a stack by its name, whosever it is, or by its ARN; a deleted one only by its ARN."""
