@@ -348,3 +348,15 @@ def test_demands_are_met(account: Account, monkeypatch: pytest.MonkeyPatch) -> N
         "expected-bucket-owner": account.number,
     } == written
     assert "x-amz-acl" not in sent["CreateBucket"]
+
+
+def test_bucket_for_code_that_is_still_being_deleted(account: Account) -> None:
+    """A name that is not free yet, as its bucket was deleted a moment ago, is explained, and nothing is made."""
+
+    def busy(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "OperationAborted", "Message": "A conflicting conditional operation"}}, "CreateBucket")
+
+    account.s3.meta.events.register("before-call.s3.CreateBucket", busy)
+    with pytest.raises(StackFailed, match=r"S3 is still at work on a bucket of that name .*; run this again in a few minutes"):
+        up(account)
+    assert {} == everything(account)

@@ -247,4 +247,8 @@ def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, 
             "choose a bucket of yours with --code-bucket",
             code=code_of(error),
         )
+    if code_of(error) == "OperationAborted":  # a name is not free at once when its bucket was deleted
+        return StackFailed(
+            f"{doing} bucket {bucket}: S3 is still at work on a bucket of that name ({error}); run this again in a few minutes"
+        )
     return explained(error, f"{doing} {bucket}")
