@@ -438,7 +438,7 @@ def test_options_arrive_on_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("Active", "JSON") == (now["TracingConfig"]["Mode"], now["LoggingConfig"]["LogFormat"])
         assert key == now["Environment"]["Variables"]["GRADSHARDING_S3_SSE_KMS_KEY_ID"]
         assert 365 == group["retentionInDays"]
-        assert ["one"] == [one["DashboardName"] for one in cloudwatch.list_dashboards()["DashboardEntries"]]
+        assert ["one-us-east-1"] == [one["DashboardName"] for one in cloudwatch.list_dashboards()["DashboardEntries"]]
         assert [[TOPIC.replace(REGION, region)]] * 2 == [one["AlarmActions"] for one in cloudwatch.describe_alarms()["MetricAlarms"]]
         assert "Enabled" == account.s3.get_bucket_versioning(Bucket=stack.outputs["Bucket"])["Status"]
         assert {"team": "fl", "note": "a b"}.items() <= stack.tags.items()
