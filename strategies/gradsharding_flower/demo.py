@@ -88,6 +88,9 @@ def _printer(console: Console, strategy: GradSharding) -> OnRound:
         if not server_round:
             console.print(_ROW.format("round", "accuracy", "via the server", "via the store", "function's peak", "of projected"))
             return
+        if not strategy.history:  # nothing was averaged yet, as the log says
+            console.print(f"{server_round:>5}    {reached:.4f}")
+            return
         report = strategy.history[-1]
         console.print(
             _ROW.format(
