@@ -965,7 +965,7 @@ def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
     assert not free["topologies"][0]["requests_a_second"]["paced"]
     assert (900, 1_200) == (free["needs"]["timeout"], plan("--timeout", "1200")["needs"]["timeout"])
     assert plan("--budget", "0.001")["recommended"] is None
-    assert plan("--clients-on-aws", "--budget", "5")["recommended"] == free["recommended"]
+    assert plan("--clients-on-aws", "--budget", "5", "--concurrency", "1000")["recommended"] == free["recommended"]
     assert plan("--deadline", "5m")["needs"]["deadline"] == 300
 
 
