@@ -288,13 +288,13 @@ def test_lifecycle(name: str, monkeypatch: pytest.MonkeyPatch, *, versioned: boo
         for variable, value in ceph.server.environment().items():
             monkeypatch.setenv(variable, value)
         store = S3Store(f"s3://{ceph.server.make_bucket()}/{PREFIX}")
-        if versioned:
-            store.client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})
         output, words = OUTPUTS[name]
         inputs = _inputs(store)
+        _kill_midway(store, ["aggregate", *inputs, "-o", f"{store.url}/{output}", "--executor", "processes:1", *_placed(words, store)])
+        if versioned:  # from now on: with versions, Ceph 16 replaces what it is asked to create, and no round begins there
+            store.client.put_bucket_versioning(Bucket=store.bucket, VersioningConfiguration={"Status": "Enabled"})
         for data in (b"old", b"new"):  # a result that was written twice has a version that is not current
             store.client.put_object(Bucket=store.bucket, Key=store.place("results/earlier"), Body=data)
-        _kill_midway(store, ["aggregate", *inputs, "-o", f"{store.url}/{output}", "--executor", "processes:1", *_placed(words, store)])
         left = {place.removeprefix(f"{PREFIX}/") for place in _versions(store)}
         assert {".gradsharding", "rounds"} <= {key.split("/")[0] for key in left}
         assert _uploads(store)
