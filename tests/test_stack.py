@@ -590,7 +590,8 @@ def test_bucket_that_another_account_has_now(enter: Callable[[], Account]) -> No
     before = everything(thief)
     enter_again(account)
 
-    assert [f"Bucket (AWS::S3::Bucket {bucket}) is gone, or is another account's"] == [one.what for one in missing(account, stack)]
+    said = f"Bucket (AWS::S3::Bucket {bucket}) is another account's, or closed to these credentials"
+    assert [said] == [one.what for one in missing(account, stack)]
     down(account, data=True)
     assert {} == everything(account)
     assert before == everything(enter_again(thief))

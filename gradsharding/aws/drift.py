@@ -12,6 +12,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.account import Account, Resource, Stack, Tell, remedy
 from gradsharding.aws.client import code_of, explained
 from gradsharding.aws.code import UNVERSIONED, Code, code_of_template
+from gradsharding.aws.refusals import DENIED
 from gradsharding.errors import GradShardingError, UserError
 
 DETECTING = 60
@@ -53,16 +54,19 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
     wrong, lost = list[Wrong](), set[str]()
     anew = _anew(account, stack, resources)
     for one in resources:
+        closed = False
         try:
             there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
         except (BotoCoreError, ClientError) as error:
             if code_of(error) not in _GONE:
                 raise explained(error, f"looking at {one.logical} ({one.physical})") from error
-            there = False
+            there, closed = False, code_of(error) in DENIED
         if not there:
             lost.add(one.logical)
             beside = "rounds run without it; to have it again, " if one.type == "AWS::CloudWatch::Alarm" else ""
-            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is gone, or is another account's", beside + anew))
+            beside = "if it is yours, allow these credentials to look at it; if not, " if closed else beside
+            how = "another account's, or closed to these credentials" if closed else "gone"
+            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {how}", beside + anew))
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
         wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
     code = code_of_template(account.template(stack))
