@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 
-from gradsharding.aws.client import code_of
 from gradsharding.aws.commands import deploy, destroy, status
+from gradsharding.aws.refusals import code_of
 from gradsharding.aws.s3 import S3Store
 from gradsharding.aws.smoke import smoke
 from gradsharding.aws.stack import kinds, template

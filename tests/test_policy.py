@@ -16,9 +16,9 @@ from botocore.exceptions import ClientError
 
 from gradsharding import worker
 from gradsharding.aggregate import aggregate
-from gradsharding.aws.client import code_of
 from gradsharding.aws.commands import ALARMS
 from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.aws.refusals import code_of
 from gradsharding.aws.s3 import S3Store
 from gradsharding.aws.stack import template
 from gradsharding.cli import main

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws.client import code_of, explained, prepare, s3_settings, session
+from gradsharding.aws.client import explained, prepare, s3_settings, session
 from gradsharding.aws.demands import demanded
+from gradsharding.aws.refusals import code_of
 from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from botocore.exceptions import ClientError
 
-from gradsharding.aws.client import code_of
+from gradsharding.aws.refusals import code_of
 
 
 class Do(Enum):

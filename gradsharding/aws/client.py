@@ -45,7 +45,6 @@ S3_CONFIG: dict[str, Any] = {
 }
 """Botocore's settings for S3, also aiobotocore's."""
 
-code_of = refusals.code_of
 
 PATIENCE = "gradsharding.patience"
 """Where botocore keeps, with a request and with its answer, how patient we have been."""
@@ -181,8 +180,8 @@ def explained(error: Exception, doing: str) -> GradShardingError:
     meta: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
     patience: Patience | None = meta.get(PATIENCE)
     if patience:
-        return patience.error(doing, code_of(error) or str(meta["HTTPStatusCode"]))
-    why, code = refusals.reason(error), code_of(error)
+        return patience.error(doing, refusals.code_of(error) or str(meta["HTTPStatusCode"]))
+    why, code = refusals.reason(error), refusals.code_of(error)
     facts: dict[str, Any] = ({"code": code} if code else {}) | ({"denied": True} if why.denied else {})
     return why.kind(f"{doing}: {why.said}", **facts)
 

@@ -18,8 +18,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import TAG, Account, Tell
 from gradsharding.aws.bundle import build
-from gradsharding.aws.client import code_of, explained
-from gradsharding.aws.refusals import DENIED, scrubbed
+from gradsharding.aws.client import explained
+from gradsharding.aws.refusals import DENIED, code_of, scrubbed
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import Account, Resource, Stack, Tell, remedy
-from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.client import explained
 from gradsharding.aws.code import UNVERSIONED, Code, code_of_template
-from gradsharding.aws.refusals import DENIED
+from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import GradShardingError, UserError
 
 DETECTING = 60

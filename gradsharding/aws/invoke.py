@@ -18,8 +18,8 @@ from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.answers import Do, Verdict, verdict
 from gradsharding.aws.call import answered, deploying, pack
-from gradsharding.aws.client import code_of, explained, lambda_client
-from gradsharding.aws.refusals import scrubbed
+from gradsharding.aws.client import explained, lambda_client
+from gradsharding.aws.refusals import code_of, scrubbed
 from gradsharding.aws.tail import metered
 from gradsharding.errors import (
     GradShardingError,

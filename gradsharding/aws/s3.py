@@ -12,12 +12,12 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
 from gradsharding.aws.body import Body
-from gradsharding.aws.client import PATIENCE, code_of, explained, s3_client
+from gradsharding.aws.client import PATIENCE, explained, s3_client
 from gradsharding.aws.demands import EQUAL_PARTS
 from gradsharding.aws.dialect import Dialect, dialect
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
 from gradsharding.aws.ranged import Answer, Ask, first_of, stream
-from gradsharding.aws.refusals import READS, scrubbed
+from gradsharding.aws.refusals import READS, code_of, scrubbed
 from gradsharding.charges import Charges
 from gradsharding.compose import MINIMUM, Composed, piece
 from gradsharding.dtypes import Buffer

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import TAG, Account, Stack, Tell, is_marked, remedy
-from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.client import explained
 from gradsharding.aws.code import Code, Zipped, code_of_template, forget_code, own_bucket, put_code, zipped
 from gradsharding.aws.drift import check_brought, others_code
 from gradsharding.aws.options import NAMED, require_consistent
+from gradsharding.aws.refusals import code_of
 from gradsharding.aws.teardown import disown
 from gradsharding.aws.template import RELEASE, filled
 from gradsharding.errors import GradShardingError, StackFailed, UserError

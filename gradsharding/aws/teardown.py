@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.account import DATA, TAG, Account, Resource, Stack, Tell
-from gradsharding.aws.client import code_of, explained
+from gradsharding.aws.client import explained
 from gradsharding.aws.code import code_of_template, delete_objects, forget_code, own_bucket
-from gradsharding.aws.refusals import DENIED
+from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 COUNTED = 100_000
