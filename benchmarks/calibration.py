@@ -16,10 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding.cost import Bill, Clients, priced, priced_functions
-from gradsharding.plan import Plan
-from gradsharding.prices import load_prices
-from gradsharding.timing import Speeds, forecast_seconds
+from gradsharding.advice.cost import Bill, Clients, priced, priced_functions
+from gradsharding.advice.prices import load_prices
+from gradsharding.advice.timing import Speeds, forecast_seconds
+from gradsharding.planning.plan import Plan
 from gradsharding.usage import total
 from measure import machine, save, verdict
 from modelled import MB, in_paper, manifest

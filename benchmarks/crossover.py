@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits
-from gradsharding.cost import Clients, Cost, forecast
-from gradsharding.plan import Plan
-from gradsharding.planner import Needs, recommend
-from gradsharding.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
-from gradsharding.prices import load_prices
-from gradsharding.round import Manifest
-from gradsharding.topology import lambda_fl, sharded
+from gradsharding.advice.cost import Clients, Cost, forecast
+from gradsharding.advice.planner import Needs, recommend
+from gradsharding.advice.prices import load_prices
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
+from gradsharding.planning.topologies import lambda_fl, sharded
 from measure import machine, save
 from modelled import MB, in_paper, manifest, provisioned
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding.update import encode
+from gradsharding.format.encode import encode
 from measure import Range, in_fresh_process, machine, save, settle, verdict
 from rivals import EXACT, FLOWERS, NUMPYS, OURS, RIVALS, WEIGHTS, WORKERS, Figures, header, updates
 

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from embedded import Shapes, small, vgg16
-from gradsharding.store import DirectoryStore
-from gradsharding.update import encode
-from gradsharding_flower.loopback import Loopback
+from gradsharding.format.encode import encode
+from gradsharding.stores.directory import DirectoryStore
 from measure import machine, save, verdict
+from rigs.loopback import Loopback
 
 APP = Path(__file__).parent / "flower_round_app"
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +31,7 @@ KINDS = {
     "flower-supernode": "SuperNode",
     "flwr-serverapp": "ServerApp",
     "flwr-clientapp": "ClientApp",
-    "gradsharding.worker": "function",
+    "gradsharding.running.worker": "function",
 }
 """What to look for in a process's command line, and what to call it."""
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 import measure
-from gradsharding.kernel import Arithmetic, Fold
-from gradsharding.layout import Run
+from gradsharding.arithmetic.fold import Arithmetic, Fold
+from gradsharding.format.layout import Run
 
 RESULTS = Path(__file__).parent / "results" / "kernel_speed.json"
 SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))

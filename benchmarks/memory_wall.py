@@ -15,14 +15,14 @@ from rich.table import Table
 
 from gradsharding import DirectoryStore, Limits, ProcessExecutor, Round, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.errors import OutOfMemory
-from gradsharding.layout import Layout
-from gradsharding.plan import Plan
-from gradsharding.reading import STREAM
-from gradsharding.round import Manifest
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.task import Job, Term
+from gradsharding.planning.topologies import in_paper_loop
 from gradsharding.sizes import size
-from gradsharding.store import file_reference
-from gradsharding.task import Job, Term
-from gradsharding.topology import in_paper_loop
+from gradsharding.stores.reading import STREAM
+from gradsharding.stores.urls import file_reference
 from measure import machine, save
 from topologies import place
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from gradsharding import Limits, Plan, lambda_fl, lifl
-from gradsharding.layout import Layout
-from gradsharding.round import Manifest
-from gradsharding.task import Term
-from gradsharding.topology import flat, in_paper_loop, paper
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.task import Term
+from gradsharding.planning.topologies import flat, in_paper_loop, paper
 
 MB = 1 << 20
 """The paper's megabytes are these."""

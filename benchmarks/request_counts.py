@@ -31,16 +31,16 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import InlineExecutor, Limits, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.aws.s3 import S3Store
-from gradsharding.cli import cli
-from gradsharding.round import PlanRecord
-from gradsharding.testing.s3 import S3Server, ceph_server, moto_server
-from gradsharding.update import encode
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.cli.main import cli
+from gradsharding.format.encode import encode
+from gradsharding.rounds.round import PlanRecord
 from gradsharding.usage import Usage
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
 from gradsharding_flower.result import RoundReport
 from gradsharding_flower.testing import LocalGrid
 from measure import machine, save
+from rigs.s3 import S3Server, ceph_server, moto_server
 
 RESULTS = Path(__file__).parent / "results" / "request_counts.json"
 

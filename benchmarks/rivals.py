@@ -42,10 +42,11 @@ def exact(directory: Path) -> None:
 def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -> None:
     """Aggregate with this library: seal, plan, start workers, fold, sync, publish."""
     from gradsharding import DirectoryStore, ProcessExecutor, Round, aggregate
-    from gradsharding.executor import Progress
-    from gradsharding.plan import Limits
-    from gradsharding.store import ObjectStore, file_reference
-    from gradsharding.task import Job, Task, TaskReport
+    from gradsharding.planning.plan import Limits
+    from gradsharding.planning.task import Job, Task, TaskReport
+    from gradsharding.running.executors import Progress
+    from gradsharding.stores.protocol import ObjectStore
+    from gradsharding.stores.urls import file_reference
 
     class Timed(ProcessExecutor):
         """Notes when the tasks began, when each worker began its first one, and when all had ended."""

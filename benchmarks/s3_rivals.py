@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from gradsharding import worker
-from gradsharding.aws.s3 import S3Store
-from gradsharding.task import Job, Task
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.planning.task import Job, Task
+from gradsharding.running import worker
 
 Figures = dict[str, Any]
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits, Round
-from gradsharding.aws.s3 import S3Store
-from gradsharding.plan import Plan
-from gradsharding.task import Job
-from gradsharding.testing.proxy import slow_path
-from gradsharding.testing.s3 import ceph_missing, ceph_server
-from gradsharding.topology import flat
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.task import Job
+from gradsharding.planning.topologies import flat
 from measure import Range, in_fresh_process, machine, save, verdict
+from rigs.proxy import slow_path
+from rigs.s3 import ceph_missing, ceph_server
 from s3_rivals import RIVALS
 
 Figures = dict[str, Any]

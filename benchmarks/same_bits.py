@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 import measure
-from gradsharding import DirectoryStore, MemoryStore, ObjectStore, Round, aggregate, exact, kernel, open_executor, sums
-from gradsharding.kernel import Arithmetic
-from gradsharding.plan import Limits, Plan
-from gradsharding.reading import Reading
-from gradsharding.round import Manifest
-from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.update import Raw
-from gradsharding.verify import verify
+from gradsharding import DirectoryStore, MemoryStore, ObjectStore, Round, aggregate, open_executor
+from gradsharding.arithmetic import exact, fold, sums
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.format.encode import Raw
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.rounds.verify import verify
+from gradsharding.stores.reading import Reading
 
 RESULTS = Path(__file__).parent / "results" / "same_bits.json"
 
@@ -100,7 +101,7 @@ def walk(updates: Updates, way: Way, arithmetic: Arithmetic, *, check: bool = Fa
             store: ObjectStore = DirectoryStore(stack.enter_context(tempfile.TemporaryDirectory()))
         else:
             store = MemoryStore()
-            for module, block in ((exact, way.block), (sums, 2 * way.block), (kernel, 2 * way.block)):
+            for module, block in ((exact, way.block), (sums, 2 * way.block), (fold, 2 * way.block)):
                 stack.enter_context(patch.object(module, "BLOCK", block))
         round_ = Round.create(store, "r")
         for name, (arrays, weight) in zip(names, updates, strict=True):

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits, Plan, sharded, sharded_tree
-from gradsharding.planner import Needs, recommend
-from gradsharding.platform import READING
-from gradsharding.prices import load_prices
+from gradsharding.advice.planner import Needs, recommend
+from gradsharding.advice.prices import load_prices
+from gradsharding.planning.platform import READING
 from measure import machine, save, verdict
 from modelled import manifest
 

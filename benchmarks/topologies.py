@@ -33,7 +33,7 @@ from gradsharding import (
     sharded,
     sharded_tree,
 )
-from gradsharding.plan import Plan
+from gradsharding.planning.plan import Plan
 from gradsharding.sizes import size
 from gradsharding.usage import total
 from measure import Range, machine, save, shown

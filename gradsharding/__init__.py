@@ -1,13 +1,16 @@
 """Aggregate models larger than any one function."""
 
-from gradsharding.aggregate import Result, aggregate
 from gradsharding.errors import GradShardingError
-from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
-from gradsharding.plan import Limits, Plan
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, open_store
-from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.update import Raw
+from gradsharding.format.encode import Raw
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.rounds.aggregate import Result, aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.urls import open_store
 
 __all__ = [
     "DirectoryStore",

@@ -2,7 +2,7 @@
 
 import sys
 
-from gradsharding.cli import main
+from gradsharding.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,8 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 
 pytest.register_assert_rewrite("gradsharding.testing")
 
-from gradsharding.aws.s3 import S3Store  # noqa: E402 - its asserts are rewritten first
-from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
+from gradsharding.aws.s3.store import S3Store  # noqa: E402 - its asserts are rewritten first
+from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
 
 # A loaded machine is slow, not wrong: no example has a deadline.
 settings.register_profile("gradsharding", deadline=None)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gradsharding.aggregate import Result, aggregate
 from gradsharding.errors import (
     ChangedObject,
     GradShardingError,
@@ -24,13 +23,17 @@ from gradsharding.errors import (
     TooFewClients,
     UserError,
 )
-from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
-from gradsharding.plan import Limits, Plan
-from gradsharding.round import PlanRecord, Round
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, file_reference
-from gradsharding.task import TaskReport
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.task import TaskReport
+from gradsharding.planning.topologies import Topology, flat, lambda_fl, sharded
+from gradsharding.rounds.aggregate import Result, aggregate
+from gradsharding.rounds.round import PlanRecord, Round
+from gradsharding.running.executors import Executor, InlineExecutor, ProcessExecutor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.urls import file_reference
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, read, reference_mean, sample_updates
-from gradsharding.topology import Topology, flat, lambda_fl, sharded
 from gradsharding.usage import total
 
 SAMPLE = sample_updates(4, size=50)

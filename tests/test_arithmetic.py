@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from gradsharding import DirectoryStore, Limits, MemoryStore, Round, aggregate
+from gradsharding.arithmetic.fold import Fold, size
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
-from gradsharding.kernel import Fold, size
-from gradsharding.layout import Run
-from gradsharding.plan import Plan
-from gradsharding.round import ResultRecord
+from gradsharding.format.layout import Run
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.topologies import lambda_fl, paper, sharded
+from gradsharding.rounds.round import ResultRecord
+from gradsharding.rounds.verify import verify
 from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
-from gradsharding.topology import lambda_fl, paper, sharded
-from gradsharding.verify import verify
 from same_bits import KINDS, Updates, draw_updates, draw_way, walk
 from test_trees import TREES, Interrupted, submitted
 

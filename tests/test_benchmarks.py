@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gradsharding.testing.s3 import ceph_missing
 from measure import Range, in_fresh_process
+from rigs.s3 import ceph_missing
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -23,15 +23,15 @@ import pytest
 from botocore.session import get_session
 
 import gradsharding
-from gradsharding.aws import bundle as bundles
-from gradsharding.aws import wheels as wheeling
-from gradsharding.aws.bundle import GIVEN, WANTED, Bundle, build, ours, probe
-from gradsharding.aws.code import zipped
-from gradsharding.aws.commands import deploy
-from gradsharding.aws.wheels import MACHINES, PACKAGES, fetch, installed, listed
+from gradsharding.aws.deploy import bundle as bundles
+from gradsharding.aws.deploy import wheels as wheeling
+from gradsharding.aws.deploy.bundle import GIVEN, WANTED, Bundle, build, ours, probe
+from gradsharding.aws.deploy.code import zipped
+from gradsharding.aws.deploy.commands import deploy
+from gradsharding.aws.deploy.wheels import MACHINES, PACKAGES, fetch, installed, listed
 from gradsharding.errors import UserError
-from gradsharding.platform import DEPLOYED_RUNTIME, RUNTIMES
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
+from gradsharding.planning.platform import DEPLOYED_RUNTIME, RUNTIMES
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
 
 ROOT = Path(__file__).parents[1]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -76,7 +76,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, wheels: Path) -> Bundle:
 
 
 def _command(*words: str | Path, python: str | Path = sys.executable, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [str(python), "-m", "gradsharding.aws.bundle", *(str(word) for word in words)]
+    command = [str(python), "-m", "gradsharding.aws.deploy.bundle", *(str(word) for word in words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **env})
 
 
@@ -97,12 +97,13 @@ def test_bundle_holds_what_the_function_needs(bundle: Bundle) -> None:
 
 def test_bundle_holds_what_its_code_imports() -> None:
     """Of our own modules it has those that the handler imports, within functions too, and no others."""
-    program = "import sys, gradsharding.aws.handler, gradsharding.aws.s3; print(*(m for m in sys.modules if m.startswith('gradsharding')))"
+    program = "import sys, gradsharding.aws.functions.handler, gradsharding.aws.s3.store\n"
+    program += "print(*(m for m in sys.modules if m.startswith('gradsharding')))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     taken = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ours()}
 
     assert {*ended.stdout.split()} <= taken
-    assert "gradsharding.aws.fanout" in taken - {*ended.stdout.split()}  # which is imported where it is used
+    assert "gradsharding.aws.s3.fanout" in taken - {*ended.stdout.split()}  # which is imported where it is used
     assert not [name for name in taken if re.search(r"\.(cli|planner|testing|bundle|wheels|stack|commands|invoke|presign)\b", name)]
 
 
@@ -145,9 +146,8 @@ def test_bundle_is_the_same_everywhere(bundle: Bundle, wheels: Path, tmp_path: P
     """Another process, directory, time, time zone and umask give the same zip; all may read what is in it."""
     one, two, other = tmp_path / "one.zip", tmp_path / "two.zip", tmp_path / "a" / "b"
     env = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "TZ": "Pacific/Kiritimati", "PYTHONHASHSEED": "7", "LC_ALL": "C"}
-    program = (
-        f"from pathlib import Path; from gradsharding.aws.bundle import build; build(Path({str(other)!r}), *{HERE}).zip(Path({str(two)!r}))"
-    )
+    program = "from pathlib import Path; from gradsharding.aws.deploy.bundle import build; "
+    program += f"build(Path({str(other)!r}), *{HERE}).zip(Path({str(two)!r}))"
     subprocess.run([sys.executable, "-c", program], check=True, umask=0o077, env={**os.environ, **env})
     entries = zipfile.ZipFile(two).infolist()
 
@@ -293,11 +293,11 @@ def test_bundle_that_imports_more_is_refused(bundle: Bundle, tmp_path: Path) -> 
     """A handler that imports what a function does not have is found out before it is sent."""
     copy = Bundle(tmp_path / "bundle", bundle.unzipped)
     shutil.copytree(bundle.directory, copy.directory)
-    with (copy.directory / "gradsharding/aws/handler.py").open("a") as file:
+    with (copy.directory / "gradsharding/aws/functions/handler.py").open("a") as file:
         file.write("\nimport click\n")
     with pytest.raises(UserError, match="the handler imports click, which a function does not have"):
         probe(copy)
-    (copy.directory / "gradsharding/aws/handler.py").write_text("import gradsharding.cli")
+    (copy.directory / "gradsharding/aws/functions/handler.py").write_text("import gradsharding.cli.main")
     with pytest.raises(UserError, match=r"the handler cannot be imported from .*No module named 'gradsharding.cli'"):
         probe(copy)
 

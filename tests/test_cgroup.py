@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.cgroup import MemoryCgroup, Place, cpus_of, locate, usable_cpus
+from gradsharding.running.cgroup import MemoryCgroup, Place, cpus_of, locate, usable_cpus
 
 MIB = 1 << 20
 V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
@@ -124,7 +124,8 @@ def test_nothing_stays(cgroup: MemoryCgroup) -> None:
 
 def test_what_killed_callers_left_is_removed(cgroup: MemoryCgroup) -> None:
     """A cgroup whose maker was killed is removed by the next who makes one, unless it is new, or its maker lives."""
-    script = "import os; from gradsharding.cgroup import *; print(MemoryCgroup.create(1 << 26).path, flush=True); os.kill(os.getpid(), 9)"
+    script = "import os; from gradsharding.running.cgroup import *; "
+    script += "print(MemoryCgroup.create(1 << 26).path, flush=True); os.kill(os.getpid(), 9)"
     left = [Path(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False).stdout.strip()) for _ in "ab"]
     assert [True, True] == [path.exists() for path in left]
     for path in (left[0], cgroup.path):
@@ -140,7 +141,7 @@ def test_what_killed_callers_left_is_removed(cgroup: MemoryCgroup) -> None:
 def test_no_cgroup_file_system() -> None:
     """Where no cgroups are mounted, none is made, no directory or file either, and CPUs are those of the affinity."""
     script = (
-        "import os; from gradsharding.cgroup import MemoryCgroup, usable_cpus;"
+        "import os; from gradsharding.running.cgroup import MemoryCgroup, usable_cpus;"
         "print(MemoryCgroup.create(1 << 26), usable_cpus() == len(os.sched_getaffinity(0)), os.listdir('/sys/fs/cgroup'))"
     )
     command = in_namespaces("-m", "mount -t tmpfs none /sys/fs/cgroup", script)
@@ -194,7 +195,7 @@ def test_quotas_count(groups: tuple[Path, Path], view: str) -> None:
     first = {"namespace": f"umount -l {mount} && mount -t {kind} none {mount}", "bind": f"mount --bind {inner} {mount}", "host": "true"}[
         view
     ]
-    script = "import sys; from gradsharding.cgroup import usable_cpus\nfor _ in sys.stdin: print(usable_cpus(), flush=True)"
+    script = "import sys; from gradsharding.running.cgroup import usable_cpus\nfor _ in sys.stdin: print(usable_cpus(), flush=True)"
     command = in_namespaces({"namespace": "-mC", "bind": "-m", "host": ""}[view], first, script, inner)
     told = list[int]()
     cases = [(None, None), (None, 0.5), (None, 1), (None, 1.01), (None, 99), (0.5, None), (0.5, 0.2)]
@@ -215,7 +216,8 @@ def test_quotas_count(groups: tuple[Path, Path], view: str) -> None:
 
 def test_affinity_counts() -> None:
     """A process that is bound to one CPU may use one."""
-    script = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from gradsharding.cgroup import *; print(usable_cpus())"
+    script = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+    script += "from gradsharding.running.cgroup import *; print(usable_cpus())"
 
     assert "1" == subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert 1 <= usable_cpus() <= ALL

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aws.checksum import by_numpy, crc32c, encoded
+from gradsharding.aws.s3.checksum import by_numpy, crc32c, encoded
 
 awscrt = pytest.importorskip("awscrt.checksums", reason="awscrt is not installed: pip install 'boto3[crt]'")
 

@@ -21,12 +21,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from gradsharding.cli import TOPOLOGIES, cli, main
+from gradsharding.cli.inputs import read_updates
+from gradsharding.cli.main import TOPOLOGIES, cli, main
+from gradsharding.cli.terminal import ENDING
 from gradsharding.errors import UserError
-from gradsharding.given import read_updates
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore
-from gradsharding.terminal import ENDING
+from gradsharding.rounds.round import Round
+from gradsharding.stores.directory import DirectoryStore
 
 COMMAND = str(Path(sys.executable).parent / "gradsharding")
 WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}

@@ -5,13 +5,13 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, sharded
-from gradsharding.cost import Bill, Clients, Cost, Item, Storage, bill, forecast
+from gradsharding.advice.cost import Bill, Clients, Cost, Item, Storage, bill, forecast
+from gradsharding.advice.prices import Prices, load_prices
 from gradsharding.errors import UserError
-from gradsharding.plan import Plan
-from gradsharding.platform import CHARGES, READING
-from gradsharding.prices import Prices, load_prices
-from gradsharding.task import Invocation, TaskReport
-from gradsharding.topology import lambda_fl, paper
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.platform import CHARGES, READING
+from gradsharding.planning.task import Invocation, TaskReport
+from gradsharding.planning.topologies import lambda_fl, paper
 from gradsharding.usage import Usage
 from modelled import MB, manifest
 

@@ -15,14 +15,15 @@ import click
 import numpy as np
 import pytest
 
-from gradsharding.aws.account import Account
-from gradsharding.aws.bundle import WANTED, Bundle, probe
-from gradsharding.aws.commands import deploy
-from gradsharding.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
-from gradsharding.store import open_store
+from gradsharding.aws.deploy.account import Account
+from gradsharding.aws.deploy.bundle import WANTED, Bundle, probe
+from gradsharding.aws.deploy.commands import deploy
+from gradsharding.format.encode import encode
+from gradsharding.planning.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
+from gradsharding.stores.updates import load
+from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.testing.stack import account_missing, local_account, tool
-from gradsharding.update import encode, load
+from rigs.stack import account_missing, local_account, tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -75,7 +76,7 @@ def test_sam_builds_it(tmp_path: Path) -> None:
 
     assert 0 == ended.returncode, ended.stdout + ended.stderr
     assert WANTED <= {path.name.removesuffix(".py") for path in built.iterdir()}
-    assert not (built / "gradsharding/cli.py").exists()
+    assert not (built / "gradsharding/cli").exists()
     probe(Bundle(built, 0))
 
 

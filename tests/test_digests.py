@@ -26,9 +26,9 @@ from gradsharding import (
     sharded,
     sharded_tree,
 )
-from gradsharding.kernel import Arithmetic
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.format.encode import Raw
 from gradsharding.testing import read
-from gradsharding.update import Raw
 
 TABLE = Path(__file__).with_name("digests.json")
 

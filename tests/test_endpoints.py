@@ -18,18 +18,23 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.demands import EQUAL_PARTS
-from gradsharding.aws.dialect import Dialect, dialect
-from gradsharding.aws.direct import UrlSource, offer, write
-from gradsharding.aws.presign import grant, readable, settle
-from gradsharding.aws.s3 import S3Store
-from gradsharding.compose import MINIMUM, compose_equal
+from gradsharding.aws.s3.demands import EQUAL_PARTS
+from gradsharding.aws.s3.dialect import Dialect, dialect
+from gradsharding.aws.s3.direct import UrlSource, offer, write
+from gradsharding.aws.s3.presign import grant, readable, settle
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import ChangedObject, ObjectExists, StoreRefused, UserError
-from gradsharding.executor import Executor, InlineExecutor, ProcessExecutor
-from gradsharding.round import Round
+from gradsharding.format.encode import encode
+from gradsharding.planning.topologies import lambda_fl, sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor, InlineExecutor, ProcessExecutor
+from gradsharding.stores.compose import MINIMUM, compose_equal
 from gradsharding.testing import StoreContract, assert_same, read, reference_mean
-from gradsharding.testing.endpoints import (
+from gradsharding.usage import total
+from gradsharding_flower import GradSharding
+from gradsharding_flower.testing import LocalGrid
+from rigs.endpoints import (
     EqualParts,
     Unconditional,
     Unimplemented,
@@ -37,13 +42,8 @@ from gradsharding.testing.endpoints import (
     seaweed_server,
     server_missing,
 )
-from gradsharding.testing.s3 import Ceph, S3Server
-from gradsharding.testing.stack import account_missing, local_account
-from gradsharding.topology import lambda_fl, sharded
-from gradsharding.update import encode
-from gradsharding.usage import total
-from gradsharding_flower import GradSharding
-from gradsharding_flower.testing import LocalGrid
+from rigs.s3 import Ceph, S3Server
+from rigs.stack import account_missing, local_account
 
 MIB = 1 << 20
 
@@ -375,7 +375,7 @@ def test_equal_parts_without_sense(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_protects_bodies(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, aws: bool) -> None:
     """AWS gets a CRC-32C with each body, other servers its MD5, which all know; so do deletions of many."""
     if aws:
-        monkeypatch.setattr("gradsharding.aws.dialect._suffixes", lambda: (".127.0.0.1",))
+        monkeypatch.setattr("gradsharding.aws.s3.dialect._suffixes", lambda: (".127.0.0.1",))
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")  # a client of its own
     before = len(moto.seen())
     upload = moto_store.begin("a")

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding import exact
-from gradsharding.dtypes import FORMATS, NUMPY, Array, Format, widen
+from gradsharding.arithmetic import exact
+from gradsharding.arithmetic.exact import ExactSums, planes, written_bytes
 from gradsharding.errors import InvalidUpdate, UserError
-from gradsharding.exact import ExactSums, planes, written_bytes
+from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Format, widen
 
 Terms = Sequence[tuple[Array, int]]
 

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding import Round, executor, lambda_fl, sharded, worker
-from gradsharding.cgroup import MemoryCgroup, usable_cpus
+from gradsharding import Round, lambda_fl, sharded
 from gradsharding.errors import MissingObject, OutOfMemory, TaskFailed, UserError
-from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
-from gradsharding.plan import Limits, Plan
-from gradsharding.store import DirectoryStore, MemoryStore
-from gradsharding.task import TaskReport
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.task import TaskReport
+from gradsharding.running import executors, worker
+from gradsharding.running.cgroup import MemoryCgroup, usable_cpus
+from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import ExecutorContract, SlowStore, Started, assert_same, peak, reference_mean, sample_updates
 
 MIB = 1 << 20
@@ -260,20 +262,21 @@ def test_one_task_inline() -> None:
 
 CALLER = """
 import os, signal, sys
-from gradsharding import DirectoryStore, Limits, Round, executor, sharded
-from gradsharding.task import Job
+from gradsharding import DirectoryStore, Limits, Round, sharded
+from gradsharding.running import executors
+from gradsharding.planning.task import Job
 round_ = Round(DirectoryStore(sys.argv[1]), "r")
 plan = sharded(round_.seal(), Limits())
 upload = round_.begin(plan).upload
 job = Job(store=round_.store.url, output=round_.output, upload=upload, terms=plan.terms)
-exchange = executor._Worker._exchange
+exchange = executors._Worker._exchange
 def send(self, process):
     os.set_blocking(process.stdin.fileno(), True)
     os.write(process.stdin.fileno(), bytes(self._unsent))
     print(upload, process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-executor._Worker._exchange = send
-executor.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
+executors._Worker._exchange = send
+executors.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
 """
 
 
@@ -296,7 +299,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
     """A worker that dies when it has nothing to do does not end a run whose tasks are done, also if it was never asked."""
     ready = Started.of(DirectoryStore(tmp_path), sample_updates(2), make=lambda_fl)  # a leaf, then the root: one at a time
     begun: list[int] = []
-    start = executor._Worker._start
+    start = executors._Worker._start
 
     def note(self: Any) -> Any:
         process = start(self)
@@ -309,7 +312,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor._Worker, "_start", note)
+        patch.setattr(executors._Worker, "_start", note)
         reports = ready.run(ProcessExecutor(2), kill)
 
     assert (2, 2) == (len(begun), len(reports))
@@ -318,7 +321,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
 
 def test_stopped_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that somebody stops is not waited for without end: it is killed after some seconds, and its task is run again."""
-    monkeypatch.setattr("gradsharding.executor.STOPPED", 2)
+    monkeypatch.setattr("gradsharding.running.executors.STOPPED", 2)
     ready, stopped = started(tmp_path, shards=6, elements=600), list[str]()
 
     def stop(report: TaskReport) -> None:

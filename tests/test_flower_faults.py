@@ -30,9 +30,9 @@ from flower_federation import (
 )
 from gradsharding import DirectoryStore, InlineExecutor, MemoryStore, ObjectStore
 from gradsharding.errors import PlanTooLarge, TaskFailed, UserError
-from gradsharding.executor import Progress
-from gradsharding.plan import Limits
-from gradsharding.task import Job, Task, TaskReport
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.task import Job, Task, TaskReport
+from gradsharding.running.executors import Progress
 from gradsharding.testing import assert_same
 from gradsharding_flower import from_state_dict, upload_mod
 from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find, write

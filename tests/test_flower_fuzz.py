@@ -22,8 +22,8 @@ from flwr.serverapp.strategy import FedAvg
 from flower_federation import State, record, reply, sharding, state_of
 from gradsharding import MemoryStore
 from gradsharding.errors import GradShardingError
+from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.update import load
 from gradsharding_flower import upload_mod
 from gradsharding_flower.arrays import NPY, RAW, to_raw
 from gradsharding_flower.mod import ORDERS

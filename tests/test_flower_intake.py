@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from flower_federation import NODES, averaged, client, grid_of, initial, record, reply, sharding, state_of
 from gradsharding import MemoryStore
+from gradsharding.arithmetic.weights import integral_weights
 from gradsharding.errors import InvalidUpdate, StoreFailed
-from gradsharding.layout import Layout
-from gradsharding.store import Stat
+from gradsharding.format.layout import Layout
+from gradsharding.stores.protocol import Stat
+from gradsharding.stores.updates import Update
 from gradsharding.testing import FlakyStore, assert_same
-from gradsharding.update import Update
-from gradsharding.weights import integral_weights
 from gradsharding_flower import upload_mod
 from gradsharding_flower.ballot import Ballot
 from gradsharding_flower.grid import TOGETHER, FollowUp, WatchedGrid, Work

@@ -39,7 +39,8 @@ def main(what: str, directory: Path) -> None:
     from flwr.serverapp.strategy import FedAvg  # noqa: PLC0415
 
     from gradsharding import DirectoryStore  # noqa: PLC0415
-    from gradsharding.update import Raw, encode, inspect  # noqa: PLC0415
+    from gradsharding.format.encode import Raw, encode  # noqa: PLC0415
+    from gradsharding.stores.updates import inspect  # noqa: PLC0415
     from gradsharding_flower import GradSharding  # noqa: PLC0415
     from gradsharding_flower.arrays import to_record  # noqa: PLC0415
     from gradsharding_flower.mod import ORDERS  # noqa: PLC0415

@@ -17,9 +17,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from flower_federation import State, files, state_of
 from gradsharding_flower import from_state_dict
-from gradsharding_flower.digits import client_app, initial_model
-from gradsharding_flower.loopback import Loopback
+from gradsharding_flower.demo.federation import client_app, initial_model
 from gradsharding_flower.testing import LocalGrid
+from rigs.loopback import Loopback
 
 pytestmark = pytest.mark.flower
 
@@ -32,7 +32,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from gradsharding_flower import GradSharding, from_state_dict, upload_mod
-from gradsharding_flower.digits import client_app, initial_model
+from gradsharding_flower.demo.federation import client_app, initial_model
 
 app = ServerApp()
 
@@ -158,7 +158,7 @@ def test_a_failing_app_is_told_with_its_logs(tmp_path: Path) -> None:
 
 def test_demo(tmp_path: Path) -> None:
     """``gradsharding demo`` trains both ways and prints both accuracies, which agree; a column each for server and store."""
-    script = "from gradsharding_flower.demo import demo; demo()"
+    script = "from gradsharding_flower.demo.demo import demo; demo()"
     printed = run_python(["-c", script, "--rounds", "2", "--clients", "3"], tmp_path / "home")
     assert re.search(r"^ *round +accuracy", printed, re.MULTILINE)
     last = re.search(r"accuracy after 2 rounds: gradsharding ([0-9.]+), plain Flower FedAvg ([0-9.]+)", printed)

@@ -29,19 +29,19 @@ from flower_federation import (
     weight_of,
 )
 from gradsharding import DirectoryStore
-from gradsharding.aws.direct import Offer, Piece
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.s3.direct import Offer, Piece
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import InvalidUpdate, StoreRefused, UserError
+from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.testing.s3 import Ceph
-from gradsharding.update import load
 from gradsharding_flower import refer, upload_mod
-from gradsharding_flower.loopback import Loopback
 from gradsharding_flower.mod import ORDERS
 from gradsharding_flower.permits import ABANDONED, PERMIT, SPOOL_KEY, Lender, Offered
 from gradsharding_flower.reference import Reference, client_id
 from gradsharding_flower.testing import LocalGrid
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.loopback import Loopback
+from rigs.s3 import Ceph
 from test_flower_processes import APP, CLIENTS, ROUNDS, assert_ends, assert_small_messages, expected
 
 
@@ -147,7 +147,7 @@ def test_what_a_node_keeps(moto_store: S3Store, spool: Path) -> None:
 
 def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large updates are written in pieces, and the model is the same."""
-    monkeypatch.setattr("gradsharding.aws.presign.PIECE", 5 << 20)
+    monkeypatch.setattr("gradsharding.aws.s3.presign.PIECE", 5 << 20)
     state = {"w": np.zeros(3 << 20, np.float32)}
     grid = RecordingGrid({node: client() for node in NODES})
     result = sharding(ceph_store).start(grid, record(state), num_rounds=1)
@@ -171,7 +171,7 @@ def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
 def test_left_out(ceph_store: S3Store, spool: Path, monkeypatch: pytest.MonkeyPatch, what: str, reason: str) -> None:
     """A node whose update never arrives is left out of the round with the reason, and the others are averaged."""
     monkeypatch.setenv("SPOOL", str(spool))
-    monkeypatch.setattr("gradsharding.aws.presign.PIECE", 5 << 20)  # so that an upload is under way
+    monkeypatch.setattr("gradsharding.aws.s3.presign.PIECE", 5 << 20)  # so that an upload is under way
     state = {"w": np.zeros(3 << 20, np.float32)} if what == "dies" else initial()
     strategy = sharding(ceph_store)
     result = strategy.start(Interfering(14, what), record(state), num_rounds=1, timeout=5)

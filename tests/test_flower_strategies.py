@@ -34,9 +34,9 @@ from flwr.serverapp.strategy import (
 from flower_federation import NODES, State, averaged, client, grid_of, initial, record, reply, sharding, state_of, train, weight_of
 from gradsharding import DirectoryStore, MemoryStore, Round
 from gradsharding.errors import UserError
+from gradsharding.rounds.verify import verify
+from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.update import load
-from gradsharding.verify import verify
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
 from gradsharding_flower.reference import client_id
 

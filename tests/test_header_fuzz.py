@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import safetensors
 
-from gradsharding.dtypes import ITEM_SIZE
 from gradsharding.errors import InvalidUpdate
-from gradsharding.store import MemoryStore
-from gradsharding.update import load_raw
+from gradsharding.format.dtypes import ITEM_SIZE
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.updates import load_raw
 
 Found = dict[str, tuple[str, tuple[int, ...], bytes]]
 

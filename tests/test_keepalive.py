@@ -20,17 +20,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws import keepalive
 from gradsharding.aws.client import lambda_client
-from gradsharding.aws.invoke import LambdaExecutor
-from gradsharding.aws.s3 import S3Store
-from gradsharding.round import Round
+from gradsharding.aws.functions import keepalive
+from gradsharding.aws.functions.executor import LambdaExecutor
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.planning.topologies import sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
 from gradsharding.testing import assert_same, reference_mean, sample_updates
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.testing.nat import ForgetfulNat, nat_missing
-from gradsharding.testing.s3 import Ceph
-from gradsharding.topology import sharded
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.nat import ForgetfulNat, nat_missing
+from rigs.s3 import Ceph
 
 NAT_HERE = pytest.mark.skipif(bool(nat_missing()), reason=str(nat_missing()))
 
@@ -108,7 +108,7 @@ def test_round_outlasts_nat(ceph_store: S3Store, ceph: Ceph, monkeypatch: pytest
     """A round of functions that take longer than NAT remembers asks for each task once, with the probes that users get."""
     forgets = 1.25 * keepalive.PROBES.idle
     (tmp_path / "slow.py").write_text(
-        "import time\nfrom gradsharding.aws.handler import handler as real\n\n\n"
+        "import time\nfrom gradsharding.aws.functions.handler import handler as real\n\n\n"
         f"def handler(event, context):\n    time.sleep({1.5 * forgets})\n    return real(event, context)\n"
     )
     paths = f"{tmp_path}:{Path(__file__).parents[1]}"

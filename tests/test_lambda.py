@@ -13,32 +13,34 @@ import botocore.session
 import numpy as np
 import pytest
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.answers import VERDICTS, Do, Verdict
-from gradsharding.aws.call import answered, pack, unpack
-from gradsharding.aws.invoke import LambdaExecutor, Settings
-from gradsharding.aws.s3 import S3Store
+from gradsharding.advice.cost import forecast
+from gradsharding.advice.planner import Needs
+from gradsharding.advice.prices import load_prices
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.aws.functions.answers import VERDICTS, Do, Verdict
+from gradsharding.aws.functions.call import answered, pack, unpack
+from gradsharding.aws.functions.executor import LambdaExecutor, Settings
+from gradsharding.aws.functions.tail import Metered, metered
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.aws.smoke import bill_text
-from gradsharding.aws.tail import Metered, metered
-from gradsharding.cli import main
-from gradsharding.cost import forecast
+from gradsharding.cli.main import main
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
-from gradsharding.executor import Executor, ProcessExecutor, open_executor
-from gradsharding.kernel import Arithmetic
-from gradsharding.pace import share
-from gradsharding.plan import Limits
-from gradsharding.planner import Needs
-from gradsharding.platform import ACCOUNT_CONCURRENCY, PAYLOAD, RUNTIME
-from gradsharding.prices import load_prices
-from gradsharding.reading import STREAM
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
-from gradsharding.task import Job, Task, Term
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, PAYLOAD, RUNTIME
+from gradsharding.planning.task import Job, Task, Term
+from gradsharding.planning.topologies import Topology, lambda_fl, sharded, sharded_tree
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor, ProcessExecutor, open_executor
+from gradsharding.running.pace import share
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.reading import STREAM
 from gradsharding.testing import ExecutorContract, assert_same, peak, read, reference_mean, sample_updates
 from gradsharding.testing.executors import Started
-from gradsharding.testing.lambdas import HERE, Fault, LocalFunction, LocalLambda, Said, emulator_missing, hold
-from gradsharding.testing.s3 import Ceph
-from gradsharding.topology import Topology, lambda_fl, sharded, sharded_tree
+from rigs.lambdas import HERE, Fault, LocalFunction, LocalLambda, Said, emulator_missing, hold
+from rigs.s3 import Ceph
 
 MIB = 1 << 20
 UNKNOWN = Settings(None, None, None, None, None)
@@ -331,7 +333,7 @@ def test_gives_up(ceph_store: S3Store, start: Start, fault: str, advice: str) ->
 @RUNS_HERE
 def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that get no turn for a quarter of an hour end the round, and it says what takes their place."""
-    monkeypatch.setattr("gradsharding.aws.invoke.TURN_PATIENCE", 0.2)
+    monkeypatch.setattr("gradsharding.aws.functions.executor.TURN_PATIENCE", 0.2)
     start(faults=dict.fromkeys(range(1, 99), "throttle"))
     with pytest.raises(TaskFailed, match=r"waited .* s for its turn: other work takes the account's concurrency"):
         aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
@@ -340,7 +342,7 @@ def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: 
 @RUNS_HERE
 def test_each_turn_has_its_patience(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one task waited for its turn is not counted against the next task."""
-    monkeypatch.setattr("gradsharding.aws.invoke._pause", lambda _: 600.0)
+    monkeypatch.setattr("gradsharding.aws.functions.executor._pause", lambda _: 600.0)
     updates = sample_updates()
     front = start(concurrency=1, faults={1: "raise", 2: "throttle", 4: "throttle"})  # after a failure, tasks go one by one
     result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
@@ -374,7 +376,7 @@ def told() -> Iterator[LocalLambda]:
 
 def _end_of(said: Said | Fault, front: LocalLambda, monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple[GradShardingError, int]:
     """Give what a task raises if Lambda says this whenever it is asked, and how often it was; waiting takes no time."""
-    monkeypatch.setattr("gradsharding.aws.invoke.TURN_PATIENCE", -1.0)
+    monkeypatch.setattr("gradsharding.aws.functions.executor.TURN_PATIENCE", -1.0)
     monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
     account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**account, **front.environment(), **settings}.items():
@@ -486,7 +488,7 @@ def test_call_of_another_release() -> None:
 
 
 _BUGGY = """
-from gradsharding import worker
+from gradsharding.running import worker
 
 real, asked = worker.run_alone, []
 
@@ -499,7 +501,7 @@ def run_alone(task, job, store):
 
 
 worker.run_alone = run_alone
-from gradsharding.aws.handler import handler
+from gradsharding.aws.functions.handler import handler
 """
 
 

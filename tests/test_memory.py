@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.s3 import S3Store
-from gradsharding.dtypes import FORMATS, NUMPY
-from gradsharding.executor import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor
-from gradsharding.kernel import Arithmetic, is_wide
-from gradsharding.layout import ITEM_SIZE, Layout, Run
-from gradsharding.plan import Limits
-from gradsharding.platform import RESIDENT
-from gradsharding.reading import STREAM
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, file_reference
-from gradsharding.task import RESERVED, Job, Task, Term
+from gradsharding.arithmetic.fold import Arithmetic, is_wide
+from gradsharding.arithmetic.weights import MAX_WEIGHT
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.format.dtypes import FORMATS, NUMPY
+from gradsharding.format.layout import ITEM_SIZE, Layout, Run
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.platform import RESIDENT
+from gradsharding.planning.task import RESERVED, Job, Task, Term
+from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.reading import STREAM
+from gradsharding.stores.urls import file_reference
 from gradsharding.testing import Started, peak, read
-from gradsharding.topology import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.weights import MAX_WEIGHT
 from pools import pool
 
 MIB = 1 << 20
@@ -38,7 +39,7 @@ MIB = 1 << 20
 
 def test_idle_worker() -> None:
     """A worker that waits for its first task has taken less than what is reserved for it."""
-    script = "from gradsharding.worker import peak_memory; print(peak_memory())"
+    script = "from gradsharding.running.worker import peak_memory; print(peak_memory())"
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     peak = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment).stdout)
 
@@ -48,8 +49,9 @@ def test_idle_worker() -> None:
 def test_client_of_s3(ceph_store: S3Store) -> None:
     """boto3 with a client that threads ask for at once takes less than what is counted for it, and is made once."""
     script = (
-        "import sys; from concurrent.futures import ThreadPoolExecutor; from gradsharding.worker import peak_memory; idle = peak_memory();"
-        "from gradsharding.store import open_store; store = open_store(sys.argv[1]); pool = ThreadPoolExecutor(8);"
+        "import sys; from concurrent.futures import ThreadPoolExecutor;"
+        "from gradsharding.running.worker import peak_memory; idle = peak_memory();"
+        "from gradsharding.stores.urls import open_store; store = open_store(sys.argv[1]); pool = ThreadPoolExecutor(8);"
         "clients = {id(client) for client in pool.map(lambda _: store.client, range(8))}; [*store.list('')];"
         "print(len(clients), peak_memory() - idle)"
     )

@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.invoke import LambdaExecutor
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.functions.executor import LambdaExecutor
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import StoreFailed
-from gradsharding.pace import GETS, PUTS, Share, keeping, share, take_turn, time_left
-from gradsharding.platform import FIGURES
-from gradsharding.round import Round
+from gradsharding.planning.platform import FIGURES
+from gradsharding.planning.topologies import sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.pace import GETS, PUTS, Share, keeping, share, take_turn, time_left
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.topology import sharded
 from gradsharding.usage import carried
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
 
 
 @given(st.integers(1, 10_000))
@@ -121,7 +121,7 @@ def test_functions_are_told_their_share(moto_store: S3Store, monkeypatch: pytest
 @pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
 def test_functions_keep_to_it(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Lambda, a function whose share lets it ask once in its time asks no second time, and says why."""
-    monkeypatch.setattr("gradsharding.pace.GETS", 0.02)  # each of two has its second turn after 100 s, and a minute in all
+    monkeypatch.setattr("gradsharding.running.pace.GETS", 0.02)  # each of two has its second turn after 100 s, and a minute in all
     says = r"comes in [\d.]+ s, at its share of 0\.01 requests/s, and [\d.]+ s of its time are left; run fewer functions at once"
     with _at_once(monkeypatch, 2), pytest.raises(StoreFailed, match=says):
         _average(moto_store)

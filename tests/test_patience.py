@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import aggregate
 from gradsharding.aws.client import s3_client
-from gradsharding.aws.direct import UrlSource, offer, write
 from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, LONGEST, PATIENCE, Patience, pause
-from gradsharding.aws.presign import grant, readable, settle
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.s3.direct import UrlSource, offer, write
+from gradsharding.aws.s3.presign import grant, readable, settle
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import StoreFailed
-from gradsharding.executor import ProcessExecutor
-from gradsharding.pace import keeping
-from gradsharding.round import Round
+from gradsharding.planning.topologies import sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import ProcessExecutor
+from gradsharding.running.pace import keeping
 from gradsharding.testing import assert_same, read, reference_mean
-from gradsharding.testing.proxy import Path, Proxy
-from gradsharding.testing.s3 import Ceph, S3Server
-from gradsharding.topology import sharded
 from gradsharding.usage import counting, total
+from rigs.proxy import Path, Proxy
+from rigs.s3 import Ceph, S3Server
 
 REFUSED = {i: "503" if i % 2 else "429" for i in range(1, 13)} | {4: "500", 7: "reset", 10: "500"}
 """What goes wrong, by the request's number: more refusals than failures are mended, and some of these between them."""

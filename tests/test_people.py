@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 
-from gradsharding.aws.commands import deploy, destroy, status
+from gradsharding.aws.deploy.commands import deploy, destroy, status
+from gradsharding.aws.deploy.stack import kinds, template
 from gradsharding.aws.refusals import code_of
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.aws.smoke import smoke
-from gradsharding.aws.stack import kinds, template
-from gradsharding.cli import main
+from gradsharding.cli.main import main
 from gradsharding.errors import ObjectExists
-from gradsharding.round import Round
-from gradsharding.testing.policies import Need, actions, allows, needs, recorded
-from gradsharding.testing.s3 import Ceph, S3Server
-from gradsharding.testing.stack import account_missing, local_account, tool
-from gradsharding.testing.template import read_template, resolved
-from gradsharding.update import encode, inspect
+from gradsharding.format.encode import encode
+from gradsharding.rounds.round import Round
+from gradsharding.stores.updates import inspect
+from rigs.policies import Need, actions, allows, needs, recorded
+from rigs.s3 import Ceph, S3Server
+from rigs.stack import account_missing, local_account, tool
+from rigs.template import read_template, resolved
 
 POLICIES = Path(__file__).parent.parent / "deploy/policies"
 PREFIX = "some prefix"

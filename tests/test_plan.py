@@ -7,16 +7,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from gradsharding.arithmetic.fold import SCRATCH
 from gradsharding.errors import PlanTooLarge, UserError
-from gradsharding.kernel import SCRATCH
-from gradsharding.layout import ITEM_SIZE, Layout
-from gradsharding.plan import MAX_PARTS, Limits, Plan, mib
-from gradsharding.platform import READING
-from gradsharding.reading import STAGING
-from gradsharding.round import Manifest
+from gradsharding.format.layout import ITEM_SIZE, Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.planning.platform import READING
+from gradsharding.planning.task import RESERVED, Term
+from gradsharding.planning.topologies import flat, sharded
 from gradsharding.sizes import size
-from gradsharding.task import RESERVED, Term
-from gradsharding.topology import flat, sharded
+from gradsharding.stores.reading import STAGING
 
 FIXED = RESERVED + STAGING + SCRATCH
 MIB = 1 << 20

@@ -10,14 +10,14 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, sharded_tree
+from gradsharding.advice.planner import NAMES, Advice, Needs, Option, flower_server, recommend
+from gradsharding.advice.prices import load_prices
+from gradsharding.advice.timing import Speeds, unlucky
 from gradsharding.errors import UserError
-from gradsharding.layout import Layout
-from gradsharding.plan import Plan
-from gradsharding.planner import NAMES, Advice, Needs, Option, flower_server, recommend
-from gradsharding.platform import DEPLOYED_TIMEOUT, FIGURES, PAYLOAD, READING, RUNTIME
-from gradsharding.prices import load_prices
-from gradsharding.round import Manifest
-from gradsharding.timing import Speeds, unlucky
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.platform import DEPLOYED_TIMEOUT, FIGURES, PAYLOAD, READING, RUNTIME
 from modelled import MB, manifest
 
 GB = 10**9

@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 from botocore.exceptions import ClientError
 
-from gradsharding import worker
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.commands import ALARMS
-from gradsharding.aws.invoke import LambdaExecutor
+from gradsharding.aws.deploy.commands import ALARMS
+from gradsharding.aws.deploy.stack import template
+from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.refusals import code_of
-from gradsharding.aws.s3 import S3Store
-from gradsharding.aws.stack import template
-from gradsharding.cli import main
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.cli.main import main
 from gradsharding.errors import MissingObject, StoreRefused
-from gradsharding.round import Round
-from gradsharding.store import MemoryStore
+from gradsharding.format.encode import encode
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.running import worker
+from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
-from gradsharding.testing.template import read_template, resolved
-from gradsharding.update import encode
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server
+from rigs.template import read_template, resolved
 
 PREFIX = "some prefix"
 

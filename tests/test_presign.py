@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import urllib3
 
-from gradsharding.aws.demands import TRUST
-from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
 from gradsharding.aws.patience import ATTEMPTS
-from gradsharding.aws.presign import etag, grant, readable, settle, try_out, withdraw
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.s3.demands import TRUST
+from gradsharding.aws.s3.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.aws.s3.presign import etag, grant, readable, settle, try_out, withdraw
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidUpdate, MissingObject, StoreFailed, StoreRefused
+from gradsharding.format.encode import encode
+from gradsharding.stores.updates import FIRST_READ, load
 from gradsharding.testing import read
-from gradsharding.testing.proxy import Path as Route
-from gradsharding.testing.proxy import Proxy
-from gradsharding.testing.s3 import Ceph
-from gradsharding.testing.stack import account_missing, local_account
-from gradsharding.update import FIRST_READ, encode, load
 from gradsharding.usage import counting
+from rigs.proxy import Path as Route
+from rigs.proxy import Proxy
+from rigs.s3 import Ceph
+from rigs.stack import account_missing, local_account
 
 MIB = 1 << 20
 KEY = "rounds/r/updates/a b.safetensors"

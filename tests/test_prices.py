@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from gradsharding import cli
+from gradsharding.advice.prices import PACKAGED, load_prices, price_file, user_file
+from gradsharding.cli import main as cli
 from gradsharding.errors import UserError
-from gradsharding.prices import PACKAGED, load_prices, price_file, user_file
 
 Session = pytest.importorskip("boto3", reason="boto3 is not installed").session.Session
 

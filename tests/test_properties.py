@@ -11,17 +11,18 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import Result, aggregate
-from gradsharding.dtypes import NUMPY
-from gradsharding.kernel import Fold, first_beyond
-from gradsharding.layout import ITEM_SIZE, Layout, join_runs
-from gradsharding.plan import Limits
-from gradsharding.round import Manifest, Round
-from gradsharding.sharding import cut
-from gradsharding.store import MemoryStore
+from gradsharding.arithmetic.fold import Fold, first_beyond
+from gradsharding.format.dtypes import NUMPY
+from gradsharding.format.encode import Raw, encode
+from gradsharding.format.layout import ITEM_SIZE, Layout, join_runs
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.slices import cut
+from gradsharding.planning.topologies import flat, sharded
+from gradsharding.rounds.aggregate import Result, aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import CountingStore, assert_same, reference_mean
-from gradsharding.topology import flat, sharded
-from gradsharding.update import Raw, encode
 from gradsharding.usage import total
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)

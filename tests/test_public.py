@@ -11,7 +11,7 @@ import pytest
 import gradsharding
 
 ROOT = Path(__file__).parents[1]
-EDGES = {"gradsharding.__main__", "gradsharding.aws", "gradsharding.cli", "gradsharding.planned", "gradsharding.testing"}
+EDGES = {"gradsharding.__main__", "gradsharding.aws", "gradsharding.cli.main", "gradsharding.cli.plan", "gradsharding.testing"}
 FOREIGN = {"aiobotocore", "boto3", "botocore", "click", "flwr", "hypothesis", "pytest", "rich", "safetensors", "torch"}
 
 

@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import aggregate
-from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate, MissingObject
-from gradsharding.plan import Limits, Plan
-from gradsharding.reading import STAGING, STREAM, Reading, Request, combined, connections, read_ahead
-from gradsharding.round import Manifest, Round
-from gradsharding.store import MemoryStore
+from gradsharding.format.dtypes import Buffer
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.topologies import sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.reading import STAGING, STREAM, Reading, Request, combined, connections, read_ahead
 from gradsharding.testing import CountingStore, assert_same, reference_mean, sample_updates
-from gradsharding.topology import sharded
 from gradsharding.usage import total
 
 

@@ -20,16 +20,16 @@ import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws import refusals
-from gradsharding.aws.call import Fault, failed
 from gradsharding.aws.client import explained, explaining, lambda_client, session
-from gradsharding.aws.direct import _Discreet
-from gradsharding.aws.log import _line
+from gradsharding.aws.functions.call import Fault, failed
+from gradsharding.aws.functions.log import _line
 from gradsharding.aws.refusals import reason, scrubbed
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.s3.direct import _Discreet
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.testing import read
-from gradsharding.testing.s3 import S3Server
+from rigs.s3 import S3Server
 
 SECRET = "wJalrXUtnFEMI+K7MDENG/bPxRfiCYEXAMPLEKEY"  # noqa: S105 - AWS's own example
 KEY = "AKIAIOSFODNN7EXAMPLE"

@@ -18,22 +18,23 @@ from flwr.serverapp.strategy import FedAvg
 import request_counts
 from flower_federation import client, grid_of, initial, record, sharding
 from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.aws.direct import UrlSource
-from gradsharding.aws.invoke import LambdaExecutor
-from gradsharding.aws.presign import readable
-from gradsharding.aws.s3 import S3Store
+from gradsharding.aws.functions.executor import LambdaExecutor
+from gradsharding.aws.s3.direct import UrlSource
+from gradsharding.aws.s3.presign import readable
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import NonFinite
-from gradsharding.executor import Executor
-from gradsharding.store import DirectoryStore, ObjectStore
+from gradsharding.running.executors import Executor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.protocol import ObjectStore
 from gradsharding.testing import CountingStore, sample_updates
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.testing.proxy import Path as Route
-from gradsharding.testing.proxy import Proxy
-from gradsharding.testing.s3 import Ceph, Request, S3Server
 from gradsharding.usage import Usage, carried, count, counting, total
 from gradsharding_flower import GradSharding, upload_mod
 from gradsharding_flower.result import RoundReport
 from gradsharding_flower.testing import LocalGrid
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.proxy import Path as Route
+from rigs.proxy import Proxy
+from rigs.s3 import Ceph, Request, S3Server
 
 MOTO, CEPH = 30, 12
 """Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding.aggregate import aggregate
+from gradsharding.arithmetic.weights import MAX_WEIGHT, integral_weights
 from gradsharding.errors import (
     ChangedObject,
     DuplicateClient,
@@ -25,13 +25,18 @@ from gradsharding.errors import (
     UserError,
     quoted,
 )
-from gradsharding.plan import Limits
-from gradsharding.round import Contribution, Manifest, Round, check_id
-from gradsharding.store import DirectoryStore, MemoryStore, Stat, file_reference
+from gradsharding.format.encode import encode
+from gradsharding.planning.manifest import Contribution, Manifest, check_id
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.topologies import sharded
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import Stat
+from gradsharding.stores.updates import inspect
+from gradsharding.stores.urls import file_reference
 from gradsharding.testing import CountingStore, FlakyStore
-from gradsharding.topology import sharded
-from gradsharding.update import encode, inspect
-from gradsharding.weights import MAX_WEIGHT, integral_weights
 
 W = {"w": np.array([1, 2, 3], "f4")}
 V = {"w": np.array([4, 5, 6], "f4")}

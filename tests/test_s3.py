@@ -19,13 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aggregate import aggregate
-from gradsharding.aws.body import Body
-from gradsharding.aws.direct import UrlSource, offer, write
-from gradsharding.aws.presign import grant, readable, settle
-from gradsharding.aws.s3 import S3Store
-from gradsharding.cli import cli
-from gradsharding.compose import LARGE, MINIMUM, Composed, compose, is_kept
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.aws.s3.body import Body
+from gradsharding.aws.s3.direct import UrlSource, offer, write
+from gradsharding.aws.s3.presign import grant, readable, settle
+from gradsharding.aws.s3.store import S3Store
+from gradsharding.cli.main import cli
 from gradsharding.errors import (
     ChangedObject,
     IncompleteUpload,
@@ -36,18 +35,20 @@ from gradsharding.errors import (
     StoreRefused,
     UserError,
 )
-from gradsharding.executor import InlineExecutor, ProcessExecutor
-from gradsharding.kernel import Arithmetic
-from gradsharding.plan import Limits
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, locate, open_store
+from gradsharding.format.encode import encode
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.topologies import Topology, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.round import Round
+from gradsharding.rounds.verify import verify
+from gradsharding.running.executors import InlineExecutor, ProcessExecutor
+from gradsharding.stores.compose import LARGE, MINIMUM, Composed, compose, is_kept
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.urls import locate, open_store
 from gradsharding.testing import StoreContract, assert_same, peak, read, reference_mean, sample_updates
-from gradsharding.testing.proxy import Path, Proxy
-from gradsharding.testing.s3 import Ceph, S3Server, ceph_missing, ceph_server
-from gradsharding.topology import Topology, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.update import encode
 from gradsharding.usage import Usage, counting, total
-from gradsharding.verify import verify
+from rigs.proxy import Path, Proxy
+from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server
 
 MIB = 1 << 20
 
@@ -427,7 +428,7 @@ def test_fetch_of_what_is_missing(moto_store: S3Store) -> None:
 
 def test_put_in_parts(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object larger than S3 takes at once is put in parts, and created once all the same, in as many requests as its charges say."""
-    monkeypatch.setattr("gradsharding.aws.s3.LARGEST_PUT", MIB)
+    monkeypatch.setattr("gradsharding.aws.s3.store.LARGEST_PUT", MIB)
     data = os.urandom(70 * MIB)
     with counting() as ledger:
         stat = moto_store.put("a", [data[:10], data[10:]])

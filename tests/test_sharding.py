@@ -3,8 +3,8 @@
 import pytest
 
 from gradsharding.errors import PlanTooLarge
-from gradsharding.layout import Run
-from gradsharding.sharding import Slice, cut
+from gradsharding.format.layout import Run
+from gradsharding.planning.slices import Slice, cut
 
 MIXED = (Run("F64", 2), Run("F16", 4), Run("U8", 3))  # 16 + 8 + 3 bytes, 9 elements
 

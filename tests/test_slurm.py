@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradsharding.testing.slurm import finish, slurm, slurm_missing
+from rigs.slurm import finish, slurm, slurm_missing
 
 ROOT = Path(__file__).parents[1]
 BENCHMARK = [str(ROOT / "benchmarks" / "topologies.py"), "--size", "2MB", "--clients", "5", "--repetitions", "1"]

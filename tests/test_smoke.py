@@ -14,20 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradsharding import cli
-from gradsharding.aws.commands import standing
-from gradsharding.aws.invoke import LambdaExecutor
-from gradsharding.aws.s3 import S3Store
+from gradsharding.advice.prices import load_prices
+from gradsharding.aws.deploy.commands import standing
+from gradsharding.aws.functions.executor import LambdaExecutor
+from gradsharding.aws.s3.store import S3Store
 from gradsharding.aws.smoke import WAYS, try_out
+from gradsharding.cli import main as cli
 from gradsharding.errors import GradShardingError, StoreRefused
-from gradsharding.executor import InlineExecutor, Progress
-from gradsharding.plan import Limits
-from gradsharding.prices import load_prices
-from gradsharding.store import MemoryStore, ObjectStore
-from gradsharding.task import Job, Task, TaskReport
+from gradsharding.format.encode import encode
+from gradsharding.planning.plan import Limits
+from gradsharding.planning.task import Job, Task, TaskReport
+from gradsharding.running.executors import InlineExecutor, Progress
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.testing.lambdas import LocalFunction, LocalLambda, emulator_missing
-from gradsharding.update import encode, load
+from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
 
 RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
 ADVICE = "no price for mx-central-1; fetch it with: gradsharding prices --refresh --region mx-central-1"
@@ -127,7 +129,8 @@ def test_report(
 def test_interrupted(ceph_store: S3Store, functions: Callable[[str], LocalLambda]) -> None:
     """Ctrl-C while functions run: what they write meanwhile is deleted, too, with the updates, the records and the upload."""
     front = functions("eu-central-1")
-    program = "import sys; from gradsharding import cli; from gradsharding.aws import smoke; from gradsharding.store import open_store\n"
+    program = "import sys; from gradsharding.cli import main as cli; from gradsharding.aws import smoke\n"
+    program += "from gradsharding.stores.urls import open_store\n"
     program += "smoke.ELEMENTS = 1 << 20; smoke.smoke.callback = lambda name: smoke.try_out(open_store(sys.argv[1]), "
     program += "smoke.LambdaExecutor('gradsharding')); cli.cli.add_command(smoke.smoke); sys.exit(cli.main(['smoke']))"
     command = [sys.executable, "-c", program, ceph_store.url]

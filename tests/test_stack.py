@@ -22,21 +22,22 @@ import boto3
 import numpy as np
 import pytest
 
-from gradsharding.aws import stack as stacks
-from gradsharding.aws.account import TAG, Account, Stack, is_marked, remedy
-from gradsharding.aws.code import own_bucket
-from gradsharding.aws.code import zipped as build_zip
-from gradsharding.aws.drift import checked, drift, missing
-from gradsharding.aws.options import NAMED
-from gradsharding.aws.stack import Change, Order, put_up, template
-from gradsharding.aws.teardown import doomed, take_down
+from gradsharding.aws.deploy import stack as stacks
+from gradsharding.aws.deploy.account import TAG, Account, Stack, is_marked, remedy
+from gradsharding.aws.deploy.code import own_bucket
+from gradsharding.aws.deploy.code import zipped as build_zip
+from gradsharding.aws.deploy.drift import checked, drift, missing
+from gradsharding.aws.deploy.options import NAMED
+from gradsharding.aws.deploy.stack import Change, Order, put_up, template
+from gradsharding.aws.deploy.teardown import doomed, take_down
 from gradsharding.errors import GradShardingError, StackFailed, StoreRefused, UserError
-from gradsharding.store import open_store
+from gradsharding.format.encode import encode
+from gradsharding.stores.updates import load
+from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
-from gradsharding.testing.frontdoor import FrontDoor, Stop, front_door
-from gradsharding.testing.policies import recorded
-from gradsharding.testing.stack import account_missing, local_account
-from gradsharding.update import encode, load
+from rigs.frontdoor import FrontDoor, Stop, front_door
+from rigs.policies import recorded
+from rigs.stack import account_missing, local_account
 
 OTHERS = {
     "Description": "somebody else's",
@@ -57,8 +58,8 @@ OTHERS = {
 
 COMMAND = """
 import pathlib, sys
-from gradsharding.aws import commands
-from gradsharding.cli import main
+from gradsharding.aws.deploy import commands
+from gradsharding.cli.main import main
 data = pathlib.Path(sys.argv[1]).read_bytes()
 commands.zipped = lambda *_, **__: data
 sys.exit(main(sys.argv[2:]))
@@ -70,7 +71,7 @@ def zipped(text: str = "def handler(event, context): pass") -> bytes:
     """Make the zip of a function that does nothing: these tests never call it."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(zipfile.ZipInfo("gradsharding/aws/handler.py"), text)
+        archive.writestr(zipfile.ZipInfo("gradsharding/aws/functions/handler.py"), text)
     return buffer.getvalue()
 
 
@@ -657,7 +658,7 @@ def test_stack_that_could_not_be_made(enter: Callable[[], Account], tmp_path: Pa
     )
     (tmp_path / "template.yaml").write_text(template().replace("\nResources:\n", blocked, 1))
     with monkeypatch.context() as patch:
-        patch.setattr("gradsharding.aws.stack.TEMPLATES", (tmp_path / "template.yaml",))
+        patch.setattr("gradsharding.aws.deploy.stack.TEMPLATES", (tmp_path / "template.yaml",))
         with pytest.raises(StackFailed, match=r"stack one in .* is ROLLBACK_COMPLETE: Taken: .*; nothing of it is left"):
             up(account)
     assert [own_bucket(account)] == [bucket["Name"] for bucket in account.s3.list_buckets()["Buckets"]]

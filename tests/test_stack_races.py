@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from gradsharding.aws.account import TAG, Account
-from gradsharding.aws.code import own_bucket
-from gradsharding.aws.drift import checked, drift, missing
-from gradsharding.aws.stack import Change, Order, put_up
+from gradsharding.aws.deploy.account import TAG, Account
+from gradsharding.aws.deploy.code import own_bucket
+from gradsharding.aws.deploy.drift import checked, drift, missing
+from gradsharding.aws.deploy.stack import Change, Order, put_up
 from gradsharding.errors import GradShardingError, StackFailed, UserError
 from test_stack import CODE, OTHERS, account, door, down, enter, everything, foreign, put, up, yes, zipped
 

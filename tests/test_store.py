@@ -21,8 +21,12 @@ from typing import Any
 import pytest
 
 from gradsharding.errors import ChangedObject, InvalidId, MissingObject, ObjectExists, StoreRefused, UserError
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore, SharedMemory, file_reference, files, locate, open_store
-from gradsharding.store.private import private_directory
+from gradsharding.stores import files
+from gradsharding.stores.directory import DirectoryStore, SharedMemory
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.private import private_directory
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.urls import file_reference, locate, open_store
 from gradsharding.testing import CountingStore, FlakyStore, SlowStore, StoreContract, read
 
 
@@ -465,7 +469,7 @@ def test_foreign_upload(tmp_path: Path, upload: str) -> None:
 
 STORY = """
 import itertools, os, signal, sys
-from gradsharding.store import DirectoryStore
+from gradsharding.stores.directory import DirectoryStore
 
 STEPS = ("open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 
@@ -534,7 +538,7 @@ def resume(store: DirectoryStore, upload: str) -> None:
 
 HALF = """
 import os, sys, time
-from gradsharding.store import DirectoryStore
+from gradsharding.stores.directory import DirectoryStore
 
 store, upload = DirectoryStore(sys.argv[1]), sys.argv[2]
 write, pwrite = os.write, os.pwrite

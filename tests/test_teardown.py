@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from gradsharding.aws.account import TAG, Account
-from gradsharding.aws.drift import missing
-from gradsharding.aws.teardown import doomed, take_down
+from gradsharding.aws.deploy.account import TAG, Account
+from gradsharding.aws.deploy.drift import missing
+from gradsharding.aws.deploy.teardown import doomed, take_down
 from gradsharding.errors import StackFailed, UserError
-from gradsharding.testing.frontdoor import FrontDoor
+from rigs.frontdoor import FrontDoor
 from test_stack import CODE, OTHERS, account, add_bucket, command, door, down, enter, enter_again, everything, foreign, put, zipped
 
 __all__ = ["account", "command", "door", "enter"]

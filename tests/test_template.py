@@ -16,16 +16,16 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from gradsharding.aws.account import Account, Stack
-from gradsharding.aws.code import Code, code_of_template
-from gradsharding.aws.demands import demanded
-from gradsharding.aws.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
-from gradsharding.aws.stack import TEMPLATES, Order, defaults, put_up, template
-from gradsharding.aws.template import filled
+from gradsharding.aws.deploy.account import Account, Stack
+from gradsharding.aws.deploy.code import Code, code_of_template
+from gradsharding.aws.deploy.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
+from gradsharding.aws.deploy.stack import TEMPLATES, Order, defaults, put_up, template
+from gradsharding.aws.deploy.template import filled
+from gradsharding.aws.s3.demands import demanded
 from gradsharding.errors import UserError
-from gradsharding.platform import RUNTIMES
-from gradsharding.testing.stack import account_missing, local_account, tool
-from gradsharding.testing.template import PSEUDO, read_template, resolved, translated
+from gradsharding.planning.platform import RUNTIMES
+from rigs.stack import account_missing, local_account, tool
+from rigs.template import PSEUDO, read_template, resolved, translated
 
 REGION = PSEUDO["AWS::Region"]
 KEY = f"arn:aws:kms:{REGION}:123456789012:key/0a1b2c3d-0000-4000-8000-0123456789ab"

@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 
 import calibration
 from gradsharding import Limits, flat, sharded
-from gradsharding.pace import GETS, PUTS, share
-from gradsharding.plan import Plan
-from gradsharding.platform import CHARGES, READING, RUNTIME
-from gradsharding.reading import STREAM
-from gradsharding.timing import (
+from gradsharding.advice.timing import (
     Seconds,
     Speeds,
     at_once,
@@ -26,7 +22,11 @@ from gradsharding.timing import (
     suited,
     task_seconds,
 )
-from gradsharding.topology import lambda_fl, lifl, sharded_tree
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.platform import CHARGES, READING, RUNTIME
+from gradsharding.planning.topologies import lambda_fl, lifl, sharded_tree
+from gradsharding.running.pace import GETS, PUTS, share
+from gradsharding.stores.reading import STREAM
 from modelled import MB, in_paper, manifest
 
 GIB = 1 << 30

@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 
 from gradsharding.errors import PlanTooLarge, UserError
-from gradsharding.layout import Layout
-from gradsharding.plan import Limits, Plan
-from gradsharding.reading import STREAM
-from gradsharding.round import Manifest
-from gradsharding.task import Job, Term
-from gradsharding.topology import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.task import Job, Term
+from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
+from gradsharding.stores.reading import STREAM
 
 MIB = 1 << 20
 SEALED = Manifest(

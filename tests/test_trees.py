@@ -18,21 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Result, Round, aggregate, open_executor
+from gradsharding.arithmetic.fold import Arithmetic, Fold
 from gradsharding.errors import NonFinite, PlanTooLarge, UserError
-from gradsharding.kernel import Arithmetic, Fold
-from gradsharding.layout import Run
-from gradsharding.paper import submit
-from gradsharding.plan import Plan
-from gradsharding.reading import Reading
-from gradsharding.round import SHARED_MEMORY
-from gradsharding.store import ObjectStore
-from gradsharding.task import Job, Task, TaskReport
+from gradsharding.format.layout import Run
+from gradsharding.planning.plan import Plan
+from gradsharding.planning.task import Job, Task, TaskReport
+from gradsharding.planning.topologies import PAPER_READING, Topology, flat, in_paper_loop, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import paper as paper_topology
+from gradsharding.rounds.round import SHARED_MEMORY
+from gradsharding.rounds.verify import verify
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.reading import Reading
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, peak, reference_mean, sample_updates
 from gradsharding.testing.reference import Updates
-from gradsharding.topology import PAPER_READING, Topology, flat, in_paper_loop, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.topology import paper as paper_topology
 from gradsharding.usage import total
-from gradsharding.verify import verify
+from paper import submit
 
 TREES: Mapping[str, Topology] = {
     "flat": flat,
@@ -57,7 +57,7 @@ def submitted(updates: Updates, store: ObjectStore, name: str = "r") -> Round:
 def shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give a directory of shared memory that is this test's own: other processes of this machine use it, too."""
     with TemporaryDirectory(dir=SHARED_MEMORY) as place:
-        monkeypatch.setattr("gradsharding.round.SHARED_MEMORY", Path(place))
+        monkeypatch.setattr("gradsharding.rounds.round.SHARED_MEMORY", Path(place))
         yield Path(place)
 
 
@@ -231,9 +231,9 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
 
 NURSERY = """
 import json, os, sys
-from gradsharding import worker
-from gradsharding.task import Job, Task
-from gradsharding.store import open_store
+from gradsharding.running import worker
+from gradsharding.planning.task import Job, Task
+from gradsharding.stores.urls import open_store
 for line in sys.stdin:
     if os.fork() == 0:
         job, *tasks = json.loads(line)
@@ -437,7 +437,7 @@ def test_no_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lambda_shares_no_memory() -> None:
     """Functions in the cloud have no memory in common: LIFL's own data plane is refused there."""
-    invoke = pytest.importorskip("gradsharding.aws.invoke", reason="boto3 is not installed")
+    invoke = pytest.importorskip("gradsharding.aws.functions.executor", reason="boto3 is not installed")
     plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=PAPER_READING)
     job = Job(store="s3://bucket", output="r", upload="u", partials="shm:///dev/shm/gradsharding-0")
     with pytest.raises(UserError, match="cannot be reached by Lambda functions"):

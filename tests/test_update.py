@@ -13,11 +13,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate, MissingObject
-from gradsharding.store import MemoryStore
+from gradsharding.format.dtypes import Buffer
+from gradsharding.format.encode import Raw, encode
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.updates import _Room, inspect, load, load_raw
 from gradsharding.testing import CountingStore, assert_same, sample_updates
-from gradsharding.update import Raw, _Room, encode, inspect, load, load_raw
 
 EVERY_DTYPE = sample_updates(1)["client-0"][0]
 

@@ -11,9 +11,9 @@ import pytest
 import crossover
 import readme
 from crossover import Crossing
-from gradsharding.aws.commands import ALARMS
-from gradsharding.planner import Needs, recommend
-from gradsharding.prices import PACKAGED, load_prices
+from gradsharding.advice.planner import Needs, recommend
+from gradsharding.advice.prices import PACKAGED, load_prices
+from gradsharding.aws.deploy.commands import ALARMS
 from modelled import MB, manifest
 
 RESULTS = Path(readme.__file__).parent / "results"

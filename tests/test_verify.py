@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding import DirectoryStore, MemoryStore, Round, aggregate
-from gradsharding.dtypes import FORMATS, Buffer
 from gradsharding.errors import ChangedObject, MissingObject, ObjectExists, UserError, VerificationFailed
-from gradsharding.round import ResultRecord
+from gradsharding.format.dtypes import FORMATS, Buffer
+from gradsharding.rounds.round import ResultRecord
+from gradsharding.rounds.verify import SLICE, mean, verify
 from gradsharding.testing import read
-from gradsharding.verify import SLICE, mean, verify
 from test_arithmetic import EVERYTHING, narrow
 from test_exact import DTYPES, KINDS, bits, draw, expected
 from test_trees import submitted

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradsharding.cgroup import MemoryCgroup, usable_cpus
+from gradsharding.running.cgroup import MemoryCgroup, usable_cpus
 
 TREE = Path(__file__).parents[1]
 TOP = Path("/sys/fs/cgroup")

@@ -4,7 +4,7 @@ import random
 import time
 
 from gradsharding.errors import StoreFailed
-from gradsharding.pace import time_left
+from gradsharding.running.pace import time_left
 
 PATIENCE = 300.0
 """Seconds that one request waits, all in all, while the store says that it is too much."""

@@ -16,9 +16,9 @@ import urllib3
 from rich.console import Console
 from rich.table import Table
 
+from gradsharding.advice.prices import HOME_REGION, PACKAGED, load_prices, price_file, user_file
 from gradsharding.errors import StoreFailed, UserError
-from gradsharding.given import replace
-from gradsharding.prices import HOME_REGION, PACKAGED, load_prices, price_file, user_file
+from gradsharding.stores.files import replace
 
 LIST = "https://pricing.us-east-1.amazonaws.com"
 """AWS's bulk price list, for which no credentials are needed

@@ -10,21 +10,22 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from gradsharding.aggregate import Result, aggregate, observed_memory
-from gradsharding.aws.account import Account
+from gradsharding.advice.cost import bill
+from gradsharding.advice.prices import load_prices
 from gradsharding.aws.client import lambda_client
-from gradsharding.aws.commands import _found, name_option
-from gradsharding.aws.demands import expecting
-from gradsharding.aws.drift import checked
-from gradsharding.aws.invoke import LambdaExecutor
-from gradsharding.cost import bill
+from gradsharding.aws.deploy.account import Account
+from gradsharding.aws.deploy.commands import _found, name_option
+from gradsharding.aws.deploy.drift import checked
+from gradsharding.aws.functions.executor import LambdaExecutor
+from gradsharding.aws.s3.demands import expecting
 from gradsharding.errors import GradShardingError, UserError
-from gradsharding.executor import Executor
-from gradsharding.plan import mib
-from gradsharding.prices import load_prices
-from gradsharding.round import Round
-from gradsharding.store import ObjectStore, open_store
-from gradsharding.topology import Topology, sharded, sharded_tree
+from gradsharding.planning.plan import mib
+from gradsharding.planning.topologies import Topology, sharded, sharded_tree
+from gradsharding.rounds.aggregate import Result, aggregate, observed_memory
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.urls import open_store
 
 CLIENTS, ELEMENTS = 4, 4 << 20
 """Updates, and the float32 values of each: 64 MiB in all."""

@@ -8,17 +8,19 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import pytest
 
-from gradsharding.aggregate import Result
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
-from gradsharding.executor import Executor, InlineExecutor
-from gradsharding.plan import Limits, Plan
-from gradsharding.round import Round
-from gradsharding.store import DirectoryStore, MemoryStore, ObjectStore
-from gradsharding.task import Job, Task, TaskReport
+from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.task import Job, Task, TaskReport
+from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.rounds.aggregate import Result
+from gradsharding.rounds.round import Round
+from gradsharding.running.executors import Executor, InlineExecutor
+from gradsharding.stores.directory import DirectoryStore
+from gradsharding.stores.memory import MemoryStore
+from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.updates import load
 from gradsharding.testing.reference import Array, Updates, assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import read
-from gradsharding.topology import flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.update import load
 
 
 def peak(seen: TaskReport | Result) -> int:

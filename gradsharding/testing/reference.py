@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradsharding.update import Raw
+from gradsharding.format.encode import Raw
 
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array | Raw]

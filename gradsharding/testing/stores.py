@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
-from gradsharding.store import ObjectStore, Stat, open_store
+from gradsharding.stores.protocol import ObjectStore, Stat
+from gradsharding.stores.urls import open_store
 from gradsharding.usage import Usage, counting
 
 

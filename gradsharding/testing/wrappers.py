@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
-from gradsharding.dtypes import Buffer
-from gradsharding.store import ObjectStore, Stat
-from gradsharding.store.protocol import Peeked
+from gradsharding.format.dtypes import Buffer
+from gradsharding.stores.protocol import ObjectStore, Peeked, Stat
 
 _T = TypeVar("_T")
 

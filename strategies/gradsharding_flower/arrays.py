@@ -9,9 +9,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from gradsharding import Raw
-from gradsharding.dtypes import NUMPY
 from gradsharding.errors import InvalidUpdate
-from gradsharding.layout import ITEM_SIZE
+from gradsharding.format.dtypes import NUMPY
+from gradsharding.format.layout import ITEM_SIZE
 
 if TYPE_CHECKING:
     import torch

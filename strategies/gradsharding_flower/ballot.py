@@ -8,9 +8,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from gradsharding.errors import LayoutMismatch
-from gradsharding.layout import Layout
-from gradsharding.store import Stat
-from gradsharding.update import Update
+from gradsharding.format.layout import Layout
+from gradsharding.stores.protocol import Stat
+from gradsharding.stores.updates import Update
 
 
 class Seen(NamedTuple):

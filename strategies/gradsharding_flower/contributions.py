@@ -8,11 +8,12 @@ from flwr.app import RecordDict
 
 from gradsharding import Result, Round
 from gradsharding.errors import GradShardingError, NonFinite, TooFewClients, quoted
-from gradsharding.layout import Layout
-from gradsharding.projection import commanded
-from gradsharding.round import RECORD, Manifest
-from gradsharding.round import Contribution as OfRound
-from gradsharding.update import Update
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Contribution as OfRound
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.projection import commanded
+from gradsharding.rounds.round import RECORD
+from gradsharding.stores.updates import Update
 from gradsharding.usage import Usage, together
 from gradsharding_flower.reference import client_id
 from gradsharding_flower.tidy import tidying

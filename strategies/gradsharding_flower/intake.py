@@ -10,8 +10,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 
 from gradsharding import Round
 from gradsharding.errors import ChangedObject, GradShardingError, InvalidUpdate, StoreRefused, quoted
-from gradsharding.layout import Layout
-from gradsharding.update import Update, inspect, inspection
+from gradsharding.format.layout import Layout
+from gradsharding.stores.updates import Update, inspect, inspection
 from gradsharding.usage import Usage, carried
 from gradsharding_flower.ballot import Ballot, Seen
 from gradsharding_flower.books import Books

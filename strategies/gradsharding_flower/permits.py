@@ -16,13 +16,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from pydantic import Field, ValidationError
 
 from gradsharding import ObjectStore
-from gradsharding.aws.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.aws.s3.direct import Offer, Permit, UrlSource, offer, write
 from gradsharding.errors import InvalidUpdate, UserError
-from gradsharding.plan import MAX_PARTS
-from gradsharding.round import check_id
-from gradsharding.store.private import private_directory
-from gradsharding.store.protocol import Peeked
-from gradsharding.update import encode
+from gradsharding.format.encode import encode
+from gradsharding.planning.manifest import check_id
+from gradsharding.planning.plan import MAX_PARTS
+from gradsharding.stores.private import private_directory
+from gradsharding.stores.protocol import Peeked
 from gradsharding.usage import Usage
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
@@ -30,7 +30,7 @@ from gradsharding_flower.reference import Reference, client_id
 from gradsharding_flower.trust import pinned
 
 if TYPE_CHECKING:
-    from gradsharding.aws.presign import Grant
+    from gradsharding.aws.s3.presign import Grant
 
 SPOOL_KEY = "gradsharding-spool"
 """Key of a node's own ``--node-config``: the directory that its updates wait in; by default, one in the system's for temporary files."""
@@ -131,8 +131,8 @@ class Lender:
 
     def __init__(self, store: ObjectStore, seconds: int) -> None:
         """Lend for ``seconds``; raise UserError if the store knows no URLs."""
-        from gradsharding.aws.presign import EXPIRES, PIECE  # noqa: PLC0415 - boto3, which nodes do without
-        from gradsharding.aws.s3 import S3Store  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import EXPIRES, PIECE  # noqa: PLC0415 - boto3, which nodes do without
+        from gradsharding.aws.s3.store import S3Store  # noqa: PLC0415
 
         if not isinstance(store, S3Store):
             raise UserError(f"{store.url} can give no URLs; use an s3:// store, or nodes that reach the store by themselves")
@@ -145,7 +145,7 @@ class Lender:
 
     def orders(self, round_id: str, model: Reference) -> ConfigRecord:
         """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model, or as ``try_out`` does."""
-        from gradsharding.aws.presign import readable, try_out  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import readable, try_out  # noqa: PLC0415
 
         if "://" in model.source:
             raise UserError(f"nodes cannot reach {model.source} by a URL of {self._store.url}; give the first model's arrays themselves")
@@ -176,7 +176,7 @@ class Lender:
 
     def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
         """Permit what a node offers, under ``key``; raise InvalidUpdate if it may not be."""
-        from gradsharding.aws.presign import grant  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import grant  # noqa: PLC0415
 
         self.check(offered, model)
         self._withdraw(key)
@@ -185,7 +185,7 @@ class Lender:
 
     def settle(self, key: str) -> Peeked:
         """See that what was permitted under ``key`` has arrived, and give its first bytes; raise InvalidUpdate if it has not."""
-        from gradsharding.aws.presign import settle  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import settle  # noqa: PLC0415
 
         peeked = settle(self._store, self._open[key])
         del self._open[key]
@@ -193,7 +193,7 @@ class Lender:
 
     def settling(self, offered: Offered, header_bytes: int) -> Usage:
         """What permitting and settling an offer asks of the store, at most."""
-        from gradsharding.aws.presign import settling  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import settling  # noqa: PLC0415
 
         return settling(self._store, offered.update, header_bytes)
 
@@ -203,7 +203,7 @@ class Lender:
             self._withdraw(key)
 
     def _withdraw(self, key: str) -> None:
-        from gradsharding.aws.presign import withdraw  # noqa: PLC0415
+        from gradsharding.aws.s3.presign import withdraw  # noqa: PLC0415
 
         if granted := self._open.pop(key, None):
             withdraw(self._store, granted)

@@ -8,11 +8,13 @@ from flwr.app import Array, ArrayRecord
 from pydantic import ValidationError
 
 from gradsharding import ObjectStore, Raw
-from gradsharding.dtypes import Buffer
 from gradsharding.errors import InvalidUpdate
-from gradsharding.layout import Layout
-from gradsharding.store import Source, file_reference
-from gradsharding.update import Update, encode, inspect, load_raw
+from gradsharding.format.dtypes import Buffer
+from gradsharding.format.encode import encode
+from gradsharding.format.layout import Layout
+from gradsharding.stores.protocol import Source
+from gradsharding.stores.updates import Update, inspect, load_raw
+from gradsharding.stores.urls import file_reference
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw, to_record
 

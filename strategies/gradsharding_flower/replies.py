@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
+from gradsharding.arithmetic.weights import check_weight
 from gradsharding.errors import GradShardingError, InvalidUpdate, InvalidWeight, quoted
-from gradsharding.layout import Layout
-from gradsharding.weights import check_weight
+from gradsharding.format.layout import Layout
 from gradsharding_flower.permits import Offered, find_offer, most_bytes
 from gradsharding_flower.reference import Reference, find
 

@@ -15,16 +15,17 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
 from gradsharding import Result as Averaged
+from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
-from gradsharding.executor import taken
-from gradsharding.kernel import Arithmetic
-from gradsharding.layout import Layout
-from gradsharding.plan import mib
-from gradsharding.round import Manifest, try_out
-from gradsharding.store import locate
-from gradsharding.task import Term
-from gradsharding.topology import Topology
-from gradsharding.update import inspect, loading
+from gradsharding.format.layout import Layout
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import mib
+from gradsharding.planning.task import Term
+from gradsharding.planning.topologies import Topology
+from gradsharding.rounds.round import try_out
+from gradsharding.running.executors import taken
+from gradsharding.stores.updates import inspect, loading
+from gradsharding.stores.urls import locate
 from gradsharding.usage import counting
 from gradsharding_flower.books import Books
 from gradsharding_flower.contributions import mean

@@ -12,10 +12,10 @@ from urllib.parse import unquote, urlsplit
 from flwr.app import ArrayRecord
 
 from gradsharding import ObjectStore
-from gradsharding.dtypes import Buffer
 from gradsharding.errors import ChangedObject, InvalidUpdate, MissingObject, UserError, quoted
-from gradsharding.store import Source, Stat, locate
-from gradsharding.store.protocol import Peeked
+from gradsharding.format.dtypes import Buffer
+from gradsharding.stores.protocol import Peeked, Source, Stat
+from gradsharding.stores.urls import locate
 from gradsharding_flower.reference import Reference
 
 log = logging.getLogger("flwr")

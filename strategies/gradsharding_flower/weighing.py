@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from fractions import Fraction
 from itertools import accumulate
 
+from gradsharding.arithmetic.weights import MAX_WEIGHT, integral_weights
 from gradsharding.errors import InvalidWeight
-from gradsharding.weights import MAX_WEIGHT, integral_weights
 
 _BITS = 29
-"""Non-integral weights are scaled so that the smallest has this many bits (``gradsharding.weights``)."""
+"""Non-integral weights are scaled so that the smallest has this many bits (``gradsharding.arithmetic.weights``)."""
 
 
 def too_far(weights: Mapping[int, float]) -> dict[int, str]:

@@ -12,8 +12,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import open_store
-from gradsharding.store import file_reference
-from gradsharding.update import load
+from gradsharding.stores.updates import load
+from gradsharding.stores.urls import file_reference
 from gradsharding_flower import GradSharding, refer
 
 app = ServerApp()

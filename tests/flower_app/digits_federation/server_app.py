@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from gradsharding import open_store
 from gradsharding_flower import GradSharding, from_state_dict
-from gradsharding_flower.digits import initial_model
+from gradsharding_flower.demo.federation import initial_model
 from gradsharding_flower.reference import write
 
 app = ServerApp()

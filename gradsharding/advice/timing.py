@@ -1,0 +1,221 @@
+"""How long a plan takes on Lambda, from a few named parameters; each was measured somewhere, or is said to be assumed.
+
+``benchmarks/calibration.py`` holds them against measured rounds, point by point, and prints what is left over.
+"""
+
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+from typing import NamedTuple
+
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.planning.plan import Kind, Plan
+from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, RUNTIME, VCPU
+from gradsharding.planning.task import Task
+from gradsharding.running.pace import GETS, Share, share
+from gradsharding.stores.reading import Reading
+from gradsharding.value import Value
+
+
+class Speeds(Value):
+    """The parameters: rates in bytes a second, times in seconds, spreads as deviations of a logarithm."""
+
+    connection_rate: float = 60 * 2**20
+    """Of one GET, once it flows."""
+    function_rate: float = 75e6
+    """Of all connections of a function: 600 Mbit/s, as others have measured at any memory (sjakthol/aws-network-benchmark on GitHub)."""
+    latency: float = 0.03
+    """Until a request's first byte."""
+    write_rate: float = 79e6
+    """Of one PUT."""
+    shared_rate: float = 1.5e9
+    """Of shared memory, written or read. Measured on a small machine (``benchmarks/results/topologies.json``)."""
+    fold_rate: float = 4.3e9
+    """Of adding an input to the sums, on one vCPU."""
+    exact_rate: float = 1.7e9
+    """The same, for exact sums. Measured on a small machine (``benchmarks/results/kernel_speed.json``)."""
+    exact_end_rate: float = 0.4e9
+    """Of writing exact sums down, which takes longer than rounding them to the mean, in bytes of the slice. Measured there."""
+    client_rate: float = 250e6
+    """Of what boto3 can take in, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
+    spread: float = 0.19
+    """Of functions that do alike: it makes the slowest of many slow."""
+    invoke: float = 0.06
+    """Of asking for an invocation, until it begins."""
+    cold_start: float = 2.5
+    """Of a first invocation: it is in the 95th percentile, not in the median."""
+    round_spread: float = 0.28
+    """Of rounds that do alike, on other days as well."""
+
+
+class Seconds(NamedTuple):
+    """How long a round takes, and how long its functions are billed, all together."""
+
+    p50: float
+    p95: float
+    billed: float
+    """Of all functions, warm, as they are expected."""
+    longest: float
+    """Of the slowest function: what must keep within Lambda's time limit."""
+
+
+class Rates(NamedTuple):
+    """Requests a second of one prefix of S3: what functions that do not wait would make.
+
+    The limit of PUTs is the lower one, by a factor of 1.6. Still that of GETs is the one to look at: a function makes at least one for each
+    of its inputs while it reads, and then one PUT, so that it makes two GETs or more for a PUT, unless its slice has a single input.
+    """
+
+    gets: float
+    puts: float
+
+    @property
+    def much(self) -> bool:
+        """Whether it is more than a round takes of a prefix, so that its functions must be paced."""
+        return self.gets > GETS
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is half of that, or more."""
+        return self.gets > GETS / 2
+
+
+def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
+    """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once, each of which keeps to its share."""
+    known = speeds or Speeds()
+    assembly = _assembly_seconds(plan, known)
+    shares = [share(count) for count in at_once(plan, concurrency)]
+    stages = [_stage(kinds, memory, concurrency, known, kept) for kinds, kept in zip(plan.kinds, shares, strict=True)]
+    p50 = assembly + sum(wall for wall, _ in stages)
+    billed = sum(k.times * task_seconds(k.task, memory, known, kept) for kinds, kept in zip(plan.kinds, shares, strict=True) for k in kinds)
+    p95 = unlucky(p50, known) + known.cold_start * len(stages)
+    return Seconds(p50, p95, billed, max(longest for _, longest in stages))
+
+
+def at_once(plan: Plan, concurrency: int | None = None) -> list[int]:
+    """Give, for each level of a plan, how many functions share a prefix: those that read updates do, and so do all others."""
+    functions = [width * len(plan.slices) for width in plan.widths]
+    return [min(count, concurrency or count) for count in (functions[0], *[sum(functions[1:])] * len(functions[1:]))]
+
+
+def rates(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Rates:
+    """Forecast what functions of ``memory`` bytes that do not wait, ``concurrency`` of them at once, ask of a prefix at most."""
+    levels = zip(at_once(plan, concurrency), plan.kinds, strict=True)
+    found = [(count, _asked(kind.task, memory, speeds)) for count, kinds in levels for kind in kinds]
+    return Rates(max(count * one.gets for count, one in found), max(count * one.puts for count, one in found))
+
+
+def borne(tasks: Iterable[Task], memory: int, speeds: Speeds | None = None) -> int:
+    """Give how many functions of ``memory`` bytes may run ``tasks`` at once without being paced: at least one."""
+    gets = max(_asked(task, memory, speeds).gets for task in tasks)
+    return max(1, int(GETS / gets)) if gets else ACCOUNT_CONCURRENCY
+
+
+def suited(plan: Plan, memory: int, concurrency: int | None, speeds: Speeds | None = None) -> Reading:
+    """Give the reading by which functions of ``memory`` bytes, so many at once, do the plan soonest: its own, or one that asks less often.
+
+    That is so where they would ask more of S3 than a prefix bears, so that requests are what they wait for, and where they have the memory.
+    Without a ``concurrency``, nobody knows how many there are, and none keeps to a share: the plan's own reading stays.
+    """
+    if not concurrency or not plan.reading.chunk or not rates(plan, memory, concurrency, speeds).much:
+        return plan.reading
+    known, shares = speeds or Speeds(), [share(count) for count in at_once(plan, concurrency)]
+    found = []
+    for reading in (plan.reading, *plan.reading.rarer()):
+        levels = [tuple(Kind(kind.times, kind.task.model_copy(update={"reading": reading})) for kind in kinds) for kinds in plan.kinds]
+        most = max(kind.task.memory for kinds in levels for kind in kinds)
+        if reading is plan.reading or most + RUNTIME <= memory:
+            walls = (_stage(kinds, memory, concurrency, known, kept)[0] for kinds, kept in zip(levels, shares, strict=True))
+            found.append((sum(walls), most, reading))
+    return min(found, key=lambda one: one[:2])[2]
+
+
+def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = None) -> float:
+    """Forecast what a function of ``memory`` bytes takes for a task, in the mean, if it keeps to a share of S3's requests."""
+    to_store = speeds.latency + task.bytes_written / speeds.write_rate
+    written = task.bytes_written / speeds.shared_rate if task.written_to_memory else to_store
+    cpu = min(1.0, memory / VCPU)
+    ended = task.nbytes / (cpu * speeds.exact_end_rate) if task.arithmetic == "exact" else 0
+    paced = (task.gets - 1) / kept.gets if kept else 0  # the first request need not wait
+    return max(_read_seconds(task, cpu, speeds), paced) + ended + written
+
+
+def working(cpu: float, arithmetic: Arithmetic, speeds: Speeds) -> float:
+    """Bytes a second that so many vCPUs take in and fold."""
+    return cpu / (1 / speeds.client_rate + 1 / _fold_rate(arithmetic, speeds))
+
+
+def unlucky(seconds: float, speeds: Speeds) -> float:
+    """What takes ``seconds`` in the median takes so many at most in 95 of 100 rounds."""
+    return seconds * math.exp(speeds.round_spread * NormalDist().inv_cdf(0.95))
+
+
+def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
+    """Name what a function of ``memory`` bytes waits for most."""
+    rates = {
+        "the network of a function": speeds.function_rate,
+        "S3's connections": task.reading.parallel * _connection(task, speeds),
+        "CPU, which comes with memory": working(min(1.0, memory / VCPU), task.arithmetic, speeds),
+    }
+    return min(rates, key=lambda name: rates[name])
+
+
+def slowest(functions: int, spread: float) -> float:
+    """How much longer than the mean the slowest of so many functions takes (Blom's formula for the largest of normal deviates).
+
+    >>> slowest(1, 0.1), round(slowest(100, 0.1), 2)
+    (1.0, 1.28)
+    """
+    return math.exp(spread * NormalDist().inv_cdf((functions - 0.375) / (functions + 0.25)))
+
+
+def _assembly_seconds(plan: Plan, speeds: Speeds) -> float:
+    """What the caller takes beside the functions: one request after another, and the bytes that pass through it, such as the digest's.
+
+    Without a setting, the requests are those that no result can do without: its begin, its header, its end.
+    """
+    if not plan.steps:
+        return 3 * speeds.latency
+    rounds = sum((step.usage.gets + step.usage.puts) / step.at_once for step in plan.steps)
+    return rounds * speeds.latency + sum(step.usage.bytes_read for step in plan.steps) / speeds.client_rate
+
+
+def _asked(task: Task, memory: int, speeds: Speeds | None) -> Rates:
+    """What a function asks a second: while it reads, and task after task."""
+    known = speeds or Speeds()
+    reading = _read_seconds(task, min(1.0, memory / VCPU), known)
+    return Rates(task.gets / reading, 0 if task.written_to_memory else 1 / (known.invoke + task_seconds(task, memory, known)))
+
+
+def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds, kept: Share) -> tuple[float, float]:
+    """Seconds until a stage's last function has ended, and of its slowest one."""
+    functions = sum(kind.times for kind in kinds)
+    most = min(functions, concurrency or functions)
+    each = [task_seconds(kind.task, memory, speeds, kept) for kind in kinds]
+    mean = sum(kind.times * seconds for kind, seconds in zip(kinds, each, strict=True)) / functions
+    mean = max(mean, 1 / kept.puts)  # one after another, each writes an object
+    waves = -(-functions // most)
+    # a function of the next wave begins as soon as one of this wave has ended: only those of the last one are waited for
+    last = max(each) * slowest(functions - (waves - 1) * most, speeds.spread)
+    return waves * speeds.invoke + (waves - 1) * mean + last, last
+
+
+def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
+    """Reading and folding all inputs, on so many vCPUs."""
+    nbytes, reading = task.bytes_read, task.reading
+    if task.reads and task.shared:
+        return nbytes * (1 / speeds.shared_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
+    if reading.whole:  # nothing goes on while anything else does
+        return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
+    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), working(cpu, task.arithmetic, speeds))
+    return speeds.latency + nbytes / rate
+
+
+def _connection(task: Task, speeds: Speeds) -> float:
+    """Bytes a second that one connection carries, request after request."""
+    piece = max(1, task.reading.piece(task.input_nbytes))
+    return piece / (speeds.latency + piece / speeds.connection_rate)
+
+
+def _fold_rate(arithmetic: Arithmetic, speeds: Speeds) -> float:
+    return speeds.exact_rate if arithmetic == "exact" else speeds.fold_rate

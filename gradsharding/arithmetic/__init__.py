@@ -1,0 +1,1 @@
+"""How a slice's inputs become one: weights, sums, exact sums, the fold. Nothing here does I/O."""

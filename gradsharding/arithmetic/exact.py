@@ -1,0 +1,217 @@
+"""Exact sums of floats: a sum is a function of the set of weighted elements that are in it, and no bit of it is ever rounded away.
+
+So it cannot depend on their order, on how they were grouped, or on where the vector was cut; and the mean is what real arithmetic
+gives, rounded once: to nearest, ties to even.
+
+An exact zero is +0; a mean that is not zero keeps its sign, though it may round to zero. Any NaN, or infinities of both signs, make
+NaN; of one sign, that infinity. The mean of finite elements cannot overflow.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradsharding.arithmetic.planes import DIGIT, DIGIT_BYTES, PRODUCT, Digits, pack, units, unpack
+from gradsharding.arithmetic.sums import Scratch, Take
+from gradsharding.errors import InvalidUpdate, UserError
+from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Buffer, Format, rounded, widen
+
+BLOCK = 16_384
+"""Elements per step: the block, its digits and the temporaries stay in the second-level cache."""
+
+BLOCK_SIZE = 1 << 10
+"""Bytes that bound what is kept of a block beside its digits."""
+
+_CLOSE = 2.0**-50
+"""A quotient is known to at most half of this, relatively."""
+
+NAN, PLUS, MINUS = 1, 2, 4
+"""What is told of an element that had no finite addends only."""
+
+
+def planes(dtype: str, total: int) -> int:
+    """Number of digits that sums of ``dtype`` elements (F32, F16 or BF16) under ``total`` weight may have.
+
+    >>> planes("F32", 1000), planes("BF16", 1000), planes("F16", 1000)
+    (7, 6, 2)
+    """
+    bits = FORMATS[dtype].greatest - _lowest(dtype) + total.bit_length() + 1
+    return -(-bits // DIGIT)
+
+
+def memory(dtype: str, length: int, total: int) -> int:
+    """Bytes of memory that bound such sums, temporaries not counted."""
+    return length * (8 * planes(dtype, total) + 1) + BLOCK_SIZE * -(-length // BLOCK)
+
+
+def written_bytes(dtype: str, length: int, total: int) -> int:
+    """Bytes that bound such sums as they are written."""
+    count = planes(dtype, total)
+    return 1 + 2 * count * -(-length // BLOCK) + length * (DIGIT_BYTES * count + 1)
+
+
+class ExactSums:
+    """Sums of ``length`` elements of F32, F16 or BF16; ``total`` is the sum of all weights that will be in the mean, 2**53 at most.
+
+    Arrays have one dimension; those of elements have the dtype that ``NUMPY`` names, so that bfloat16 comes and goes as its bits.
+
+    >>> sums = ExactSums("F32", 1, 3, np.zeros(8 * planes("F32", 3), np.uint8), np.empty((3, BLOCK)))
+    >>> for value in (2.0**60, 1.0, -(2.0**60)):
+    ...     sums.add(0, np.float32([value]), 1)
+    >>> next(sums.means()).tolist() == [np.float32(1 / 3)]
+    True
+    """
+
+    __slots__ = ("_blocks", "_bytes", "_dtype", "_length", "_scratch", "_specials", "_total")
+
+    def __init__(self, dtype: str, length: int, total: int, place: Array, scratch: Scratch) -> None:
+        """Keep sums in ``place``: uint8 zeros, 8 for each element and plane. Raise UserError where subnormal numbers are lost.
+
+        ``scratch`` has three rows of ``BLOCK`` elements at least.
+        """
+        _require_subnormals()
+        self._dtype, self._length, self._total, self._scratch = dtype, length, total, scratch
+        each = units(_lowest(dtype), planes(dtype, total))
+        self._bytes, digits = place.reshape(len(each), 8 * length), place.view("<f8").reshape(len(each), length)
+        self._blocks = [Digits(digits[:, i : i + BLOCK], each) for i in range(0, length, BLOCK)]
+        self._specials: Array | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that was added is finite."""
+        return self._specials is None
+
+    def add(self, first: int, elements: Array, weight: int) -> None:
+        """Add ``weight`` times ``elements``, from element ``first`` on, a multiple of ``BLOCK``."""
+        for i in range(0, elements.size, BLOCK):
+            self._add(first + i, elements[i : i + BLOCK], weight)
+
+    def means(self) -> Iterator[Array]:
+        """Give the means, rounded once to the elements' dtype, block by block."""
+        for b in range(len(self._blocks)):
+            yield self._mean(b)
+
+    def written(self) -> list[Buffer]:
+        """Give the sums in a form that ``merge`` reads, equal bytes for equal sums. Ends them: it is made in their own memory.
+
+        A byte says whether any element was not finite. A table has two bytes for each plane and block, as ``pack`` gives them. The digits
+        follow, plane by plane, little-endian in two's complement; where an element was not finite, a byte for each tells.
+        """
+        table = np.zeros((len(self._bytes), len(self._blocks), 2), np.uint8)
+        ends = [0] * len(self._bytes)
+        for b, block in enumerate(self._blocks):
+            for p, digits in block.carried():
+                low, width, packed = pack(digits)
+                table[p, b] = low, width
+                self._bytes[p, ends[p] : ends[p] + packed.size] = packed
+                ends[p] += packed.size
+        rows: list[Buffer] = [row[:end].data for row, end in zip(self._bytes, ends, strict=True) if end]
+        told: list[Buffer] = [] if self._specials is None else [self._specials.data]
+        return [bytes([bool(told)]), table.data, *rows, *told]
+
+    def merge(self, take: Take) -> None:
+        """Add what other sums of the same dtype, length and total have written. Raise InvalidUpdate if they were not written so."""
+        told, shape = take(1)[0], (len(self._bytes), len(self._blocks), 2)
+        table = np.frombuffer(bytes(take(math.prod(shape))), np.uint8).reshape(shape)
+        if (table.sum(2) > DIGIT_BYTES).any():
+            raise InvalidUpdate("partial sums have digits wider than 48 bits; they were not written as exact sums of this release")
+        for p, row in enumerate(table):
+            for block, (low, width) in zip(self._blocks, row.tolist(), strict=True):
+                if width:
+                    block.merge(p, unpack(take(width * block.size), low, width))
+        if told:
+            for b, block in enumerate(self._blocks):
+                self._tell(b * BLOCK, np.frombuffer(take(block.size), np.uint8))
+
+    def _add(self, first: int, elements: Array, weight: int) -> None:
+        """Add to one block."""
+        form, size = FORMATS[self._dtype], elements.size
+        product, spare, bits = self._scratch[0, :size], self._scratch[1, :size], self._scratch[2].view(form.bits)[:size]
+        most = _magnitudes(elements, form, bits)
+        if most >= _infinity(form):
+            elements = self._set_aside(first, elements)
+            most = _magnitudes(elements, form, bits)
+        if not most:
+            return
+        np.subtract(bits, 1, out=bits)  # zeros wrap round
+        low, high = _last_place(form, int(bits.min()) + 1), _last_place(form, most) + form.mantissa + 1
+        values = widen(elements, self._dtype)
+        for part, shift in _parts(weight, PRODUCT - form.mantissa - 1):
+            np.copyto(product, values)
+            np.multiply(product, math.ldexp(part, shift), out=product)  # exact
+            self._blocks[first // BLOCK].add(first % BLOCK, product, low + shift, high + shift + part.bit_length(), spare)
+
+    def _mean(self, b: int) -> Array:
+        """Give the means of block ``b``: where what is known of the quotient leaves two neighbours, the sum decides."""
+        block = self._blocks[b]
+        near = block.head() / float(self._total)  # off by 2**-51 of itself at most: by the sum of the digits, and by the division
+        mean, above = rounded(near * (1 - _CLOSE), self._dtype), rounded(near * (1 + _CLOSE), self._dtype)
+        undecided = np.flatnonzero(mean != above)
+        if undecided.size:
+            below, above = (widen(some[undecided], self._dtype).astype(np.float64) for some in (mean, above))
+            mean[undecided] = self._decided(block.some(undecided), below, above)
+        if self._specials is not None:
+            told = self._specials[b * BLOCK : b * BLOCK + block.size]
+            value = np.where(told & PLUS, np.inf, -np.inf)
+            value[(told & NAN != 0) | (told & (PLUS | MINUS) == PLUS | MINUS)] = np.nan
+            mean[told != 0] = rounded(value, self._dtype)[told != 0]
+        return mean
+
+    def _decided(self, sums: Digits, below: Array, above: Array) -> Array:
+        """Decide between two neighbours by the exact sign of the sum less their middle's share of the total. The sums are lost."""
+        form, middle = FORMATS[self._dtype], (below + above) / 2  # exact: at most one bit more than an element has
+        least = math.frexp(float(np.abs(middle).min()))[1] - form.mantissa - 2
+        low, high = max(least, _lowest(self._dtype)), math.frexp(float(np.abs(middle).max()))[1]
+        for part, shift in _parts(self._total, PRODUCT - form.mantissa - 2):
+            sums.add(0, middle * -math.ldexp(part, shift), low + shift, high + shift + part.bit_length(), np.empty(middle.size))
+        sign, farther = sums.sign(), np.where(middle > 0, 1, -1)  # ``above`` is the one farther from zero
+        return rounded(np.where(sign == 0, middle, np.where(sign == farther, above, below)), self._dtype)
+
+    def _set_aside(self, first: int, elements: Array) -> Array:
+        """Note which elements are not finite, and give zeros in their place."""
+        values = widen(elements, self._dtype)
+        told = NAN * np.isnan(values) + PLUS * (values == np.inf) + MINUS * (values == -np.inf)
+        self._tell(first, told.astype(np.uint8))
+        return np.where(told != 0, 0, elements).astype(elements.dtype)
+
+    def _tell(self, first: int, told: Array) -> None:
+        if self._specials is None:
+            self._specials = np.zeros(self._length, np.uint8)
+        self._specials[first : first + told.size] |= told
+
+
+def _lowest(dtype: str) -> int:
+    """Exponent of the lowest plane's unit: half of the least subnormal, which a middle between two elements may need."""
+    return FORMATS[dtype].least - 1
+
+
+def _last_place(form: Format, bits: int) -> int:
+    """Exponent of the unit in the last place of a positive element with these bits."""
+    return form.least - 1 + max(bits >> form.mantissa, 1)
+
+
+def _magnitudes(elements: Array, form: Format, out: Array) -> int:
+    """Write the bits of elements without their signs, and give the largest: as integers, they are in the order of the magnitudes."""
+    np.bitwise_and(elements.view(form.bits), _infinity(form) | ((1 << form.mantissa) - 1), out=out)
+    return int(out.max())
+
+
+def _infinity(form: Format) -> int:
+    """Bits of infinity: a larger number is NaN."""
+    return (2 * form.greatest - 1) << form.mantissa
+
+
+def _parts(weight: int, bits: int) -> list[tuple[int, int]]:
+    """Cut a weight into parts of so many bits, and the shift of each; parts that are zero are left out."""
+    mask = (1 << bits) - 1
+    return [(part, shift) for shift in range(0, weight.bit_length(), bits) if (part := weight >> shift & mask)]
+
+
+def _require_subnormals() -> None:
+    """Raise UserError if this thread takes subnormal numbers for zero: products would lose them, and so would means."""
+    if not np.array([1e-45], NUMPY["F32"]).astype(np.float64)[0] or not np.array([1e-45]).astype(NUMPY["F32"])[0]:
+        raise UserError(
+            "this thread takes subnormal numbers for zero, and exact sums need them: "
+            "call torch.set_flush_denormal(False), or use worker processes"
+        )

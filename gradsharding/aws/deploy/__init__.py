@@ -1,0 +1,1 @@
+"""What puts the function and its bucket up, and takes them down."""

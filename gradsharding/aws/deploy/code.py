@@ -1,0 +1,254 @@
+"""A function's code lies in S3 under its own SHA-256, in a bucket of this account's; it is compared, never trusted.
+
+CloudFormation takes code from S3 alone, before the stack exists. Without ``--code-bucket`` the bucket is ours, one in a region:
+``gradsharding-code-ACCOUNT-REGION``, and it goes with the last stack.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.client import explained
+from gradsharding.aws.deploy.account import TAG, Account, Tell
+from gradsharding.aws.deploy.bundle import build
+from gradsharding.aws.refusals import DENIED, code_of, scrubbed
+from gradsharding.errors import StackFailed, StoreRefused, UserError
+
+CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
+"""Where a template finds the code: bucket, stack, SHA-256."""
+
+_VERSION = re.compile(
+    r"""\{"?Bucket"?: "?([a-z0-9][a-z0-9.-]+)"?, "?Key"?: "?([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip"?, "?Version"?: "([^"\\]+)"\}"""
+)
+"""And where the bucket keeps versions: the version, too."""
+
+UNVERSIONED = "null"
+"""S3's version of what was written while its bucket kept no versions."""
+
+
+class Code(NamedTuple):
+    """A function's code in S3."""
+
+    bucket: str
+    name: str
+    """Of the stack."""
+    digest: str
+    """SHA-256 of the zip, hexadecimal."""
+    version: str = UNVERSIONED
+    """Of the object: by it, what is deployed is what was compared, whatever is written in its place meanwhile."""
+
+    @property
+    def key(self) -> str:
+        """Its key in the bucket."""
+        return f"{self.name}/{self.digest}.zip"
+
+    @property
+    def url(self) -> str:
+        """What people read."""
+        return f"s3://{self.bucket}/{self.key}"
+
+    @property
+    def uri(self) -> str:
+        """What the template says."""
+        if self.version == UNVERSIONED:
+            return self.url
+        return f'{{Bucket: {self.bucket}, Key: {self.key}, Version: "{self.version}"}}'
+
+    @property
+    def sha256(self) -> str:
+        """The digest as Lambda and S3 write it."""
+        return base64.b64encode(bytes.fromhex(self.digest)).decode()
+
+
+Zipped = Callable[[str, str, Tell], bytes]
+"""Makes the zip of a function's code for an architecture and a runtime."""
+
+
+def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False) -> bytes:
+    """Build the bundle and give its zip; if ``locked``, of the packages that the release lists."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"), locked=locked)
+        path = Path(scratch) / "bundle.zip"
+        size = bundle.zip(path)
+        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")
+        return path.read_bytes()
+
+
+def code_of_template(template: str | Mapping[str, Any]) -> Code | None:
+    """Find the code that a deployed template of ours names; None if it names none that we put there."""
+    text = template if isinstance(template, str) else json.dumps(template)
+    found = _VERSION.search(text) or CodeUri.search(text)
+    return Code(*found.groups()) if found else None
+
+
+def own_bucket(account: Account) -> str:
+    """Name the bucket that we make for code."""
+    return f"gradsharding-code-{account.number}-{account.region}"
+
+
+def put_code(account: Account, name: str, bucket: str | None, data: bytes, stale: str = "") -> Code:
+    """Put a zip where the template will find it; anew if its version is ``stale``, from which a function with other code was made.
+
+    Raise StoreRefused for a bucket that is not this account's, UserError for other code in its place.
+    """
+    code = Code(bucket or own_bucket(account), name, hashlib.sha256(data).hexdigest())
+    try:
+        if bucket is None:
+            _make_bucket(account, code.bucket)
+        has, version = _digest(account, code) or (code.digest, "")
+        doubtful = {"", stale, *([UNVERSIONED] if _keeps_versions(account, code.bucket) else [])}
+        if has == code.digest and version in doubtful:
+            made = account.s3.put_object(  # S3 compares it
+                Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256, Metadata={TAG: name}
+            )
+            version = made.get("VersionId", UNVERSIONED)
+            if version != UNVERSIONED:  # S3 may not find it at first, in a bucket that keeps versions since a moment ago
+                account.s3.get_waiter("object_exists").wait(Bucket=code.bucket, Key=code.key, VersionId=version)
+    except (BotoCoreError, ClientError) as error:
+        raise _refused(account, code.bucket, error, "writing the function's code to") from error
+    if has != code.digest:
+        raise UserError(f"{code.url} holds other code: its SHA-256 is {has}; find out who wrote it, delete it, and run this again")
+    return code._replace(version=version)
+
+
+def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> int:
+    """Delete the code of a stack, but for ``keep``, and our own bucket, too, if it is empty then; give the number of objects deleted.
+
+    In a bucket that was brought, that is only what we put there: what is called as our code is may be the user's.
+    """
+    try:
+        doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
+        doomed = [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)]
+        if bucket != own_bucket(account):
+            strange = {one["Key"] for one in doomed if not _is_ours(account, name, bucket, one)}
+            doomed = [one for one in doomed if one["Key"] not in strange]
+        delete_objects(account, bucket, doomed)
+        if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
+            account.s3.delete_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just come in
+            raise _refused(account, bucket, error, "deleting old code from") from error
+        return 0
+    return len(doomed)
+
+
+def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]]) -> None:
+    """Delete versions of objects, given by Key and VersionId; raise StackFailed if S3 keeps one."""
+    for i in range(0, len(objects), 1000):
+        some: Any = objects[i : i + 1000]
+        if kept := account.s3.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True}).get("Errors"):
+            raise StackFailed(
+                f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {scrubbed(kept[0].get('Message'))}; "
+                "take that hindrance away, and run this again"
+            )
+
+
+def _is_ours(account: Account, name: str, bucket: str, version: Mapping[str, str]) -> bool:
+    """Whether ``put_code`` wrote that version of an object, as its metadata says; a delete marker has none, and loses nothing."""
+    try:
+        return account.s3.head_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])["Metadata"].get(TAG) == name
+    except ClientError as error:
+        if code_of(error) in ("403", "AccessDenied"):
+            return False
+        if code_of(error) in ("404", "405", "MethodNotAllowed"):
+            return True
+        raise
+
+
+def _versions(account: Account, bucket: str, prefix: str = "") -> Iterator[dict[str, str]]:
+    for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
+        for one in (*page.get("Versions", []), *page.get("DeleteMarkers", [])):
+            yield {"Key": one["Key"], "VersionId": one["VersionId"]}
+
+
+def _make_bucket(account: Account, bucket: str) -> None:
+    """Make the bucket, or find it, and close it: each time, as an earlier run may have been stopped in between."""
+    where: Any = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+    try:
+        account.s3.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        if code_of(error) not in ("404", "NoSuchBucket"):
+            raise
+        with suppress(account.s3.exceptions.BucketAlreadyOwnedByYou):
+            account.s3.create_bucket(Bucket=bucket, **where)
+    block: Any = dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True)
+    account.s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=block)
+    if not _keeps_versions(account, bucket):  # so that a template can name the very code that was compared
+        account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    only_tls = {
+        "Sid": "TlsOnly",
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": "s3:*",
+        "Resource": [f"arn:{account.partition}:s3:::{bucket}", f"arn:{account.partition}:s3:::{bucket}/*"],
+        "Condition": {"Bool": {"aws:SecureTransport": "false"}},
+    }
+    policy = _policy(account, bucket)
+    if only_tls not in policy["Statement"]:  # what others have added stays
+        kept = [one for one in policy["Statement"] if one.get("Sid") != only_tls["Sid"]]
+        account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({**policy, "Statement": [*kept, only_tls]}))
+    tags = _tags(account, bucket)
+    if tags.get(TAG) != "code":
+        wanted: Any = [{"Key": key, "Value": value} for key, value in {**tags, TAG: "code"}.items() if not key.startswith("aws:")]
+        account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": wanted})
+
+
+def _policy(account: Account, bucket: str) -> dict[str, Any]:
+    try:
+        policy = json.loads(account.s3.get_bucket_policy(Bucket=bucket)["Policy"])
+    except ClientError as error:
+        if code_of(error) != "NoSuchBucketPolicy":
+            raise
+        policy = {"Version": "2012-10-17", "Statement": []}
+    statements = policy["Statement"]
+    return {**policy, "Statement": statements if isinstance(statements, list) else [statements]}
+
+
+def _tags(account: Account, bucket: str) -> dict[str, str]:
+    try:
+        return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
+    except ClientError as error:
+        if code_of(error) != "NoSuchTagSet":
+            raise
+        return {}
+
+
+def _keeps_versions(account: Account, bucket: str) -> bool:
+    return account.s3.get_bucket_versioning(Bucket=bucket).get("Status") == "Enabled"
+
+
+def _digest(account: Account, code: Code) -> tuple[str, str] | None:
+    """Give the SHA-256 of what lies in the code's place, read back, and its version; None if nothing does."""
+    try:
+        found = account.s3.get_object(Bucket=code.bucket, Key=code.key)
+    except ClientError as error:
+        if code_of(error) in ("NoSuchKey", "404"):
+            return None
+        raise
+    digest, body = hashlib.sha256(), found["Body"]
+    with body:
+        for chunk in body.iter_chunks(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest(), found.get("VersionId", UNVERSIONED)
+
+
+def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, doing: str) -> Exception:
+    if code_of(error) in DENIED or code_of(error) in ("BucketAlreadyExists", "NoSuchBucket"):
+        return StoreRefused(
+            f"{doing} bucket {bucket}: it is not account {account.number}'s, or does not let these credentials in ({code_of(error)}); "
+            "choose a bucket of yours with --code-bucket",
+            code=code_of(error),
+        )
+    if code_of(error) == "OperationAborted":  # a name is not free at once when its bucket was deleted
+        return StackFailed(
+            f"{doing} bucket {bucket}: S3 is still at work on a bucket of that name ({error}); run this again in a few minutes"
+        )
+    return explained(error, f"{doing} {bucket}")

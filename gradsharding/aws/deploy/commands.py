@@ -1,0 +1,221 @@
+"""``gradsharding deploy``, ``status`` and ``destroy``: text in, the stack put up, looked at or taken down, text out."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from gradsharding.advice.prices import load_prices
+from gradsharding.aws.deploy.account import Account, Stack
+from gradsharding.aws.deploy.code import zipped
+from gradsharding.aws.deploy.drift import checked, drift
+from gradsharding.aws.deploy.options import NAMED, SERVICE_ROLE, chosen, deploy_options
+from gradsharding.aws.deploy.stack import Change, Order, interrupted, put_up
+from gradsharding.aws.deploy.teardown import Bucket, Cleared, Doomed, doomed, take_down
+from gradsharding.errors import UserError
+from gradsharding.planning.plan import mib
+
+name_option = click.option(
+    "--name", default="gradsharding", show_default=True, callback=lambda _, __, name: _checked(name), help="Name of the stack."
+)
+
+ALARMS = 2
+"""CloudWatch alarms of the template."""
+
+
+@click.command(short_help="Put the bucket and the function up on AWS.")
+@name_option
+@deploy_options
+def deploy(name: str, **options: Any) -> None:
+    """Put up a bucket and a function, or bring them up to date: what is not given stays as it is.
+
+    It shows what will be made, changed and deleted, and asks. An empty text, such as --kms-key "", takes an option back.
+
+    Endpoint, region and credentials are those of the usual AWS environment variables and profiles.
+    """
+    asked, account = chosen(options), Account()
+    order = Order(
+        name, asked.parameters, asked.tags, asked.service_role, asked.termination_protection, asked.code_bucket, adopt=asked.adopt
+    )
+    with _recoverable(account, name):
+        make = partial(zipped, locked=asked.locked)
+        up = put_up(
+            account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=asked.yes), _tell, make
+        )
+        if not up:
+            click.echo("nothing was changed")
+            raise click.exceptions.Exit(1)
+        checked(account, up)
+    store, executor = up.outputs["Store"], up.outputs["Executor"]
+    click.echo(
+        f"store:    {store}\nexecutor: {executor}\n\n"
+        f"Try it:       gradsharding smoke{_named(name)}\n"
+        f"Use it:       gradsharding aggregate {store}/in/a.safetensors:120 {store}/in/b.safetensors:80 "
+        f"-o {store}/results/mean.safetensors --executor {executor}\n"
+        f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
+        f"Take it down: gradsharding destroy{_named(name)}\n\n"
+        f"Left up and unused, {standing(account.region)}; {_kept(up)}."
+    )
+
+
+@click.command(short_help="Say what is deployed, and whether it is as it should be.")
+@name_option
+def status(name: str) -> None:
+    """Show a stack's state, outputs and parameters, and look for each of its resources; exit with 1 if anything is wrong."""
+    account = Account()
+    up = _found(account, name)
+    click.echo(f"stack {name} in {account}: {up.status}{', protected against being deleted' if up.protected else ''}")
+    for title, values in (("outputs", up.outputs), ("parameters", up.parameters), ("tags", up.tags)):
+        click.echo(f"{title}:" + "".join(f"\n  {key:<20} {value}" for key, value in sorted(values.items())))
+    unseen = list[str]()
+    wrong = drift(account, up, unseen.append)
+    well = "all of it is there" if unseen else "all of it is there, and as it was deployed"
+    click.echo("\n".join([*([f"wrong: {one}" for one in wrong] or [well]), *unseen]))
+    if wrong:
+        raise click.exceptions.Exit(1)
+
+
+@click.command(short_help="Take a stack down again; its data stays unless you say otherwise.")
+@name_option
+@click.option("--delete-data", is_flag=True, help="Delete the bucket, too, with all that is in it.")
+@SERVICE_ROLE.option()
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool) -> None:
+    """Delete the stack, its log and the function's code. Its bucket stays, unless --delete-data is given. It asks first."""
+    account = Account()
+    with _recoverable(account, name):
+        what = doomed(account, name, _tell)
+        if not what.stack and not (delete_data and (what.buckets or what.hidden)):
+            cleared = take_down(account, name, what, data=False, tell=_tell)  # what an interrupted run has left
+            _say_gone(account, name, what, cleared)
+            return
+        if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
+            click.echo("nothing was deleted")
+            raise click.exceptions.Exit(1)
+        cleared = take_down(account, name, what, data=delete_data, tell=_tell, role=service_role)
+    click.echo(f"stack {name} in {account} is gone")
+    _say_left(name, [*([] if delete_data else what.buckets), *what.earlier], what, cleared)
+
+
+def _listed(what: Doomed, *, data: bool) -> str:
+    """Show what goes, and what stays, one a line."""
+    rows: list[tuple[str, ...]] = [
+        ("keep" if one.logical in what.kept else "delete", one.logical, one.type, one.physical) for one in what.resources
+    ]
+    lines = [_columns(rows)] if rows else []
+    lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
+    lines += [f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier]
+    lines += [f"  keep    bucket {what.brought}, which was brought"] if what.brought else []
+    return "\n".join([*lines, *(f"  keep    {_hidden(bucket)}" for bucket in what.hidden)])
+
+
+def _say_gone(account: Account, name: str, what: Doomed, cleared: Cleared) -> None:
+    """Tell a stack that was deleted from one that was never here: it may be in another region."""
+    if not cleared.objects and not what.buckets and not what.hidden and not account.deleted(name):
+        raise UserError(
+            f"there is no stack {name} in {account}, and none was deleted there in the last 90 days; nothing was deleted now. "
+            "If it is in another region, set AWS_DEFAULT_REGION"
+        )
+    more = f"; so is its code now, {cleared.objects} objects" if cleared.objects else " already"
+    click.echo(f"stack {name} in {account} is gone{more}")
+    _say_left(name, what.buckets, what, cleared)
+
+
+def _say_left(name: str, left: list[Bucket], what: Doomed, cleared: Cleared) -> None:
+    for bucket in left:
+        click.echo(f"left: {_weighed(bucket)}; its storage is billed. Delete it with: gradsharding destroy{_named(name)} --delete-data")
+    others = [f"bucket {what.brought}, which was brought, with all that lies in it"] if what.brought else []
+    others += [*map(_hidden, what.hidden), *([cleared.kept] if cleared.kept else [])]
+    for one in others:
+        click.echo(f"left: {one}")
+    if not left and not others:
+        click.echo("nothing that is billed is left")
+
+
+def _hidden(bucket: str) -> str:
+    return f"bucket {bucket}, which these credentials may not look into: it may hold data of this stack"
+
+
+def _weighed(bucket: Bucket) -> str:
+    return f"bucket {bucket.name} with {'more than ' if bucket.more else ''}{bucket.objects} objects ({mib(bucket.nbytes)})"
+
+
+def _table(changes: list[Change]) -> str:
+    """Show changes, one a line, in columns."""
+    return _columns([(one.action, one.logical, one.type, one.physical) for one in changes])
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _agree(what: str, question: str, *, yes: bool) -> bool:
+    """Show what will happen, and ask whether it may; without a terminal there is nobody to ask."""
+    click.echo(what)
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError("this asks before it changes anything, and there is no terminal to ask at; run it again with --yes")
+    return click.confirm(question)
+
+
+@contextlib.contextmanager
+def _recoverable(account: Account, name: str) -> Iterator[None]:
+    """Say what is left, and how to go on, to whoever interrupts what is within."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, click.Abort):
+        _tell("stopped; looking what is there now")
+        click.echo(interrupted(account, name), err=True)
+        raise
+
+
+def _kept(stack: Stack) -> str:
+    """Say what is deleted of a stack's data, and when."""
+    if bucket := stack.parameters.get("ExistingBucket"):
+        return f"what is deleted in {bucket}, and when, its own rules say: deploy/README.md has those that rounds need"
+    return f"rounds are deleted after {stack.parameters.get('ExpireDays', '7')} days, results stay"
+
+
+def standing(region: str) -> str:
+    """Say what a stack costs that is left up and unused, as far as the prices of its region are known."""
+    try:
+        prices = load_prices(region)
+    except UserError as error:
+        return f"what it costs is not known: {error.message}"
+    if not prices.figures:
+        return f"what it costs is not known: {prices.origin}"
+    lacks, known = prices.lacking(["alarm_month", "s3_gigabyte_month"]), prices.figures
+    parts = [f"${ALARMS * known['alarm_month'].usd} a month for {ALARMS} alarms"] if "alarm_month" in known else []
+    if "s3_gigabyte_month" in known:
+        parts.append(f"${known['s3_gigabyte_month'].usd} for each GB-month that lies in its buckets")
+    return f"it costs {', and '.join(parts)} (list prices of {region}{f'; {lacks}' if lacks else ''})"
+
+
+def _found(account: Account, name: str) -> Stack:
+    found = account.find(name)
+    if not found or found.empty:
+        raise UserError(
+            f"there is no stack {name!r} in {account}; put it up with: gradsharding deploy{_named(name)}, "
+            "or set AWS_DEFAULT_REGION to the region that it is in"
+        )
+    return found
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{0,47}", name):  # older releases made stacks with names of up to 48
+        raise UserError(f"{name!r} cannot name a stack; use up to {NAMED} letters, digits and hyphens, a letter first")
+    return name
+
+
+def _named(name: str) -> str:
+    return "" if name == "gradsharding" else f" --name {name}"
+
+
+def _tell(line: str) -> None:
+    click.echo(f"{line} …", err=True)

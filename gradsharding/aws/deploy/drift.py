@@ -1,0 +1,240 @@
+"""What a stack says is compared with what is there: each resource is looked for, and the function's code is compared with the deployed zip.
+
+A resource that was deleted by hand stays in CloudFormation's books, where a change set finds nothing to change.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.client import explained
+from gradsharding.aws.deploy.account import Account, Resource, Stack, Tell, remedy
+from gradsharding.aws.deploy.code import UNVERSIONED, Code, code_of_template
+from gradsharding.aws.refusals import DENIED, code_of
+from gradsharding.errors import GradShardingError, UserError
+
+DETECTING = 60
+"""Seconds that CloudFormation has for its own detection of drift."""
+
+_CLOSED = ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets")
+"""What closes a bucket to the public."""
+
+_GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "ResourceNotFound", "DashboardNotFoundError", "403"}
+"""What services say of what is not there; S3 says 403 of a bucket that is another account's by now."""
+
+
+class Wrong(NamedTuple):
+    """Something that is not as it should be."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+def drift(account: Account, stack: Stack, unseen: Tell = lambda _: None) -> list[Wrong]:
+    """Say what is wrong with a stack of ours, and what was changed by hand as far as CloudFormation can tell; nothing, if all is well.
+
+    ``unseen`` hears what could not be looked for, so that nobody takes it for being well.
+    """
+    lost = missing(account, stack)
+    lost += _opened(account, account.resources(stack), unseen) if not lost else []
+    known = {one.what.partition(" ")[0] for one in lost}
+    return [*lost, *(one for one in _detected(account, stack, unseen) if one.what.partition(" ")[0] not in known)]
+
+
+def missing(account: Account, stack: Stack) -> list[Wrong]:
+    """Say what keeps a stack of ours from working: its state, what is gone, other code; nothing, if it works."""
+    if not stack.works:
+        return [Wrong(f"stack {stack.name} is {stack.status}", remedy(stack))]
+    resources = account.resources(stack)
+    wrong, lost = list[Wrong](), set[str]()
+    anew = _anew(account, stack, resources)
+    for one in resources:
+        closed = False
+        try:
+            there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) not in _GONE:
+                raise explained(error, f"looking at {one.logical} ({one.physical})") from error
+            there, closed = False, code_of(error) in DENIED
+        if not there:
+            lost.add(one.logical)
+            beside = "rounds run without it; to have it again, " if one.type == "AWS::CloudWatch::Alarm" else ""
+            beside = "if it is yours, allow these credentials to look at it; if not, " if closed else beside
+            how = "another account's, or closed to these credentials" if closed else "gone"
+            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {how}", beside + anew))
+    if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
+        wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
+    code = code_of_template(account.template(stack))
+    again = "what runs is not to be trusted: find out who changed it, then have it replaced: gradsharding deploy with the same options"
+    if code and code.version == UNVERSIONED:
+        again += f"; it sees the difference only if versioning is on for bucket {code.bucket}, so turn that on first"
+    if code:
+        for one, has in others_code(account, [one for one in resources if one.logical not in lost], code):
+            what = f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
+            wrong.append(Wrong(what, again))
+    return wrong
+
+
+def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
+    """Say how to make a stack anew that goes on with the same bucket, where that is there: without its name, a new one would be made."""
+    own = next((one.physical for one in resources if one.is_data), "")
+    brought, name = stack.parameters.get("ExistingBucket", ""), stack.name
+    bucket = brought or own
+    try:  # what was its own is another account's if S3 denies it; functions may be let into one that was brought where we are not
+        there = not _is_gone(account, stack, brought) if brought else bool(own and account.s3.head_bucket(Bucket=own))
+    except (BotoCoreError, ClientError):
+        there = False
+    destroy = f"make it anew: gradsharding destroy --name {name}{f', which leaves bucket {bucket} with its data' if there else ''}, then "
+    return f"{destroy}gradsharding deploy --name {name}{f' --bucket {bucket}' if there else ''} and the options that it has"
+
+
+def others_code(account: Account, resources: list[Resource], code: Code) -> Iterator[tuple[Resource, str]]:
+    """Find the functions, and what their aliases lead to, whose code is other than that; give its SHA-256 as Lambda writes it."""
+    for one in resources:
+        if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias"):
+            try:
+                has = account.functions.get_function_configuration(FunctionName=one.physical)["CodeSha256"]
+            except (BotoCoreError, ClientError) as error:
+                if code_of(error) in _GONE:
+                    continue
+                raise explained(error, f"the configuration of {one.physical}") from error
+            if has != code.sha256:
+                yield one, has
+
+
+def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None:
+    """Raise UserError unless a bucket that is brought is there, and is the account's that it is said to be, as far as it can be seen."""
+    try:
+        account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=owner or account.number)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) in ("404", "NoSuchBucket"):
+            raise UserError(f"there is no bucket {bucket}, and nothing was changed; check its name, or make it first") from error
+        if code_of(error) not in ("403", "AccessDenied"):
+            raise explained(error, f"looking at bucket {bucket}") from error
+    else:
+        return
+    try:
+        account.anybodys_s3.head_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError):
+        if owner:  # who deploys need not be let in where the function is
+            tell(f"bucket {bucket} could not be looked into: it is not account {owner}'s, or does not let these credentials in")
+            return
+        raise UserError(
+            f"bucket {bucket} is not account {account.number}'s, or does not let these credentials in (s3:ListBucket), and nothing was "
+            "changed; if it is another account's, name that with --bucket-owner"
+        ) from None
+    raise UserError(
+        f"bucket {bucket} is not account {owner or account.number}'s, and nothing was changed; name the account that owns it with "
+        "--bucket-owner"
+    )
+
+
+def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
+    """Whether a bucket that was brought is gone; these credentials may not be let in, where functions are."""
+    try:
+        account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=stack.parameters.get("BucketOwner") or account.number)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) not in _GONE:
+            raise explained(error, f"looking at bucket {bucket}") from error
+        return code_of(error) != "403"
+    return False
+
+
+def _opened(account: Account, resources: list[Resource], unseen: Tell) -> list[Wrong]:
+    """Say which buckets of a stack are no longer closed as the template has closed them."""
+    wrong, bucket = list[Wrong](), next((one.physical for one in resources if one.logical == "Bucket"), "")
+    for one in resources:
+        try:
+            if (one.logical, one.type) == ("BucketPolicy", "AWS::S3::BucketPolicy"):
+                account.s3.get_bucket_policy(Bucket=bucket)
+            elif one.type == "AWS::S3::Bucket":
+                block = account.s3.get_public_access_block(Bucket=one.physical)["PublicAccessBlockConfiguration"]
+                if not all(block.get(key) for key in _CLOSED):
+                    wrong.append(_open(one))
+        except (BotoCoreError, ClientError) as error:
+            if code_of(error) == "NoSuchPublicAccessBlockConfiguration":
+                wrong.append(_open(one))
+            elif code_of(error) == "NoSuchBucketPolicy":
+                what = f"{one.logical} ({one.type} {one.physical}) is gone: bucket {bucket} takes requests without TLS"
+                wrong.append(Wrong(what, "set it again by hand, as the template has it"))
+            else:
+                unseen(f"whether {one.logical} ({one.type} {one.physical}) is as it was could not be looked for: {error}")
+    return wrong
+
+
+def _open(one: Resource) -> Wrong:
+    closing = ",".join(f"{key}=true" for key in _CLOSED)
+    return Wrong(
+        f"{one.logical} ({one.type} {one.physical}) is not closed to the public",
+        f"close it: aws s3api put-public-access-block --bucket {one.physical} --public-access-block-configuration {closing}",
+    )
+
+
+def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
+    """What CloudFormation's own detection finds; ``unseen`` hears why it found nothing out, if these credentials may not ask, say."""
+    lacks = "what was changed by hand could not be looked for"
+    try:
+        detection = account.formation.detect_stack_drift(StackName=stack.id)["StackDriftDetectionId"]
+        until = time.monotonic() + DETECTING
+        while True:
+            state = account.formation.describe_stack_drift_detection_status(StackDriftDetectionId=detection)
+            if state["DetectionStatus"] != "DETECTION_IN_PROGRESS":
+                break
+            if time.monotonic() > until:
+                unseen(f"{lacks}: CloudFormation has been at it for {DETECTING} s; run this again")
+                return []
+            time.sleep(1)
+        if state["DetectionStatus"] == "DETECTION_FAILED":  # of some resources; it tells what it knows of the others
+            unseen(f"{lacks} everywhere: {state.get('DetectionStatusReason', 'CloudFormation gives no reason')}")
+        found = account.formation.describe_stack_resource_drifts(
+            StackName=stack.id, StackResourceDriftStatusFilters=["MODIFIED", "DELETED"]
+        )
+    except (BotoCoreError, ClientError) as error:
+        unseen(f"{lacks}: {error}")
+        return []
+    wrong = []
+    for one in found["StackResourceDrifts"]:
+        paths = ", ".join(
+            f"{difference['PropertyPath']} is {difference['ActualValue']}, not {difference['ExpectedValue']}"
+            for difference in one.get("PropertyDifferences", [])[:3]
+        )
+        said = f"was changed by hand: {paths}" if paths else "was deleted or changed by hand"
+        wrong.append(
+            Wrong(
+                f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {said}",
+                "set it back by hand: deploy compares with what was deployed, and would see nothing to change",
+            )
+        )
+    return wrong
+
+
+def checked(account: Account, stack: Stack) -> Stack:
+    """Give the stack back if nothing keeps it from working; raise GradShardingError with all that is."""
+    if wrong := missing(account, stack):
+        raise GradShardingError(f"stack {stack.name} in {account}: " + "; ".join(map(str, wrong)))
+    return stack
+
+
+def _alias(account: Account, arn: str) -> bool:
+    function, _, name = arn.rpartition(":")
+    return bool(account.functions.get_alias(FunctionName=function, Name=name))
+
+
+_LOOKS: dict[str, Callable[[Account, str], bool]] = {
+    "AWS::S3::Bucket": lambda account, bucket: bool(account.s3.head_bucket(Bucket=bucket)),
+    "AWS::Lambda::Function": lambda account, name: bool(account.functions.get_function_configuration(FunctionName=name)),
+    "AWS::Lambda::Version": lambda account, arn: bool(account.functions.get_function_configuration(FunctionName=arn)),
+    "AWS::Lambda::Alias": _alias,
+    "AWS::IAM::Role": lambda account, name: bool(account.roles.get_role(RoleName=name)),
+    "AWS::Logs::LogGroup": lambda account, name: (
+        name in {one["logGroupName"] for one in account.logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]}
+    ),
+    "AWS::CloudWatch::Alarm": lambda account, name: bool(account.alarms.describe_alarms(AlarmNames=[name])["MetricAlarms"]),
+    "AWS::CloudWatch::Dashboard": lambda account, name: bool(account.alarms.get_dashboard(DashboardName=name)),
+}
+"""How to look for a resource of a type; of others, CloudFormation's detection says whether they are there."""

@@ -1,0 +1,285 @@
+"""A stack is deleted before its data, and data only if that was asked for; what stays is named.
+
+Only the bucket that CloudFormation made by our template is ever emptied. When its stack is gone, it is known by our tag and by those of
+CloudFormation, or by the stack's events. A bucket that was brought is never emptied, even if an earlier stack had made it, nor is one that
+somebody added to the stack.
+"""
+
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from gradsharding.aws.client import explained
+from gradsharding.aws.deploy.account import DATA, TAG, Account, Resource, Stack, Tell
+from gradsharding.aws.deploy.code import code_of_template, delete_objects, forget_code, own_bucket
+from gradsharding.aws.refusals import DENIED, code_of
+from gradsharding.errors import StackFailed, StoreRefused, UserError
+
+COUNTED = 100_000
+"""Objects that are counted, at most, before the question."""
+
+
+_CLOUDFORMATION = "aws:cloudformation:"
+_BY = f"{_CLOUDFORMATION}stack-name"
+_LABEL = f"{TAG}-stack"
+"""Key of our own tag with the stack's ARN."""
+
+
+class Bucket(NamedTuple):
+    """A bucket, and what lies in it: all versions of objects."""
+
+    name: str
+    objects: int
+    nbytes: int
+    more: bool = False
+    """There are more than were counted."""
+
+
+class Doomed(NamedTuple):
+    """What is there to be taken down."""
+
+    stack: Stack | None
+    resources: list[Resource]
+    """The stack's, but for its buckets."""
+    buckets: list[Bucket]
+    """The stack's own; of a stack that is gone, those that it left."""
+    earlier: list[Bucket]
+    """Those that earlier stacks of its name left; they stay while it is there."""
+    code: str
+    """The bucket of its code."""
+    held: tuple[Resource, ...] = ()
+    """All that the stack has, as it is shown."""
+    hidden: tuple[str, ...] = ()
+    """Buckets of this account that may be the stack's, or left by an earlier one, and cannot be looked into."""
+    brought: str = ""
+    """The bucket that the stack was given, and leaves."""
+    kept: frozenset[str] = frozenset()
+    """Logical ids of what the stack leaves."""
+
+
+class Cleared(NamedTuple):
+    """What became of a stack's code."""
+
+    objects: int
+    """Deleted."""
+    kept: str
+    """Why some of it may be left; "" if none is."""
+
+
+def doomed(account: Account, name: str, tell: Tell) -> Doomed:
+    """Look for what is to be taken down; raise UserError for a stack that is not ours, or is protected."""
+    found = account.find(name)
+    stack = account.settled(found, tell) if found else None
+    left, hidden = _left(account, name)
+    if not stack or stack.status == "DELETE_COMPLETE":
+        before = account.deleted(name)
+        brought = before.parameters.get("ExistingBucket", "") if before else ""
+        return Doomed(None, [], [_counted(account, one) for one in left], [], _code_bucket(account, before), (), (*hidden,), brought)
+    if stack.protected:
+        raise UserError(
+            f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
+            f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
+        )
+    held = account.resources(stack)
+    there = {one.physical: _exists(account, one.physical) for one in held if one.is_data and one.physical}
+    hidden = [*{*hidden, *(bucket for bucket, seen in there.items() if seen is None)}]
+    names = [bucket for bucket, seen in there.items() if seen and bucket not in hidden]
+    earlier = [_counted(account, bucket) for bucket in left if bucket not in there]
+    others = [one for one in held if not one.is_data]
+    kept = frozenset(account.kept(stack)) if others else frozenset[str]()
+    own, code = [_counted(account, bucket) for bucket in names], _code_bucket(account, None if stack.empty else stack)
+    return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""), kept)
+
+
+def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
+    """Delete the stack, as ``role`` if that is given, then, with ``data``, its buckets, then its code.
+
+    Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there. Raise UserError, before anything
+    is deleted, if a bucket that may be the stack's data cannot be looked into.
+    """
+    if data and what.hidden:
+        raise UserError(
+            f"bucket {what.hidden[0]} may hold data of stack {name}, and these credentials may not look into it; nothing was deleted. "
+            "Use credentials that may, or leave --delete-data out"
+        )
+    try:
+        if what.stack:
+            _check_same(account, what.stack, what)
+            for bucket in what.buckets:
+                _label(account, bucket.name, what.stack)
+            _delete_stack(account, what.stack, role, tell)
+        for bucket in what.buckets if data else ():
+            tell(f"emptying and deleting bucket {bucket.name}")
+            _delete_bucket(account, bucket.name)
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"taking down stack {name} in {account}") from error
+    objects, kept = 0, ""
+    try:
+        objects += forget_code(account, name, what.code)
+    except StoreRefused as error:  # the stack is gone all the same, and no later run could do it
+        kept = (
+            f"code in bucket {what.code}, which is another account's by now, or closed to these credentials ({error.details.get('code')})"
+        )
+    if what.code != own_bucket(account):
+        with suppress(StoreRefused):  # code of an earlier deploy may lie there, too, if it is ours
+            objects += forget_code(account, name, own_bucket(account))
+    return Cleared(objects, kept)
+
+
+def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
+    """Raise if a stack has become another since it was shown: what was added in between, nobody has agreed to delete."""
+    now = account.find(stack.name)
+    held = {one[:3] for one in account.resources(now)} if now else set()
+    if not now or now.id != stack.id or held != {one[:3] for one in what.held}:
+        raise StackFailed(
+            f"stack {stack.name} in {account} was changed by another command since it was shown; nothing was deleted, run this again"
+        )
+
+
+def _delete_stack(account: Account, stack: Stack, role: str | None, tell: Tell) -> None:
+    tell(f"deleting stack {stack.name}")
+    token = f"gradsharding-{uuid.uuid4().hex}"
+    taken: Any = {"RoleARN": role} if role else {}  # else CloudFormation takes the one that the stack has
+    account.formation.delete_stack(StackName=stack.id, ClientRequestToken=token, **taken)
+    gone = account.done(stack, token, tell)
+    if gone.status != "DELETE_COMPLETE":
+        raise StackFailed(
+            f"stack {stack.name} in {account} is {gone.status}: {account.failure(gone, token) or 'its events give no reason'}; "
+            "no data was deleted; take that hindrance away, and run this again"
+        )
+
+
+def _code_bucket(account: Account, stack: Stack | None) -> str:
+    """Name the bucket that a stack's code lies in; CloudFormation gives the template of a deleted one for 90 days."""
+    code = code_of_template(account.template(stack)) if stack else None
+    return code.bucket if code else own_bucket(account)
+
+
+def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
+    """Name the buckets that stacks of that name left in this region, and those that may be such, and cannot be looked into.
+
+    CloudFormation names them after the stack, and they carry our tag.
+    """
+    try:
+        pages = account.s3.get_paginator("list_buckets").paginate(Prefix=f"{name.lower()[:24]}", BucketRegion=account.region)
+        names = [
+            one["Name"] for page in pages for one in page.get("Buckets", []) if one.get("BucketRegion", account.region) == account.region
+        ]
+        tags = {bucket: _tags(account, bucket) for bucket in names}
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"buckets of {account}") from error
+    begins, rest = re.escape(name.lower()[:24]), re.escape(name.lower()[24:])  # of a long name, CloudFormation may take a part
+    called = re.compile(f"{begins}({rest})?-?{DATA[0].lower()}-[a-z0-9]+")  # any other bucket that is closed to us is somebody's
+    hidden = [bucket for bucket in names if tags[bucket] is None and called.fullmatch(bucket)]
+    tagged = {bucket: said for bucket, said in tags.items() if said and said.get(TAG) == name}
+    own = [bucket for bucket, said in tagged.items() if _is_made(account, name, bucket, said)]
+    try:
+        return [bucket for bucket in own if bucket not in account.brought()] if own else [], hidden
+    except StoreRefused:  # they may be in use
+        return [], [*hidden, *own]
+
+
+def _is_made(account: Account, name: str, bucket: str, tags: Mapping[str, str]) -> bool:
+    """Whether a bucket that carries our tag was made by our template: that tag alone can be anybody's: a stack's tags go to its buckets.
+
+    Nobody but CloudFormation sets tags that begin with ``aws:``. Where it sets none, as ministack does not, our label or its events say it.
+    """
+    if _BY not in tags:
+        return f":stack/{name}/" in tags.get(_LABEL, "") or bucket in account.made(name)
+    origin = account.look_up(tags[f"{_CLOUDFORMATION}stack-id"]) if f"{_CLOUDFORMATION}stack-id" in tags else None
+    named = (tags[_BY], tags.get(f"{_CLOUDFORMATION}logical-id"))
+    return named == (name, DATA[0]) and not (origin and account.foreign(origin))
+
+
+def disown(account: Account, bucket: str) -> None:
+    """Take our tags off a bucket that is brought: from now on no ``destroy`` takes it for a stack's own. Other tags stay."""
+    tags = _tags(account, bucket) or {}
+    kept = {key: value for key, value in tags.items() if key not in (TAG, _LABEL)}
+    try:
+        if kept and kept != tags:
+            _tag(account, bucket, kept)
+        elif tags and not kept:
+            account.s3.delete_bucket_tagging(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"taking tag {TAG!r} off bucket {bucket}, so that it is yours and no stack's") from error
+
+
+def _label(account: Account, bucket: str, stack: Stack) -> None:
+    """See that a stack's bucket carries our tag, and says whose it was, before the stack goes: a later run finds it so. Other tags stay."""
+    tags = _tags(account, bucket)
+    if tags is not None and tags != (wanted := tags | {TAG: stack.name} | ({} if _BY in tags else {_LABEL: stack.id})):
+        with suppress(account.s3.exceptions.NoSuchBucket):
+            _tag(account, bucket, wanted)
+
+
+def _tag(account: Account, bucket: str, tags: Mapping[str, str]) -> None:
+    wanted: Any = [{"Key": key, "Value": value} for key, value in tags.items()]
+    account.s3.put_bucket_tagging(Bucket=bucket, Tagging={"TagSet": wanted})
+
+
+def _tags(account: Account, bucket: str) -> dict[str, str] | None:
+    """Give a bucket's tags, none if it is gone; None if it is not to be looked into."""
+    try:
+        return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
+    except ClientError as error:
+        if code_of(error) in ("NoSuchTagSet", "NoSuchBucket"):
+            return {}
+        if code_of(error) in DENIED:
+            return None
+        raise
+
+
+def _counted(account: Account, bucket: str) -> Bucket:
+    objects = nbytes = 0
+    try:
+        for one in _versions(account, bucket):
+            objects, nbytes = objects + 1, nbytes + one.get("Size", 0)
+            if objects == COUNTED:
+                return Bucket(bucket, objects, nbytes, more=True)
+    except (BotoCoreError, ClientError) as error:
+        raise explained(error, f"counting what lies in bucket {bucket}") from error
+    return Bucket(bucket, objects, nbytes)
+
+
+def _versions(account: Account, bucket: str) -> Iterator[Any]:
+    with suppress(account.s3.exceptions.NoSuchBucket):
+        for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket):
+            yield from (*page.get("Versions", []), *page.get("DeleteMarkers", []))
+
+
+def _delete_bucket(account: Account, bucket: str) -> None:
+    """Delete all versions, all unfinished uploads, and the bucket; it may be gone already."""
+    with suppress(account.s3.exceptions.NoSuchBucket):
+        some: list[dict[str, str]] = []
+        for one in _versions(account, bucket):
+            some.append({"Key": one["Key"], "VersionId": one["VersionId"]})
+            if len(some) == 1000:  # what S3 deletes at once
+                delete_objects(account, bucket, some)
+                some = []
+        delete_objects(account, bucket, some)
+        for page in account.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket):
+            for upload in page.get("Uploads", []):
+                with suppress(account.s3.exceptions.NoSuchUpload):
+                    account.s3.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        account.s3.delete_bucket(Bucket=bucket)
+
+
+def _exists(account: Account, bucket: str) -> bool | None:
+    """Whether a bucket is there, and this account's; None if it is, and cannot be looked into."""
+    try:
+        account.s3.head_bucket(Bucket=bucket)
+    except (BotoCoreError, ClientError) as error:
+        if code_of(error) in ("404", "NoSuchBucket"):
+            return False
+        if code_of(error) not in DENIED:
+            raise explained(error, f"bucket {bucket}") from error
+        try:  # S3 says the same of another account's bucket; what it lists is this account's
+            pages = account.s3.get_paginator("list_buckets").paginate(Prefix=bucket)
+            return None if any(one["Name"] == bucket for page in pages for one in page.get("Buckets", [])) else False
+        except (BotoCoreError, ClientError):
+            return None
+    return True

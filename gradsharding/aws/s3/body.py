@@ -1,0 +1,75 @@
+"""A request's body reads straight from the memory of its buffers: no copy of a slice is made on its way out."""
+
+import hashlib
+import io
+from base64 import b64encode
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import cast
+
+from gradsharding.aws.s3.checksum import crc32c, encoded
+from gradsharding.format.dtypes import Buffer
+
+
+class Body(io.RawIOBase):
+    """Buffers as one binary file, which an HTTP client reads, and reads again from its start when it tries again."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        self.buffers = [memoryview(buffer).cast("B") for buffer in buffers]
+        self._ends = [*accumulate(len(buffer) for buffer in self.buffers)]
+        self._at = 0
+
+    def __len__(self) -> int:
+        """Bytes in all."""
+        return self._ends[-1] if self._ends else 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Give the place of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, as files do."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self)}[whence]
+        return self._at
+
+    def readinto(self, buffer: object) -> int:
+        """Copy the next bytes, at most to the end of one buffer."""
+        into = memoryview(cast("bytearray", buffer)).cast("B")
+        index = bisect_right(self._ends, self._at)  # the first buffer that ends after this place, past empty ones
+        if index == len(self._ends):
+            return 0
+        source = self.buffers[index]
+        start = len(source) - (self._ends[index] - self._at)
+        piece = source[start : start + len(into)]
+        into[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def part(self, start: int, stop: int) -> "Body":
+        """Bytes ``start`` to ``stop`` as a body of their own, in the same memory."""
+        first, last = bisect_right(self._ends, start), bisect_left(self._ends, stop) + 1
+        places = zip(self.buffers[first:last], self._ends[first:last], strict=True)
+        return Body([source[max(0, start - end + len(source)) : max(0, stop - end + len(source))] for source, end in places])
+
+    def crc32c(self) -> str:
+        """CRC-32C of all bytes, as S3 writes it."""
+        crc = 0
+        for buffer in self.buffers:
+            crc = crc32c(buffer, crc)
+        return encoded(crc)
+
+    def md5(self) -> str:
+        """MD5 of all bytes, as HTTP writes it."""
+        digest = hashlib.md5(usedforsecurity=False)
+        for buffer in self.buffers:
+            digest.update(buffer)
+        return b64encode(digest.digest()).decode()

@@ -1,0 +1,1 @@
+"""What stands in a store: safetensors headers and layouts, dtypes, records. Nothing here reads or writes."""

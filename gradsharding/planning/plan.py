@@ -1,0 +1,336 @@
+"""A plan knows its memory, requests and bytes before anything runs: it adds up what its tasks know of themselves.
+
+A plan is a product: slices of the vector times a tree over the clients. Its figures are those of a few kinds of tasks, however
+many there are; the tasks themselves are made when they run.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, Field, model_validator
+
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.errors import PlanTooLarge
+from gradsharding.format.layout import Run, join_runs
+from gradsharding.planning.platform import FIGURES
+from gradsharding.planning.projection import HEADER_PART, Setting, Step, steps
+from gradsharding.planning.slices import Slice, cut
+from gradsharding.planning.task import PARTIAL, Task, Term
+from gradsharding.sizes import size, some
+from gradsharding.stores.reading import Reading
+from gradsharding.usage import SHARED, Usage, together, total
+from gradsharding.value import Value
+
+MAX_PARTS = FIGURES["parts"].value
+"""Parts of one object, at most: S3's limit, which every store keeps to."""
+
+
+class Limits(Value):
+    """What a function may use; memory may be given as text, such as "512MiB" or "2GB". Raise UserError if that is no size.
+
+    >>> Limits(memory="512MiB").memory
+    536870912
+    """
+
+    memory: int = 512 << 20
+    """Allowed memory of one function, in bytes, the interpreter included."""
+
+    concurrency: int | None = None
+    """Functions that may run at once; None where nothing bounds them."""
+
+    def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
+        BaseModel.__init__(self, memory=size(memory) if isinstance(memory, str) else memory, concurrency=concurrency)
+        some(self.memory)
+
+
+class Stage(NamedTuple):
+    """Tasks that may run together: those of one level of the tree, slice by slice."""
+
+    tasks: tuple[Task, ...]
+
+
+class Kind(NamedTuple):
+    """So many tasks of a stage are like this one, but for their place."""
+
+    times: int
+    task: Task
+
+
+class Plan(Value):
+    """Slices of the vector times a tree over the terms, and the header that makes the slices one safetensors object.
+
+    A function of level 0 takes ``fan_ins[0]`` terms of one slice; one of the next level takes the partial sums of ``fan_ins[1]``
+    of those, and so on; the last level has one function a slice, which writes it. A plan of one level has no partial sums.
+    """
+
+    topology: str
+    header_bytes: int
+    slices: tuple[Slice, ...] = Field(min_length=1)
+    terms: tuple[Term, ...] = Field(min_length=1)
+    fan_ins: tuple[int, ...] = Field(min_length=1)
+    reading: Reading
+    arithmetic: Arithmetic = "float64"
+    shared_memory: bool = False
+    """Partial sums pass through the memory of one machine; its functions must be there."""
+    cut_updates: bool = False
+    """Each update lies in one object a slice, as in the paper, and not in one object."""
+    setting: Setting | None = None
+    """Where it runs. With it, requests and bytes are those of a whole round; without, those of the tasks alone, in a store that takes one
+    request for each verb."""
+
+    @model_validator(mode="after")
+    def _ends_in_one(self) -> "Plan":
+        if min(self.fan_ins) < 1 or self.widths[-1] != 1:
+            raise ValueError(f"a tree of {self.fan_ins} inputs a function does not bring {len(self.terms)} terms together")
+        return self
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Functions of each level, for one slice."""
+        widths, width = [], len(self.terms)
+        for fan_in in self.fan_ins:
+            width = -(-width // fan_in)
+            widths.append(width)
+        return tuple(widths)
+
+    @cached_property
+    def total(self) -> int:
+        """Weight of the whole round."""
+        return sum(term.weight for term in self.terms)
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """All tasks, level by level: a task reads partial sums of the level before its own, and of no other."""
+        return tuple(
+            Stage(tuple(self._task(level, j, g) for j in range(len(self.slices)) for g in range(width)))
+            for level, width in enumerate(self.widths)
+        )
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of all stages."""
+        return tuple(task for stage in self.stages for task in stage.tasks)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Kind, ...], ...]:
+        """Of each level, the kinds of its tasks: slices of one shape, times groups of one size."""
+        shapes = Counter((s.stop - s.start, s.runs) for s in self.slices)
+        firsts = {(s.stop - s.start, s.runs): j for j, s in reversed([*enumerate(self.slices)])}
+        return tuple(
+            tuple(
+                Kind(count * groups, self._task(level, firsts[shape], g))
+                for groups, g in self._sizes(level)
+                for shape, count in shapes.items()
+            )
+            for level in range(len(self.fan_ins))
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what its tasks write: plans that differ in their setting alone, or in how they read, have equal digests."""
+        return hashlib.sha256(self.model_dump_json(exclude={"setting", "reading"}).encode()).hexdigest()
+
+    @property
+    def clients(self) -> int:
+        """Number of updates."""
+        return len(self.terms)
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of the result's data section."""
+        return self.slices[-1].stop
+
+    @property
+    def functions(self) -> int:
+        """Number of tasks."""
+        return len(self.slices) * sum(self.widths)
+
+    @cached_property
+    def memory(self) -> int:
+        """Projected peak memory of the largest function, in bytes."""
+        return self.largest.memory
+
+    @cached_property
+    def largest(self) -> Task:
+        """A task that takes the most memory."""
+        return max((kind.task for kinds in self.kinds for kind in kinds), key=lambda task: task.memory)
+
+    @cached_property
+    def tasks_usage(self) -> dict[str, Usage]:
+        """What all tasks ask, at most, by kind of store."""
+        where = self.setting or Setting()
+        kinds = where.sources or Counter(
+            term.source.partition("://")[0] if "://" in term.source else where.home.kind for term in self.terms
+        )
+        updates = Usage(
+            gets=sum(self.reading.requests(s.stop - s.start) for s in self.slices), bytes_read=sum(s.stop - s.start for s in self.slices)
+        )
+        between, kept = Usage(), SHARED if self.shared_memory else where.home.kind
+        for level, of_level in enumerate(self.kinds):
+            for times, task in of_level:
+                if level:
+                    between += Usage(gets=task.gets, bytes_read=task.bytes_read) * times
+                if task.part == PARTIAL:
+                    between += where.home.put(task.bytes_written) * times
+        written = where.output.put_parts((self.header_bytes + s.start, s.stop - s.start) for s in self.slices)
+        return together({kind: updates * count for kind, count in kinds.items()}, {kept: between}, {where.output.kind: written})
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """What the caller asks beside the tasks, step by step; nothing, without a setting."""
+        through_store = 0 if self.shared_memory else self.functions - len(self.slices)
+        return tuple(steps(self.setting, self.parts, through_store)) if self.setting else ()
+
+    @cached_property
+    def usage(self) -> dict[str, Usage]:
+        """What is asked, at most, by kind of store: of the whole round, or, without a setting, of its tasks."""
+        return together(self.tasks_usage, *({step.kind: step.usage} for step in self.steps))
+
+    @cached_property
+    def gets(self) -> int:
+        """GET and HEAD requests, at most."""
+        return total(self.usage).gets
+
+    @cached_property
+    def puts(self) -> int:
+        """Requests of the class of PUT, at most: PUT, COPY, POST and LIST."""
+        return total(self.usage).puts
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Bytes that are read, at most."""
+        return total(self.usage).bytes_read
+
+    @cached_property
+    def bytes_written(self) -> int:
+        """Bytes that are written, at most."""
+        return total(self.usage).bytes_written
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of all partial sums: they lie beside each other until the result is published."""
+        return sum(kind.times * kind.task.bytes_written for kinds in self.kinds[:-1] for kind in kinds)
+
+    @property
+    def parts(self) -> dict[int, int]:
+        """Bytes of each part of the result, by number."""
+        return {HEADER_PART: self.header_bytes} | {_part(j): s.stop - s.start for j, s in enumerate(self.slices)}
+
+    def missing(self, parts: Mapping[int, int], partials: AbstractSet[str]) -> list[Task]:
+        """Give the tasks yet to run, stage by stage, where ``parts`` of the result and the ``partials`` of some tasks are there."""
+        found: list[Task] = []
+        needed: set[str] = set()
+        for stage in reversed(self.stages):
+            some = [task for task in stage.tasks if (task.id in needed if task.part == PARTIAL else parts.get(task.part) != task.nbytes)]
+            needed = {partial for task in some for partial in task.partials} - partials
+            found = some + found
+        return found
+
+    def waves(self, limits: Limits) -> int:
+        """How many times over the functions that may run at once must run, one stage after another."""
+        return sum(-(-width * len(self.slices) // (limits.concurrency or width * len(self.slices))) for width in self.widths)
+
+    def but(self, **changes: Any) -> "Plan":
+        """Give the same plan with other fields; ``model_copy`` would keep the old one's figures."""
+        return Plan.model_construct(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    def placed(self, **setting: Any) -> "Plan":
+        """Give the same plan in another setting: what is named changes, from its own one or from the default."""
+        return self.but(setting=(self.setting or Setting()).model_copy(update=setting))
+
+    def recut(self, count: int) -> "Plan":
+        """Give the same plan with ``count`` slices; raise PlanTooLarge if there are not so many elements."""
+        return self.but(slices=cut(self._runs, count))
+
+    def fitting(self, allowed: int, least: int = 1) -> "Plan | None":
+        """Cut into at least ``least`` slices, and as many more as it takes to fit; None where even the most do not.
+
+        Bytes alone do not tell how many: sums may be wide.
+        """
+        room, most = allowed - self._empty, min(sum(run.length for run in self._runs), MAX_PARTS - 1)
+        if room <= 0:
+            return None
+        count = max(1, min(most, max(least, -(-(self.memory - self._empty) * len(self.slices) // room))))
+        while (plan := self.recut(count)).memory > allowed:
+            if count >= most:
+                return None
+            count = min(most, count + -(-count // 8))
+        return plan
+
+    def check(self, limits: Limits) -> None:
+        """Raise PlanTooLarge, with the numbers and the remedy, if a task cannot keep the limits."""
+        if limits.concurrency == 0:
+            raise PlanTooLarge("no function may run: their concurrency is 0; raise it for the function, or in the account")
+        if len(self.slices) + 1 > MAX_PARTS:
+            raise PlanTooLarge(
+                f"{len(self.slices)} shards make {len(self.slices) + 1} parts; an object has at most {MAX_PARTS}. "
+                f"Use at most {MAX_PARTS - 1} shards, or allow more memory"
+            )
+        if self.memory > limits.memory:
+            raise PlanTooLarge(
+                f"task {self.largest.id} projects {mib(self.memory)} of {mib(limits.memory)} allowed; {self._remedy(limits)}",
+                projected=self.memory,
+                allowed=limits.memory,
+            )
+
+    def _remedy(self, limits: Limits) -> str:
+        if limits.memory <= self._empty:
+            return f"a function needs {mib(self._empty)} before its first byte: allow more memory"
+        fit = self.fitting(limits.memory)
+        return f"{f'use at least {len(fit.slices)} shards, or ' if fit else ''}allow {mib(self.memory)}"
+
+    @property
+    def _empty(self) -> int:
+        """Bytes of the largest function that no number of slices changes."""
+        return self.largest.model_copy(update={"stop": self.largest.start, "runs": ()}).memory
+
+    @cached_property
+    def _runs(self) -> tuple[Run, ...]:
+        return join_runs(run for s in self.slices for run in s.runs)
+
+    def _task(self, level: int, j: int, g: int) -> Task:
+        """Make the task of slice ``j`` and group ``g`` of a level, unchecked: plans make very many."""
+        slice_, last = self.slices[j], level == len(self.fan_ins) - 1
+        before, fan_in = self.widths[level - 1] if level else len(self.terms), self.fan_ins[level]
+        return Task.model_construct(
+            id=f"{self._ids(level, j)}/{g}" if len(self.fan_ins) > 1 else f"{self.topology}/{j}",
+            start=slice_.start,
+            stop=slice_.stop,
+            runs=slice_.runs,
+            first=g * fan_in,
+            last=min((g + 1) * fan_in, before),
+            reads=self._ids(level - 1, j) if level else "",
+            listed=len(self.terms),
+            cut=j if self.cut_updates else None,
+            total=self.total,
+            part=_part(j) if last else PARTIAL,
+            offset=self.header_bytes + slice_.start if last else 0,
+            reading=self.reading,
+            arithmetic=self.arithmetic,
+            shared=self.shared_memory,
+        )
+
+    def _ids(self, level: int, j: int) -> str:
+        """Give what the ids of a level's tasks for slice ``j`` begin with: their groups' numbers follow."""
+        return f"{self.topology}/{level}/{j}" if len(self.slices) > 1 else f"{self.topology}/{level}"
+
+    def _sizes(self, level: int) -> Iterator[tuple[int, int]]:
+        """The sizes of a level's groups: how many have it, and which is one of them. All are full but, maybe, the last one."""
+        last = self.widths[level] - 1
+        if last:
+            yield last, 0
+        yield 1, last
+
+
+def _part(j: int) -> int:
+    """Number of the part that slice ``j`` is."""
+    return HEADER_PART + 1 + j
+
+
+def mib(count: int) -> str:
+    """Write a number of bytes for people: rounded up to a tenth of a MiB."""
+    return f"{-(-count * 10 // (1 << 20)) / 10:.1f} MiB"

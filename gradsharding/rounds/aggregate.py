@@ -1,0 +1,484 @@
+"""The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy.typing as npt
+
+from gradsharding.advice.cost import Bill, Cost, bill, forecast, known
+from gradsharding.advice.prices import HOME_REGION, Prices, load_prices
+from gradsharding.advice.timing import suited
+from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.errors import (
+    ChangedObject,
+    GradShardingError,
+    IncompleteUpload,
+    MissingObject,
+    NonFinite,
+    ObjectExists,
+    PlanTooLarge,
+    StoreFailed,
+    StoreRefused,
+    TaskFailed,
+    UserError,
+    named,
+    naming,
+)
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.plan import Limits, Plan, mib
+from gradsharding.planning.platform import RUNTIME
+from gradsharding.planning.projection import HEADER_PART, READERS
+from gradsharding.planning.task import Invocation, Job, NonFinitePolicy, TaskReport, Term, invocations
+from gradsharding.planning.topologies import Topology, sharded
+from gradsharding.rounds.round import RECORD, ResultRecord, Round
+from gradsharding.running.executors import Executor, InlineExecutor, Progress, taken
+from gradsharding.running.worker import blame
+from gradsharding.stores.private import private_directory
+from gradsharding.stores.protocol import ObjectStore, changed
+from gradsharding.stores.reading import Reading, combined
+from gradsharding.stores.updates import data_digest, load
+from gradsharding.stores.urls import locate
+from gradsharding.usage import Spent, Usage, carried, counting, together, total
+
+FREE = {"deletes"}
+"""What nobody is billed for, and no plan projects."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished round: what was planned, what was seen, and where the result lies."""
+
+    round: Round
+    record: ResultRecord
+    planned: Plan | None
+    """Of the call, with its setting; None if the round was done before, so that the call has planned nothing."""
+    reports: tuple[TaskReport, ...]
+    """Of the tasks that this call ran; a resumed round has fewer than its plan."""
+    asked: Spent
+    """What the call itself has asked, beside its tasks, by kind of store."""
+    seconds: float
+    """Of the whole call, by the clock on the wall."""
+    limits: Limits | None = None
+    """Of its functions, as the executor had them; None if the round was done before."""
+    taken: str | None = None
+    """What the functions took of what others use, too, in words; None if it was nothing."""
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Read the result; BF16, which numpy lacks, comes as the equal float32. Raise ChangedObject if it is not what was published."""
+        return load(self.record.source, self.round.store, version=self.record.version)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""
+        return self.record.digest or self._read_back[0]
+
+    @cached_property
+    def _read_back(self) -> tuple[str, Spent]:
+        """Read the result for its digest, once; give what that has asked, too."""
+        with counting() as ledger:
+            digest = data_digest(self.record.source, self.round.store, version=self.record.version, layout=self.record.layout)
+        return digest, ledger.spent
+
+    @property
+    def plan(self) -> Plan:
+        """What was planned: of the whole call, and of reading the result for its digest, once that was asked for.
+
+        Raise UserError if the round was done before the call.
+        """
+        if not self.planned:
+            raise UserError(f"round {self.round.id} was done before this call, which has planned nothing; see its record instead")
+        return self._planned_with_digest if "_read_back" in self.__dict__ else self.planned
+
+    @cached_property
+    def _planned_with_digest(self) -> Plan:
+        assert self.planned
+        return self.planned.placed(digest=True)
+
+    @property
+    def caller(self) -> Spent:
+        """What was asked beside the tasks, by kind of store: by the call, and for the digest, once that was asked for."""
+        return together(self.asked, self._read_back[1]) if "_read_back" in self.__dict__ else self.asked
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """What the call and its tasks have asked, by kind of store."""
+        return together(self.caller, *(report.usage for report in self.reports))
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes: the largest peak of a task; None if none was measured, as ``unmeasured`` says."""
+        return max((report.peak_memory for report in self.reports if report.peak_memory is not None), default=None)
+
+    @property
+    def unmeasured(self) -> str | None:
+        """Why there is no peak."""
+        if self.peak_memory is not None:
+            return None
+        return next((report.unmeasured for report in self.reports), "nothing was left to do")
+
+    @property
+    def held_by(self) -> list[str]:
+        """What stopped, or would have stopped, a task that outgrows its memory; several, if tasks ran in unlike places."""
+        return sorted({report.held_by for report in self.reports})
+
+    def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
+        """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
+        plan = self.planned
+        if plan and plan.setting:
+            plan = plan.placed(intake=together(plan.setting.intake, planned))
+        whole = replace(self, planned=plan, asked=together(self.asked, around), seconds=self.seconds if seconds is None else seconds)
+        whole.__dict__.update({name: found for name, found in self.__dict__.items() if name == "_read_back"})
+        return whole
+
+    def cost(self) -> Cost | None:
+        """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
+
+        A bill's ``missing`` names the prices that are not known of the region. Raise UserError if the file of prices cannot be read.
+        """
+        if not self.invocations:
+            return None
+        return bill(self.reports, self.caller, self.plan, self.prices(), architecture=self.invocations[0].architecture or "arm64")
+
+    @property
+    def invocations(self) -> tuple[Invocation, ...]:
+        """What Lambda reported, once for each invocation, also a failed one; nothing if it told no figures, or the round ran elsewhere."""
+        return invocations(self.reports)
+
+    def prices(self) -> Prices:
+        """Give the list prices of the region where functions ran; raise UserError if the file of prices cannot be read."""
+        return load_prices(next((one.region for one in self.invocations if one.region), HOME_REGION))
+
+    def _stages(self) -> list[dict[str, Any]]:
+        seen = {report.task: report.model_dump() | total(report.usage).model_dump() for report in self.reports}
+        return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
+
+    def report(self) -> dict[str, Any]:
+        """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
+
+        Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
+        ``cost`` is null where it is not known, and so is each sum in it; ``cost_missing`` then says why.
+        ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
+        done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
+        ``concurrency`` is that of its functions, and ``taken`` says of how many, where others use them, too; else they are null.
+        """
+        digest = self.digest()
+        plan = self.plan if self.planned else None
+        cost, missing = _cost(self)
+        return {
+            "made_by": "this call" if plan else "an earlier call",
+            "topology": plan.topology if plan else None,
+            "arithmetic": self.record.arithmetic,
+            "clients": len(self.record.clients),
+            "bytes": self.record.layout.nbytes,
+            "stages": self._stages() if plan else [],
+            "concurrency": self.limits.concurrency if self.limits else None,
+            "taken": self.taken,
+            "projected": _projected(plan) if plan else None,
+            "observed": {
+                **total(self.usage).model_dump(),
+                "peak_memory": self.peak_memory,
+                "unmeasured": self.unmeasured,
+                "held_by": self.held_by,
+                "seconds": sum(report.seconds for report in self.reports),
+                "wall_seconds": self.seconds,
+                "stores": _by_kind(self.usage),
+                "caller": _by_kind(self.caller),
+                "lost_attempts": sum(report.lost for report in self.reports),
+            },
+            "cost": cost,
+            "cost_missing": missing,
+            "digest": digest,
+        }
+
+
+def _projected(plan: Plan) -> dict[str, Any]:
+    """A plan's figures, as JSON values."""
+    return {
+        **total(plan.usage).model_dump(exclude=FREE),
+        "peak_memory": plan.memory,
+        "stores": _by_kind(plan.usage, exclude=FREE),
+        "caller": [{"step": step.name, "store": step.kind, **step.usage.model_dump(exclude=FREE)} for step in plan.steps],
+    }
+
+
+def observed_memory(result: Result) -> str:
+    """Say what the tasks of a result took at most, or why that is not known, and what held them to it, if anything did."""
+    if result.peak_memory is None:
+        return f"not observed ({result.unmeasured})"
+    held = "" if result.held_by == ["nothing"] else f", held by {' and '.join(result.held_by)}"
+    return f"{mib(result.peak_memory)} observed{held}"
+
+
+def aggregate(
+    round: Round,  # noqa: A002
+    *,
+    topology: Topology = sharded,
+    arithmetic: Arithmetic = "float64",
+    limits: Limits | None = None,
+    executor: Executor | None = None,
+    nonfinite: NonFinitePolicy = "raise",
+    progress: Callable[[Plan], Progress] | None = None,
+    overwrite: bool = False,
+) -> Result:
+    """Average a round's updates, weighted, and publish the result as one safetensors object.
+
+    Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
+    tasks whose parts are missing. A round that is done stays so, whatever is asked for now: its result is given back, and nothing is
+    planned. ``overwrite`` lets the result replace an object that is there.
+
+    In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
+    the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
+
+    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
+    of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
+    OutOfMemory or TaskFailed from a task, with nothing published. Where an update is missing or was written again, ``details["clients"]``
+    says why of each client of whom that is so. Such an error's ``usage`` is what the call has asked of stores in vain,
+    as far as it is known: workers that were killed tell nothing.
+    """
+    reports: list[TaskReport] = []
+    runner, started = executor or InlineExecutor(), time.perf_counter()
+    with counting() as ledger:
+        try:
+            record, plan, had = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
+        except GradShardingError as raised:
+            error = _seen_from_here(raised, round)
+            if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # it is no client's fault that a store fails
+                error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
+            error.usage = together(raised.usage, ledger.spent, *(report.usage for report in reports))
+            if error is raised:
+                raise
+            raise error from raised
+    said = taken(runner, had) if had else None
+    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started, had, said)
+
+
+def _aggregated(
+    round_: Round,
+    topology: Topology,
+    arithmetic: Arithmetic,
+    limits: Limits | None,
+    executor: Executor,
+    nonfinite: NonFinitePolicy,
+    progress: Callable[[Plan], Progress] | None,
+    reports: list[TaskReport],
+    overwrite: bool,  # noqa: FBT001
+) -> tuple[ResultRecord, Plan | None, Limits | None]:
+    """Do it, and give what was planned, and within which limits; neither if the round is done.
+
+    ``reports`` holds those of the tasks that have ended, also when this raises.
+    """
+    published = round_.published()
+    if published.record:
+        return _summed_alike(published.record, arithmetic, round_), None, None
+    limits = executor.limits(limits)
+    manifest, intake = round_.sealed_by()
+    target, key = locate(round_.output, round_.store)
+    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
+    plan = plan.but(reading=suited(plan, limits.memory + RUNTIME, limits.concurrency))
+    plan = plan.placed(
+        home=round_.store.charges,
+        output=target.charges,
+        intake=intake,
+        record_bytes=manifest.json_bytes + RECORD + len(round_.output),
+        overwrite=overwrite,
+        reading=target.reading,
+        digest=arithmetic == "exact",
+        published=published.stale,
+        concurrency=limits.concurrency,
+    )
+    plan.check(limits)
+    begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
+    plan, done = plan.placed(resumed=not begun.new, dropped=begun.dropped), dict[int, int]()
+    if not begun.new:
+        try:
+            done = target.parts(key, begun.upload)
+        except MissingObject:  # completed by a call that died before it could say so, or lost
+            plan = plan.placed(resumed=False, lost=True)
+            if record := None if overwrite else _made_of(begun.upload, round_, manifest, plan):
+                return record, plan, limits
+            round_.forget_plan()
+            begun = round_.begin(plan, nonfinite=nonfinite, overwrite=overwrite, published=published)
+    job = _job(round_, plan, begun.upload, nonfinite)
+    tell = progress(plan) if progress else _ignore
+
+    def ended(report: TaskReport) -> None:
+        reports.append(report)
+        with counting():  # what somebody who watches asks is not ours
+            tell(report)
+
+    try:
+        target.put_part(key, begun.upload, HEADER_PART, 0, manifest.layout.header())
+        partials = set[str]() if begun.new else _partials(plan, job, round_.store)
+        reports[:] = executor.run(plan.missing(done, partials), job, round_.store, limits, ended)
+        stat = target.complete(key, begun.upload, plan.parts, overwrite=overwrite)
+    except (MissingObject, ObjectExists, IncompleteUpload):
+        if record := round_.result() or (None if overwrite else _another_made(begun.upload, round_, manifest, plan)):
+            return record, plan, limits
+        raise
+    except NonFinite as error:
+        raise _named(error, plan, round_.store) from error
+    if len(plan.stages) > 1:
+        left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
+        round_.forget_partials(begun.upload, left)
+    return round_.publish(manifest, stat.version, plan.arithmetic), plan, limits
+
+
+def _seen_from_here(error: GradShardingError, round: Round) -> GradShardingError:  # noqa: A002
+    """Say more of what a task was denied than it can: S3 denies to who may not list, as a function may not, also what is not there."""
+    if not (reference := error.details.get("unread")):
+        return error
+    client, (store, key) = error.details.get("client"), locate(reference, round.store)
+    how = "sealed; put it back, or begin another round" if client else "written; run it again"
+    try:
+        store.head(key)
+    except MissingObject:
+        seen: GradShardingError = MissingObject(f"{reference} is not there any more: it was deleted after it was {how}", key=key)
+    except GradShardingError:  # nobody here can tell, either
+        return error
+    else:
+        seen = StoreRefused(
+            f"{reference} is there, and the task that needs it may not read it ({error.details.get('code')}); allow its function's role, "
+            "or the credentials that it has, s3:GetObject there, and kms:Decrypt if a key of KMS's encrypts it"
+        )
+    return named(seen, client) if client else seen
+
+
+def _lost(round: Round) -> dict[str, str]:  # noqa: A002
+    """Look at each update of a round once; say of whose are not what was sealed why, so that who goes on without them tries once."""
+    manifest = round.sealed()
+    places = [(term, *locate(term.source, round.store)) for term in manifest.terms if term.version] if manifest else []
+
+    def look(place: tuple[Term, ObjectStore, str]) -> str | None:
+        term, store, key = place
+        try:
+            with naming(term.client):
+                if (found := store.head(key).version) != term.version:
+                    raise changed(key, term.version, found)
+        except (MissingObject, ChangedObject) as error:
+            return error.message
+        except GradShardingError:  # the store's fault, not the client's
+            return None
+        return None
+
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = readers.map(carried(look), places)
+        return {term.client: why for (term, *_), why in zip(places, looked, strict=True) if why}
+
+
+def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
+    """Name the clients whose finite values overflow only where a tree's partial sums meet, whose tasks know of no client."""
+    if error.details["found"]:
+        return error
+    tasks = {*error.details["tasks"]}
+    found = NonFinite.together([blame(task, plan.terms, home) for task in plan.tasks if task.id in tasks])
+    found.usage = error.usage
+    return found
+
+
+def _summed_alike(record: ResultRecord, arithmetic: Arithmetic, round: Round) -> ResultRecord:  # noqa: A002
+    """Give a published result back; raise UserError if it was summed in other arithmetic than is asked for now."""
+    if record.arithmetic != arithmetic:
+        raise UserError(f"round {round.id} is done, in {record.arithmetic}; its result stays: for {arithmetic}, make another round")
+    return record
+
+
+def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> Job:  # noqa: A002
+    """What the tasks share; raise PlanTooLarge if this machine's memory has no room for the partial sums that should pass through it."""
+    partials, shared = round.partials(upload, shared_memory=plan.shared_memory), plan.partial_bytes if plan.shared_memory else 0
+    if shared:
+        path = Path(urlsplit(partials).path)
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        if free < shared and not path.exists():
+            raise PlanTooLarge(
+                f"partial sums take {mib(shared)} of shared memory, and {path.parent} has {mib(free)} free; "
+                "let them pass through the store, or use fewer clients or a larger fan-in",
+                projected=shared,
+                allowed=free,
+            )
+        private_directory(path, "remove it, or let partial sums pass through the store")
+    return Job(
+        store=round.store.url,
+        output=round.output,
+        upload=upload,
+        terms=plan.terms,
+        partials=partials,
+        shared_bytes=shared,
+        nonfinite=nonfinite,
+        round=round.id,
+    )
+
+
+def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
+    """Name the tasks whose partial sums are there, from a call before this one."""
+    tasks = {job.partial(task.id): task for stage in plan.stages[:-1] for task in stage.tasks}
+    if not tasks:
+        return set()
+    store, prefix = locate(f"{job.partials}/", home)
+    there = {f"{job.partials}/{key.removeprefix(prefix)}": stat.size for key, stat in store.list(prefix)}
+    return {task.id for reference, task in tasks.items() if reference in there and task.may_have_written(there[reference])}
+
+
+def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
+    """How the tasks should read: what the stores of the inputs, the output and the round itself want."""
+    places = {term.source.rpartition("/")[0] if "://" in term.source else "" for term in manifest.terms}
+    stores = [locate(f"{place}/-" if place else "-", round.store)[0] for place in places]
+    return combined(store.reading for store in (*stores, round.store, locate(round.output, round.store)[0]))
+
+
+def _another_made(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
+    """Publish what another call has completed from the same upload, if it is no longer under way; None if nothing came of it."""
+    target, key = locate(round.output, round.store)
+    try:
+        target.parts(key, upload)
+    except MissingObject:
+        return _made_of(upload, round, manifest, plan)
+    return None
+
+
+def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
+    """Publish what was completed from an upload that is gone; None if nothing came of it."""
+    target, key = locate(round.output, round.store)
+    round.forget_partials(upload)
+    with contextlib.suppress(MissingObject):
+        return round.publish(manifest, target.head(key).version, plan.arithmetic)
+    return None
+
+
+def _cost(result: Result) -> tuple[dict[str, Any] | None, str | None]:
+    """A result's bill beside its forecast, as JSON values, or None; and why there is none, or which prices it lacks."""
+    try:
+        billed, prices = result.cost(), result.prices()
+    except UserError as error:
+        return None, error.message
+    if not billed:
+        return None, "no function of Lambda told what it is billed for"
+    if not prices.figures:
+        return None, prices.origin
+    told, setting = result.invocations[0], result.plan.setting
+    most = setting.concurrency if setting else None
+    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64", concurrency=most)
+    return {
+        "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
+        "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
+        "items": [{**item.model_dump(mode="json"), "usd": known(item.usd)} for item in billed.round_trip.items],
+        "prices": prices.origin,
+    }, prices.lacking(billed.round_trip.missing)
+
+
+def _sums(projected: Bill, observed: Bill) -> dict[str, str | None]:
+    return {"projected": known(projected.known), "observed": known(observed.known)}
+
+
+def _ignore(report: TaskReport) -> None:
+    """Tell nobody."""
+
+
+def _by_kind(usage: Spent, exclude: set[str] | None = None) -> dict[str, dict[str, int]]:
+    return {kind: total({kind: one}).model_dump(exclude=exclude) for kind, one in sorted(usage.items())}

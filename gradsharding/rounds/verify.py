@@ -1,0 +1,203 @@
+"""An exact result is verified by Python's own integers: slices of it are computed again from the pinned updates, and compared bit for bit.
+
+Nothing here is shared with the engine's arithmetic. A float is an integer times the format's least subnormal; so a weighted sum is
+an integer, and the mean a quotient of two.
+"""
+
+import random
+import struct
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from typing import NamedTuple
+
+from gradsharding.errors import UserError, VerificationFailed, naming, quoted
+from gradsharding.format.layout import ITEM_SIZE, Layout, Run
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.task import Term
+from gradsharding.rounds.round import ResultRecord, Round
+from gradsharding.stores.updates import data_digest
+from gradsharding.stores.urls import locate
+
+SLICE = 4_096
+"""Elements of a slice that is computed again."""
+
+READERS = 16
+"""Updates that are read at once: most of the time goes in waiting for the store."""
+
+CODES = {
+    "F32": "I", "F16": "H", "BF16": "H",
+    "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?",
+}  # fmt: skip
+"""What ``struct`` reads elements as: integers, and floats as their bits."""
+
+
+class Binary(NamedTuple):
+    """A float format of IEEE 754, or bfloat16: bits of the exponent, and of the significand but the leading one."""
+
+    exponent: int
+    fraction: int
+
+
+BINARY = {"F32": Binary(8, 23), "F16": Binary(5, 10), "BF16": Binary(8, 7)}
+
+
+class Verified(NamedTuple):
+    """What was found to be so."""
+
+    record: ResultRecord
+    slices: int
+    """That were computed again."""
+    of: int
+    """Slices that there are."""
+    elements: int
+    """In those that were computed again."""
+
+
+def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
+    """Check an exact round's result: its header, its data's digest, and ``sample`` slices, drawn at random; all, if there are fewer.
+
+    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no exact result;
+    MissingObject or ChangedObject if its updates are not what they were.
+    """
+    record, manifest = _published(round)
+    found = data_digest(record.source, round.store, version=record.version, layout=record.layout)
+    if found != record.digest:
+        raise VerificationFailed(f"round {round.id}: the result's data have SHA-256 {found}, and {record.digest} was published")
+    base, counts = len(record.layout.header()), _counts(manifest.layout.runs)
+    chosen = [*_chosen(manifest.layout.runs, counts, sample)]
+    with ThreadPoolExecutor(READERS) as readers:
+        for start, run in chosen:
+            published = _elements(run.dtype, _read(record.source, record.version, base + start, run, round))
+            _compare(start, run, published, manifest, round, readers)
+    return Verified(record, len(chosen), counts[-1], sum(run.length for _, run in chosen))
+
+
+def mean(dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -> list[int]:
+    """Give the weighted mean of each place of the columns, rounded once to nearest, ties to even; elements are as ``CODES`` has them.
+
+    >>> one, two, three = 0x3F800000, 0x40000000, 0x40400000  # as float32
+    >>> mean("F32", [[one, three], [three, three]], [1, 1]) == [two, three]
+    True
+    """
+    one = _mean_of_floats if dtype in BINARY else _mean_of_integers
+    return [one(dtype, elements, weights) for elements in zip(*columns, strict=True)]
+
+
+def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
+    """Give what a round has published, if it can be verified."""
+    (record, _, altered), manifest = round_.published(), round_.sealed()
+    if altered:
+        raise VerificationFailed(
+            f"round {round_.id}: the result's header is not the one that was published: "
+            "names, dtypes or shapes of its tensors were altered; aggregate again, into another place"
+        )
+    if not record or not manifest:
+        raise UserError(
+            f"round {round_.id} has no result in {round_.store.url}, or it was replaced since; aggregate it first{_others(round_)}"
+        )
+    if record.arithmetic != "exact" or not record.digest:
+        raise UserError(
+            f"round {round_.id} was summed in {record.arithmetic}, whose bits depend on the path; only exact results can be verified: "
+            "aggregate with --exact"
+        )
+    if (record.clients, record.layout) != (tuple(term.client for term in manifest.terms), manifest.layout):
+        raise VerificationFailed(f"round {round_.id}: the result was not published for the clients and tensors that are sealed")
+    return record, manifest
+
+
+def _counts(runs: Sequence[Run]) -> list[int]:
+    """Number the slices of the vector, none of which has two dtypes: how many there are before each run, and in all."""
+    return [*accumulate((-(-run.length // SLICE) for run in runs), initial=0)]
+
+
+def _chosen(runs: Sequence[Run], counts: list[int], sample: int) -> Iterator[tuple[int, Run]]:
+    """Draw slices, each once, and give their first bytes and their elements, in order."""
+    begins = [*accumulate((run.nbytes for run in runs), initial=0)]
+    for number in sorted(random.SystemRandom().sample(range(counts[-1]), min(sample, counts[-1]))):
+        i = bisect_right(counts, number) - 1
+        first = (number - counts[i]) * SLICE
+        yield begins[i] + first * ITEM_SIZE[runs[i].dtype], Run(runs[i].dtype, min(SLICE, runs[i].length - first))
+
+
+def _others(round_: Round) -> str:
+    """Name some rounds that have a result."""
+    keys = [key.split("/") for key, _ in round_.store.list("rounds/") if key.endswith("/result.json")]
+    names = sorted(key[1] for key in keys if len(key) == 3)
+    return f". Rounds that are done: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else ""
+
+
+def _compare(start: int, run: Run, published: Iterable[int], manifest: Manifest, round_: Round, readers: ThreadPoolExecutor) -> None:
+    """Compute the elements of ``run``, from byte ``start`` of the vector on, again, and hold them against those ``published``."""
+
+    def read(term: Term) -> bytes:
+        with naming(term.client):
+            return _read(term.source, term.version, term.base + start, run, round_)
+
+    columns = [_elements(run.dtype, data) for data in readers.map(read, manifest.terms)]
+    expected = mean(run.dtype, columns, [term.weight for term in manifest.terms])
+    for i, (wanted, there) in enumerate(zip(expected, published, strict=True)):
+        if wanted != there:
+            raise VerificationFailed(
+                f"round {round_.id}: {_place(manifest.layout, start + i * ITEM_SIZE[run.dtype])} is {_shown(run.dtype, there)}, "
+                f"and its updates make {_shown(run.dtype, wanted)}"
+            )
+
+
+def _read(source: str, version: str | None, start: int, run: Run, round_: Round) -> bytes:
+    store, key = locate(source, round_.store)
+    data = b"".join(bytes(chunk) for chunk in store.get(key, start, start + run.nbytes, version=version))
+    if len(data) != run.nbytes:
+        raise UserError(f"{source} ended early, {len(data)} of {run.nbytes} bytes from byte {start} on were read; it was cut short")
+    return data
+
+
+def _elements(dtype: str, data: bytes) -> Iterator[int]:
+    """Decode elements when they are asked for: of many clients, their bytes alone are held."""
+    return (element for (element,) in struct.iter_unpack(f"<{CODES[dtype]}", data))
+
+
+def _place(layout: Layout, byte: int) -> str:
+    tensor, index = layout.locate(byte)
+    return f"{quoted(tensor.name)}{quoted(index)}"
+
+
+def _shown(dtype: str, element: int) -> str:
+    return f"{element:#0{2 + 2 * ITEM_SIZE[dtype]}x} (the bits of a {dtype})" if dtype in BINARY else str(element)
+
+
+def _mean_of_integers(_: str, elements: Sequence[int], weights: Sequence[int]) -> int:
+    return _nearest(sum(weight * element for element, weight in zip(elements, weights, strict=True)), sum(weights))
+
+
+def _mean_of_floats(dtype: str, elements: Sequence[int], weights: Sequence[int]) -> int:
+    """Give the bits of the mean of floats, given as bits."""
+    form = BINARY[dtype]
+    infinity = ((1 << form.exponent) - 1) << form.fraction
+    total, specials = 0, set[int]()
+    for element, weight in zip(elements, weights, strict=True):
+        sign, size = element >> form.exponent + form.fraction, element & ((1 << form.exponent + form.fraction) - 1)
+        if size >= infinity:
+            specials.add(element)
+        else:
+            exponent, fraction = size >> form.fraction, size & ((1 << form.fraction) - 1)
+            magnitude = fraction | 1 << form.fraction if exponent else fraction
+            total += (-weight if sign else weight) * (magnitude << max(exponent - 1, 0))
+    if specials:
+        one = specials.pop()
+        plain = not specials and one & infinity == one & ~(1 << form.exponent + form.fraction)
+        return one if plain else infinity | 1 << (form.fraction - 1)
+    return _rounded(abs(total), sum(weights), form) | (total < 0) << form.exponent + form.fraction
+
+
+def _rounded(total: int, weight: int, form: Binary) -> int:
+    """Give the bits of the positive float next to a quotient, in units of the least subnormal."""
+    shift = max((total // weight).bit_length() - form.fraction - 1, 0)
+    return (shift << form.fraction) + _nearest(total, weight << shift)  # the leading bit of the second adds one to the exponent
+
+
+def _nearest(numerator: int, denominator: int) -> int:
+    """Divide and round to nearest, ties to even."""
+    quotient, rest = divmod(numerator, denominator)
+    return quotient + (2 * rest > denominator or (2 * rest == denominator and quotient % 2 == 1))

@@ -1,0 +1,1 @@
+"""Tasks run: the worker, the executors of this machine, and what holds them to their memory and their pace."""

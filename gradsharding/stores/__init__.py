@@ -1,0 +1,1 @@
+"""Where objects lie: what a store promises, the stores of this machine, and how objects are read."""

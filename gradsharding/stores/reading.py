@@ -1,0 +1,131 @@
+"""Requests run ahead of the fold: a few at once, into a few buffers, and what they bring comes in order."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+from gradsharding.errors import InvalidUpdate
+from gradsharding.format.dtypes import Buffer
+from gradsharding.usage import carried
+from gradsharding.value import Value
+
+STAGING = 4 << 20
+"""Bytes that bound what a store holds of all the requests of one task while it passes them on."""
+
+_ALIGNED = 64
+"""Requests begin at multiples of so many bytes of the slice, so that no element lies across two of them."""
+
+
+class Reading(Value):
+    """How a function reads its slice of an update.
+
+    Without a ``chunk`` it makes one request and folds the bytes as they come. With one, it makes a request for each chunk,
+    into ``parallel + 2`` buffers: ``parallel`` requests are under way while one buffer is folded and one stands ready.
+
+    >>> Reading(chunk=8 << 20, parallel=4).requests(20 << 20), STREAM.requests(20 << 20)
+    (3, 1)
+    """
+
+    chunk: int = 0
+    """Bytes that one request asks for, at most; 0 for one request for all of the slice."""
+    parallel: int = 1
+    """Requests under way at once."""
+    resident: int = 0
+    """Bytes that the store's client library takes in a function."""
+    whole: bool = False
+    """Take all of an input's bytes first, then make an array of them, then fold it: as the paper has it, to compare with."""
+
+    def requests(self, nbytes: int, most: int | None = None) -> int:
+        """Number of requests for ``nbytes``, in the pieces of a slice of that size, or of ``most``."""
+        return -(-nbytes // self.piece(most or nbytes)) if nbytes else 1
+
+    def piece(self, nbytes: int) -> int:
+        """Bytes of each request for a slice of ``nbytes``: all alike, but that the last one may ask for less."""
+        count = -(-nbytes // self.chunk) if self.chunk else 1
+        even = -(-nbytes // max(count, 1))
+        return min(nbytes, -(-even // _ALIGNED) * _ALIGNED)
+
+    def rarer(self) -> "Iterator[Reading]":
+        """Give the readings that ask less often: for twice or four times as many bytes at a time, by as many requests at once, or fewer.
+
+        >>> [(one.chunk >> 20, one.parallel) for one in Reading(chunk=8 << 20, parallel=2).rarer()]
+        [(16, 1), (16, 2), (32, 1), (32, 2)]
+        """
+        for times in (2, 4):
+            for parallel in range(1, self.parallel + 1):
+                yield self.model_copy(update={"parallel": parallel, "chunk": times * self.chunk})
+
+    def memory(self, nbytes: int) -> int:
+        """Bytes that reading slices of ``nbytes`` takes, at most."""
+        buffers = 2 if self.whole else self.parallel + 2 if self.chunk else 0
+        return self.resident + STAGING + buffers * self.piece(nbytes)
+
+
+STREAM = Reading()
+"""One request for all of a slice, folded as it comes: what suits a local store."""
+
+
+def combined(readings: Iterable[Reading]) -> Reading:
+    """What several stores in one task want: the requests of the one that wants most at once, and room for every client library."""
+    found = {*readings}
+    widest = max(found, key=lambda reading: reading.parallel)
+    return widest.model_copy(update={"resident": max(reading.resident for reading in found)})
+
+
+def connections(bandwidth: float, latency: float, rate: float, chunk: int) -> int:
+    """Requests of ``chunk`` bytes that must run at once to fill ``bandwidth``; rates in bytes/s, ``latency`` in seconds.
+
+    One connection carries ``chunk / (latency + chunk / rate)``; half as many again hide that their latencies vary.
+
+    >>> connections(bandwidth=75e6, latency=0.03, rate=90e6, chunk=4 << 20)
+    3
+    """
+    return max(1, -int(-1.5 * bandwidth * (latency / chunk + 1 / rate) // 1))
+
+
+class Request(NamedTuple):
+    """Bytes that a request will bring, and how to make it."""
+
+    size: int
+    open: Callable[[], Iterator[Buffer]]
+
+
+def divided(nbytes: int, size: int, read: Callable[[int, int], Iterator[Buffer]]) -> Iterator[Request]:
+    """Give the requests of ``size`` bytes each that ``read`` bytes 0 to ``nbytes``: for no bytes, there is one."""
+    for start in range(0, max(1, nbytes), size):
+        stop = min(start + size, nbytes)
+        yield Request(stop - start, partial(read, start, stop))
+
+
+def read_ahead(requests: Iterable[Request], reading: Reading, size: int) -> Generator[memoryview, None, None]:
+    """Make the requests, each of ``size`` bytes at most; give each one's bytes, in order, valid until the next is asked for.
+
+    A request's error is raised in its turn. An answer may be short; a longer one than was asked for raises InvalidUpdate.
+    """
+    free = deque(memoryview(bytearray(size)) for _ in range(reading.parallel + 2))
+    under_way = deque[Future[memoryview]]()
+    pool = ThreadPoolExecutor(reading.parallel, thread_name_prefix="gradsharding-read")
+    fill = carried(_fill)
+    try:
+        for request in requests:
+            under_way.append(pool.submit(fill, request, free.popleft()))
+            if not free:
+                filled = under_way.popleft().result()
+                yield filled
+                free.append(memoryview(filled.obj))
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _fill(request: Request, buffer: memoryview) -> memoryview:
+    end = 0
+    for chunk in request.open():
+        start, end = end, end + memoryview(chunk).nbytes
+        if end > request.size:
+            raise InvalidUpdate(f"a read gave at least {end} bytes where {request.size} were asked for; it was not answered by range")
+        buffer[start:end] = memoryview(chunk).cast("B")
+    return buffer[:end]

@@ -1,0 +1,1 @@
+"""``gradsharding demo``: a real federation on this machine."""
