@@ -16,13 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding.advice.cost import Bill, Clients, priced, priced_functions
+from gradsharding.advice.cost import Bill, priced_functions
 from gradsharding.advice.prices import load_prices
-from gradsharding.advice.timing import Speeds, forecast_seconds
-from gradsharding.planning.plan import Plan
-from gradsharding.usage import total
+from gradsharding.advice.timing import Speeds
 from measure import machine, save, verdict
-from modelled import MB, in_paper, manifest
+from modelled import MB, manifest
+from paper.model import PaperPlan
+from paper.model import planned as in_paper
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "calibration.json"
@@ -36,18 +36,18 @@ SHARED = ("latency", "spread", "fold_rate", "write_rate")
 Point = dict[str, Any]
 
 
-def points() -> list[tuple[Point, Plan]]:
+def points() -> list[tuple[Point, PaperPlan]]:
     """Give the measured points, each with the plan that was run."""
     known = json.loads((HERE / "configs" / "paper.json").read_text())
     return [(p, in_paper(p["topology"], manifest(4 * p["parameters"], known["clients"]), p.get("shards"))) for p in known["points"]]
 
 
-def predicted(point: Point, plan: Plan, speeds: Speeds) -> float:
+def predicted(point: Point, plan: PaperPlan, speeds: Speeds) -> float:
     """Predict the wall time of a point, in seconds."""
-    return forecast_seconds(plan, point["memory_mb"] * MB, point.get("concurrency"), speeds).p50
+    return plan.seconds(point["memory_mb"] * MB, point.get("concurrency"), speeds)[0]
 
 
-def fitted(campaign: list[tuple[Point, Plan]], speeds: Speeds) -> float:
+def fitted(campaign: list[tuple[Point, PaperPlan]], speeds: Speeds) -> float:
     """Find the bandwidth of a campaign, in bytes a second, with the least of its largest residuals."""
     rates = [20 * MB * 1.005**i for i in range(400)]
     return min(rates, key=lambda rate: max(abs(_residual(p, plan, speeds, rate)) for p, plan in campaign))
@@ -91,14 +91,13 @@ def costs() -> list[dict[str, Any]]:
         if "agg_only" not in point:
             continue
         given, memory = Decimal(point["agg_only"]) / 1000, Decimal(point["memory_mb"]) / 1024
-        asked, clients = {"functions' ": total(plan.usage)}, Clients(on_aws=True, hours=0)
-        requests = priced(Bill(items=()), asked, plan, prices, "standard", clients)
+        requests = plan.priced(Bill(items=()), prices, hours=0)
         seconds = (given - requests.aggregation.usd) / prices.lambda_second("x86_64") / memory
         functions = priced_functions(seconds * memory, 0, prices, "x86_64")
-        cost = priced(functions, asked, plan, prices, "standard", clients)
+        cost = plan.priced(functions, prices, hours=0)
         # the paper counts one GET for each object of a client's download
         trips = Bill(items=tuple(item for item in cost.round_trip.items if item.what == "clients' PUTs")).usd
-        reads = plan.clients * (len(plan.slices) if plan.cut_updates else 1) * prices.usd("s3_get")
+        reads = plan.clients * plan.objects * prices.usd("s3_get")
         slowest = point.get("phases") or [point["wall"]]
         at_most = sum(width * len(plan.slices) * phase for width, phase in zip(plan.widths, slowest, strict=True))
         found.append(
@@ -128,7 +127,7 @@ def search(steps: int) -> dict[str, float]:
     return best
 
 
-def _residual(point: Point, plan: Plan, speeds: Speeds, rate: float) -> float:
+def _residual(point: Point, plan: PaperPlan, speeds: Speeds, rate: float) -> float:
     return math.log(predicted(point, plan, speeds.model_copy(update={"connection_rate": rate})) / point["wall"])
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Limits
-from gradsharding.advice.cost import Clients, Cost, forecast
+from gradsharding.advice.cost import Cost
 from gradsharding.advice.planner import Needs, recommend
 from gradsharding.advice.prices import load_prices
 from gradsharding.planning.manifest import Manifest
@@ -26,7 +26,9 @@ from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
 from gradsharding.planning.topologies import lambda_fl, sharded
 from measure import machine, save
-from modelled import MB, in_paper, manifest, provisioned
+from modelled import MB, manifest
+from paper.model import PaperPlan
+from paper.model import planned as in_paper
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -34,9 +36,6 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 CONFIG = HERE / "configs" / "crossover.json"
 RESULTS = HERE / "results" / "crossover.json"
-
-ON_AWS = Clients(on_aws=True)
-"""The paper's round trip counts requests only; downloads through the internet would be the same for all."""
 
 Price = Callable[[int, int], Decimal | None]
 """US dollars for a round of so many bytes and clients; None where no function has the memory that it takes."""
@@ -57,9 +56,7 @@ def paper_price(topology: str, accounting: str, shards: int | None = None) -> Pr
 
     def price(nbytes: int, clients: int) -> Decimal | None:
         plan = in_paper(topology, manifest(nbytes, clients), shards)
-        if provisioned(plan) > MEMORY[-1]:
-            return None
-        return _sum(forecast(plan, prices, provisioned(plan), architecture="x86_64", clients=ON_AWS).cost, accounting)
+        return None if plan.provisioned > MEMORY[-1] else _sum(plan.cost(prices, plan.provisioned), accounting)
 
     return price
 
@@ -142,7 +139,7 @@ def published_crossing(tree: str) -> float:
     return math.exp(size[small] + (size[large] - size[small]) * gaps[small] / (gaps[small] - gaps[large]))
 
 
-def largest(plan: Callable[[int], Plan | None], memory: int) -> float:
+def largest(plan: Callable[[int], Plan | PaperPlan | None], memory: int) -> float:
     """Find the largest model, in MiB, whose plan fits into functions of ``memory`` bytes, and that S3 takes as one object."""
     low, high = MB, LARGEST_OBJECT
     while high - low > MB:
@@ -252,13 +249,13 @@ def deployable(config: dict[str, Any]) -> dict[str, str]:
     def slices(nbytes: int, memory: int) -> Plan | None:
         return _in_slices(made(nbytes), memory, config.get("engine_shards"))
 
-    def paper_tree(nbytes: int, _: int) -> Plan:
+    def paper_tree(nbytes: int, _: int) -> PaperPlan:
         return in_paper("lambda-fl", made(nbytes))
 
-    def paper_slices(nbytes: int, _: int) -> Plan:
+    def paper_slices(nbytes: int, _: int) -> PaperPlan:
         return in_paper("paper", made(nbytes), shards)
 
-    def most(plan: Callable[[int, int], Plan | None], cap: int, room: int) -> float:
+    def most(plan: Callable[[int, int], Plan | PaperPlan | None], cap: int, room: int) -> float:
         return largest(lambda nbytes: plan(nbytes, cap * MB), cap * MB + room)
 
     trees, sharding = dict[str, float](), dict[str, float]()

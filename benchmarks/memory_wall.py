@@ -19,11 +19,12 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job, Term
-from gradsharding.planning.topologies import in_paper_loop
 from gradsharding.sizes import size
 from gradsharding.stores.reading import STREAM
 from gradsharding.stores.urls import file_reference
 from measure import machine, save
+from paper.loop import functions, held
+from paper.model import planned
 from topologies import place
 
 RESULTS = Path(__file__).parent / "results" / "memory_wall.json"
@@ -32,39 +33,74 @@ MIB = 1 << 20
 
 TOPOLOGIES: dict[str, Callable[..., Plan]] = {
     "flat": flat,
-    "flat, paper's loop": lambda *args, **how: in_paper_loop(flat(*args, **how)),
     "lambda-fl": lambda_fl,
-    "lambda-fl, paper's loop": lambda *args, **how: in_paper_loop(lambda_fl(*args, **how)),
     "lifl": lifl,
     "sharded, 8 shards": partial(sharded, shards=8),
     "sharded-tree, 8 shards": partial(sharded_tree, shards=8),
 }
 
+IN_PAPER = {"flat, paper's loop": "flat", "lambda-fl, paper's loop": "lambda-fl"}
+"""The paper's functions, and the topology of each."""
 
-def planned(make: Callable[..., Plan], nbytes: int, clients: int, source: str) -> Plan:
-    """Plan a round whose clients all have the same update, one float32 tensor."""
+NAMES = ("flat", "flat, paper's loop", "lambda-fl", "lambda-fl, paper's loop", "lifl", "sharded, 8 shards", "sharded-tree, 8 shards")
+
+UPDATE = "update.safetensors"
+
+
+def sealed(nbytes: int, clients: int, source: str = UPDATE, version: str = "") -> Manifest:
+    """Make up a round whose clients all have the same update, one float32 tensor."""
     layout = Layout.of({"w": ("F32", (nbytes // 4,))})
-    terms = (Term(client=f"c{i}", source=source, version=None, base=len(layout.header()), weight=1) for i in range(clients))
-    return make(Manifest(round="r", layout=layout, terms=tuple(terms)), Limits(), grain=8 * MIB, reading=STREAM)
+    terms = (Term(client=f"c{i}", source=source, version=version, base=len(layout.header()), weight=1) for i in range(clients))
+    return Manifest(round="r", layout=layout, terms=tuple(terms))
 
 
-def stands(make: Callable[..., Plan], nbytes: int, clients: int, memory: int, store: DirectoryStore) -> bool:
+def projected(name: str, nbytes: int, clients: int) -> int:
+    """Bytes of memory that the plan of a round projects for its largest function."""
+    round_ = sealed(nbytes, clients)
+    if name in IN_PAPER:
+        return planned(IN_PAPER[name], round_).memory
+    return TOPOLOGIES[name](round_, Limits(), grain=8 * MIB, reading=STREAM).memory
+
+
+def stands(name: str, nbytes: int, clients: int, memory: int, store: DirectoryStore) -> bool:
     """Run a round's functions, whatever the plan says; tell whether none outgrew its memory."""
-    path = Path(store.url.removeprefix("file://")) / "update.safetensors"
-    layout = Layout.of({"w": ("F32", (nbytes // 4,))})
+    path, header = Path(store.url.removeprefix("file://")) / UPDATE, sealed(nbytes, clients).layout.header()
     with path.open("wb") as file:  # zeros, which take no place
-        file.write(layout.header())
-        file.truncate(len(layout.header()) + layout.nbytes)
-    plan, round_ = planned(make, nbytes, clients, file_reference(path)), Round.create(store, "r")
-    upload = round_.begin(plan)[0]
-    job = Job(store=store.url, output=round_.output, upload=upload, terms=plan.terms, partials=round_.partials(upload))
+        file.write(header)
+        file.truncate(len(header) + nbytes)
+    try:
+        if name in IN_PAPER:
+            return _paper_stands(IN_PAPER[name], nbytes, clients, memory, store)
+        return _stands(TOPOLOGIES[name], sealed(nbytes, clients, file_reference(path), store.head(UPDATE).version), memory, store)
+    finally:
+        path.unlink()
+
+
+def _stands(make: Callable[..., Plan], round_: Manifest, memory: int, store: DirectoryStore) -> bool:
+    plan, records = make(round_, Limits(), grain=8 * MIB, reading=STREAM), Round.create(store, "r")
+    upload = records.begin(plan)[0]
+    job = Job(store=store.url, output=records.output, upload=upload, terms=plan.terms, partials=records.partials(upload))
     try:
         ProcessExecutor(1, attempts=1).run(plan.tasks, job, store, Limits(memory=memory), lambda _: None)
     except OutOfMemory:
         return False
     finally:
-        round_.abandon()
-        path.unlink()
+        records.abandon()
+    return True
+
+
+def _paper_stands(topology: str, nbytes: int, clients: int, memory: int, store: DirectoryStore) -> bool:
+    """Run the paper's functions, each in a process of its own, on the first ``nbytes`` of the one update that all clients have."""
+    plan = planned(topology, sealed(nbytes, clients))
+    work = [*functions("paper", {f"c{i}": 1 for i in range(clients)}, plan)]
+    written = {function.output for function in work}
+    try:
+        for function in work:
+            inputs = tuple(key if key in written else UPDATE for key in function.inputs)
+            if not held(function.model_copy(update={"inputs": inputs}), memory, store):
+                return False
+    finally:
+        store.delete([key for key, _ in store.list("paper/")])
     return True
 
 
@@ -85,16 +121,15 @@ def main() -> None:
     parser.add_argument("--step", type=size, default="4MiB", help="sizes are multiples of this")
     parser.add_argument("--most", type=size, default="1GiB", help="no larger models are tried")
     parser.add_argument("--dir", type=Path, help="on a disk: files in memory would be charged to who writes them")
-    parser.add_argument("--only", nargs="+", choices=TOPOLOGIES, default=[*TOPOLOGIES])
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     table = Table("topology", "largest model that ran", "of a function's memory", "largest that the plan lets through")
     found: dict[str, Any] = {}
     with place(options.dir) as store:
         for name in options.only:
-            make = TOPOLOGIES[name]
-            ran = largest(lambda n, make=make: stands(make, n, options.clients, options.memory, store), options.most, options.step)  # type: ignore[misc]
-            plan = largest(lambda n, make=make: planned(make, n, options.clients, "u").memory <= options.memory, options.most, options.step)  # type: ignore[misc]
+            ran = largest(lambda n, name=name: stands(name, n, options.clients, options.memory, store), options.most, options.step)  # type: ignore[misc]
+            plan = largest(lambda n, name=name: projected(name, n, options.clients) <= options.memory, options.most, options.step)  # type: ignore[misc]
             found[name] = {"ran": ran, "planned": plan, "of_memory": ran / options.memory}
             beyond = " or more" if ran == options.most // options.step * options.step else ""
             table.add_row(name, f"{ran / MIB:,.0f} MiB{beyond}", f"{ran / options.memory:.2f}", f"{plan / MIB:,.0f} MiB")

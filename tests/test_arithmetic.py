@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from gradsharding.arithmetic.fold import Fold, size
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
 from gradsharding.format.layout import Run
 from gradsharding.planning.plan import Plan
-from gradsharding.planning.topologies import lambda_fl, paper, sharded
+from gradsharding.planning.topologies import lambda_fl, sharded
 from gradsharding.rounds.round import ResultRecord
 from gradsharding.rounds.verify import verify
 from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
@@ -116,13 +115,11 @@ def test_chunks_that_vary_in_number() -> None:
 
 @pytest.mark.parametrize("name", ["sharded", "lambda-fl", "sharded-tree"])
 def test_float64_is_refused(name: str) -> None:
-    """A float64 tensor is refused by its name before anything is read, with what to do; the paper's loop is refused, too."""
+    """A float64 tensor is refused by its name before anything is read, with what to do."""
     round_ = submitted(sample_updates(3), MemoryStore())
 
     with pytest.raises(UserError, match="tensor 'float64' is F64, and exact sums are of F32, F16 and BF16: convert it to F32"):
         aggregate(round_, topology=TREES[name], arithmetic="exact")
-    with pytest.raises(UserError, match="the paper's loop sums in float32"):
-        aggregate(submitted(narrow(3), MemoryStore()), topology=partial(paper, shards=2), arithmetic="exact")
 
 
 def test_unknown_arithmetic_is_refused() -> None:

@@ -11,7 +11,7 @@ from gradsharding.errors import UserError
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import CHARGES, READING
 from gradsharding.planning.task import Invocation, TaskReport
-from gradsharding.planning.topologies import lambda_fl, paper
+from gradsharding.planning.topologies import lambda_fl
 from gradsharding.usage import Usage
 from modelled import MB, manifest
 
@@ -102,14 +102,6 @@ def test_architectures() -> None:
     arm, x86 = (amounts(forecast(plan(), PRICES, 512 * MB, architecture=a).cost.aggregation)["functions"] for a in ("arm64", "x86_64"))
 
     assert Decimal("0.0000133334") / Decimal("0.0000166667") == pytest.approx(arm / x86)
-
-
-def test_layout_of_the_paper_pays_for_its_objects() -> None:
-    """With an object for each client and slice, uploads and downloads are N·M requests, where one object a client makes N."""
-    many = amounts(forecast(paper(manifest(64 * MB, 20), Limits(), shards=4), PRICES, 1 << 30).cost.round_trip)
-    one = amounts(forecast(plan(), PRICES, 1 << 30).cost.round_trip)
-
-    assert (80 * Decimal("0.000005"), 20 * Decimal("0.000005")) == (many["clients' PUTs"], one["clients' PUTs"])
 
 
 def test_waves_share_invocations() -> None:

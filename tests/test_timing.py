@@ -27,7 +27,7 @@ from gradsharding.planning.platform import CHARGES, READING, RUNTIME
 from gradsharding.planning.topologies import lambda_fl, lifl, sharded_tree
 from gradsharding.running.pace import GETS, PUTS, share
 from gradsharding.stores.reading import STREAM
-from modelled import MB, in_paper, manifest
+from modelled import MB, manifest
 
 GIB = 1 << 30
 RESULT = Path(calibration.__file__).parent / "results" / "calibration.json"
@@ -36,17 +36,6 @@ RESULT = Path(calibration.__file__).parent / "results" / "calibration.json"
 def seconds(shards: int, memory: int = 2 * GIB, concurrency: int | None = None, clients: int = 20) -> Seconds:
     """Forecast a round of 512 MiB."""
     return forecast_seconds(sharded(manifest(512 * MB, clients), Limits(), reading=READING, shards=shards), memory, concurrency)
-
-
-def test_by_hand() -> None:
-    """One function in the paper's loop: a latency and a stream for each input, folding, a latency and a stream for the result."""
-    known = Speeds(connection_rate=50e6, latency=0.1, write_rate=25e6, fold_rate=1e9, spread=0.3, invoke=1.0)
-    (task,) = in_paper("flat", manifest(100_000_000, 4)).tasks
-
-    assert pytest.approx(4 * (0.1 + 2) + 0.4 + 0.1 + 4) == task_seconds(task, 2 * GIB, known)
-    assert pytest.approx(4 * (0.1 + 2) + 0.8 + 0.1 + 4) == task_seconds(task, 1769 * MB // 2, known)
-    plan = in_paper("flat", manifest(100_000_000, 4))
-    assert pytest.approx(0.3 + 1 + 12.9) == forecast_seconds(plan, 2 * GIB, None, known).p50
 
 
 @pytest.mark.parametrize("make", [sharded, lambda_fl, lifl])

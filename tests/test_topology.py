@@ -10,7 +10,7 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Term
-from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, paper, sharded, sharded_tree
+from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.stores.reading import STREAM
 
 MIB = 1 << 20
@@ -109,9 +109,7 @@ def test_sharded_tree() -> None:
     assert ((leaf.start, leaf.stop), 0, 3) == ((root.start, root.stop), leaf.part, root.part)
 
 
-@pytest.mark.parametrize(
-    "make", [flat, sharded, lambda_fl, lifl, sharded_tree, partial(lifl, shared_memory=True), partial(paper, shards=4)]
-)
+@pytest.mark.parametrize("make", [flat, sharded, lambda_fl, lifl, sharded_tree, partial(lifl, shared_memory=True)])
 @pytest.mark.parametrize("clients", [1, 2, 7, 20])
 def test_figures_are_those_of_the_tasks(make: Topology, clients: int) -> None:
     """What a plan says of itself, from a few kinds of tasks, is the sum over all of its tasks; and it goes to JSON and back."""

@@ -23,16 +23,14 @@ from gradsharding.errors import NonFinite, PlanTooLarge, UserError
 from gradsharding.format.layout import Run
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job, Task, TaskReport
-from gradsharding.planning.topologies import PAPER_READING, Topology, flat, in_paper_loop, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.planning.topologies import paper as paper_topology
+from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.rounds.round import SHARED_MEMORY
 from gradsharding.rounds.verify import verify
 from gradsharding.stores.protocol import ObjectStore
-from gradsharding.stores.reading import Reading
+from gradsharding.stores.reading import STREAM, Reading
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, peak, reference_mean, sample_updates
 from gradsharding.testing.reference import Updates
 from gradsharding.usage import total
-from paper import submit
 
 TREES: Mapping[str, Topology] = {
     "flat": flat,
@@ -120,46 +118,6 @@ def test_requests_of_the_paper(topology: Topology, gets: int, puts: int) -> None
     assert (gets, puts) == (sum(r.gets for r in result.reports), sum(r.puts for r in result.reports))
 
 
-@pytest.mark.parametrize("shards", [4, 8])
-def test_layout_of_the_paper(shards: int) -> None:
-    """The paper's layout: an object for each client and slice, whole-object reads, its count of requests, and the same mean."""
-    updates = {f"c{i:02d}": ({"w": np.arange(30, dtype="f4") * (i - 9)}, 1) for i in range(20)}
-    store = MemoryStore()
-    round_ = Round.create(store, "r")
-    submit(round_, updates, shards)
-    counting = CountingStore(store, only=lambda key: "/updates/" in key or "results/" in key)
-    result = aggregate(Round(counting, "r"), topology=partial(paper_topology, shards=shards))
-
-    assert 20 * shards == len([key for key, _ in store.list("rounds/r/updates/")])
-    assert (20 * shards, shards + 3) == (counting.gets, counting.puts)
-    assert_same(reference_mean(updates), result.arrays())
-
-
-@pytest.mark.parametrize(("size", "provisioned"), [(134_301_514, 1987), (134_301_514 // 4 + 1, 835), (11_181_642 // 4, 482)])
-def test_memory_of_the_paper(size: int, provisioned: int) -> None:
-    """The paper's loop projects what the paper provisioned: three times the input, and 450 MiB."""
-    updates = {"a": ({"w": np.zeros(1, "f4")}, 1)}
-    manifest = submitted(updates, MemoryStore()).seal()
-    one = in_paper_loop(flat(manifest, Limits()))
-    task = one.tasks[0].model_copy(update={"stop": 4 * size, "runs": (Run("F32", size),)})
-
-    assert provisioned == -(-task.memory // (1 << 20))
-
-
-def test_float32_sums() -> None:
-    """Summed in float32, as in the paper, a tree and a flat sum differ in many last bits; in float64 they agree."""
-    draw = np.random.default_rng(7)
-    updates = {f"c{i:02d}": ({"w": draw.normal(size=10_000).astype("f4")}, 1) for i in range(20)}
-
-    def mean(topology: Topology) -> np.ndarray[Any, Any]:
-        return aggregate(submitted(updates, MemoryStore()), topology=topology).arrays()["w"]
-
-    narrow = [mean(lambda *a, make=make, **k: in_paper_loop(make(*a, **k))) for make in (flat, lambda_fl)]
-    assert 0.4 < np.mean(narrow[0] != narrow[1]) < 0.8
-    assert np.abs(narrow[0] - narrow[1]).max() < 1e-6
-    assert mean(flat).tobytes() == mean(lambda_fl).tobytes()
-
-
 def average_of_averages(values: list[Any], fan_in: int) -> Any:
     """What the public re-implementation of LIFL computes: each level averages its inputs, unweighted."""
     for _ in range(2):
@@ -181,15 +139,13 @@ def test_bias_of_averaged_averages() -> None:
     np.testing.assert_array_equal(result.arrays()["w"], np.full(20, 1 / 20))
 
 
-def assert_nearly(expected: dict[str, Any], result: Result, *, paper: bool) -> None:
-    """Compare to the precision that float32 sums leave, or float64 ones."""
+def assert_nearly(expected: dict[str, Any], result: Result) -> None:
+    """Compare to the precision that float64 sums leave."""
     for name, array in result.arrays().items():
         if array.dtype.kind in "iub":
             np.testing.assert_array_equal(array, expected[name])
         else:
-            np.testing.assert_allclose(
-                array, expected[name], rtol=1e-3 if paper else 2 * np.finfo(array.dtype).eps, atol=1e-3 if paper else 1e-10
-            )
+            np.testing.assert_allclose(array, expected[name], rtol=2 * np.finfo(array.dtype).eps, atol=1e-10)
 
 
 def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Round, Topology, Arithmetic, dict[str, Any]]:
@@ -208,10 +164,6 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
     }
     shards, fan_in = draw.randint(1, min(6, elements)), draw.randint(1, 5)
     reading = Reading(chunk=draw.choice([0, 64 if elements <= 200 else 4_096, 10_000]), parallel=draw.randint(1, 3))
-    if draw.random() < 0.15:
-        round_ = Round.create(store, name)
-        submit(round_, updates, shards)
-        return round_, partial(paper_topology, shards=shards), "float64", updates
     makes: list[Any] = [
         flat,
         partial(sharded, shards=shards),
@@ -220,11 +172,10 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
         partial(sharded_tree, shards=shards, fan_in=fan_in),
     ]
     make = draw.choice(makes)
-    paper_loop = arithmetic == "float64" and draw.random() < 0.2
 
     def topology(manifest: Any, limits: Limits, **how: Any) -> Plan:
         plan: Plan = make(manifest, limits, **{**how, "reading": reading})
-        return in_paper_loop(plan) if paper_loop else plan
+        return plan
 
     return submitted(updates, store, name), topology, arithmetic, updates
 
@@ -298,7 +249,7 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
             assert (asked.gets, asked.puts + 3) == (counting.gets, counting.puts), plan
             assert asked.bytes_read - read_shared == counting.bytes_read, plan
             assert asked.bytes_written - shared + plan.header_bytes == counting.bytes_written, plan
-        assert_nearly(reference_mean(updates), inline, paper=plan.arithmetic == "float32")
+        assert_nearly(reference_mean(updates), inline)
 
         with TemporaryDirectory(dir=SHARED_MEMORY) as place:  # the disk is none of its concern
             round_, topology, *_ = random_round(random.Random(seed), DirectoryStore(place), "r")
@@ -311,7 +262,7 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
             assert (0 if task.written_to_memory else 1) == report.puts
             assert planned == seen or (task.varying and all(least <= most for most, least in zip(planned, seen, strict=True)))
             assert peak(report) <= task.memory, (task, report)
-    assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "paper", "float64", "float32", "exact"} == {*kinds}
+    assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "float64", "exact"} == {*kinds}
     assert kinds["exact"] > 100
     assert [] == [*shared_memory.iterdir()]
 
@@ -438,7 +389,7 @@ def test_no_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lambda_shares_no_memory() -> None:
     """Functions in the cloud have no memory in common: LIFL's own data plane is refused there."""
     invoke = pytest.importorskip("gradsharding.aws.functions.executor", reason="boto3 is not installed")
-    plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=PAPER_READING)
+    plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=STREAM)
     job = Job(store="s3://bucket", output="r", upload="u", partials="shm:///dev/shm/gradsharding-0")
     with pytest.raises(UserError, match="cannot be reached by Lambda functions"):
         invoke.LambdaExecutor("f").run(plan.tasks, job, MemoryStore(), Limits(), lambda _: None)

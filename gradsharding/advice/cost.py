@@ -162,9 +162,9 @@ def priced(functions: Bill, asked: Mapping[str, Usage], plan: Plan, prices: Pric
     for whose_requests, usage in asked.items():
         aggregation += _requests(whose_requests, usage, prices, storage)
     whose = clients or Clients()
-    nbytes, slices = plan.header_bytes + plan.result_bytes, len(plan.slices)
+    nbytes = plan.header_bytes + plan.result_bytes
     # an update is written, and the new model's header and data are read
-    each = Usage(gets=slices, puts=slices, bytes_written=nbytes) if plan.cut_updates else Usage(gets=2) + CHARGES.put(nbytes)
+    each = Usage(gets=2) + CHARGES.put(nbytes)
     trips = _requests("clients' ", (each + Usage(bytes_read=nbytes)) * plan.clients, prices, storage)
     moved = plan.clients * nbytes
     name = "s3_gigabyte_month" if storage == "standard" else "express_gigabyte_month"

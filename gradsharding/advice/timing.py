@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -90,6 +90,23 @@ def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, sp
     billed = sum(k.times * task_seconds(k.task, memory, known, kept) for kinds, kept in zip(plan.kinds, shares, strict=True) for k in kinds)
     p95 = unlucky(p50, known) + known.cold_start * len(stages)
     return Seconds(p50, p95, billed, max(longest for _, longest in stages))
+
+
+def stage_seconds(
+    each: Sequence[tuple[int, float]], concurrency: int | None, speeds: Speeds, kept: Share | None = None
+) -> tuple[float, float]:
+    """Seconds until a stage's last function has ended, and of its slowest one.
+
+    ``each`` gives the number of functions of each kind with their seconds in the mean; ``concurrency`` of them run at once.
+    """
+    functions = sum(count for count, _ in each)
+    most = min(functions, concurrency or functions)
+    mean = sum(count * seconds for count, seconds in each) / functions
+    mean = max(mean, 1 / kept.puts) if kept else mean  # one after another, each writes an object
+    waves = -(-functions // most)
+    # a function of the next wave begins as soon as one of this wave has ended: only those of the last one are waited for
+    last = max(seconds for _, seconds in each) * slowest(functions - (waves - 1) * most, speeds.spread)
+    return waves * speeds.invoke + (waves - 1) * mean + last, last
 
 
 def at_once(plan: Plan, concurrency: int | None = None) -> list[int]:
@@ -189,15 +206,7 @@ def _asked(task: Task, memory: int, speeds: Speeds | None) -> Rates:
 
 def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds, kept: Share) -> tuple[float, float]:
     """Seconds until a stage's last function has ended, and of its slowest one."""
-    functions = sum(kind.times for kind in kinds)
-    most = min(functions, concurrency or functions)
-    each = [task_seconds(kind.task, memory, speeds, kept) for kind in kinds]
-    mean = sum(kind.times * seconds for kind, seconds in zip(kinds, each, strict=True)) / functions
-    mean = max(mean, 1 / kept.puts)  # one after another, each writes an object
-    waves = -(-functions // most)
-    # a function of the next wave begins as soon as one of this wave has ended: only those of the last one are waited for
-    last = max(each) * slowest(functions - (waves - 1) * most, speeds.spread)
-    return waves * speeds.invoke + (waves - 1) * mean + last, last
+    return stage_seconds([(kind.times, task_seconds(kind.task, memory, speeds, kept)) for kind in kinds], concurrency, speeds, kept)
 
 
 def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
@@ -205,8 +214,6 @@ def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
     nbytes, reading = task.bytes_read, task.reading
     if task.reads and task.shared:
         return nbytes * (1 / speeds.shared_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
-    if reading.whole:  # nothing goes on while anything else does
-        return task.inputs * speeds.latency + nbytes * (1 / speeds.connection_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
     rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), working(cpu, task.arithmetic, speeds))
     return speeds.latency + nbytes / rate
 

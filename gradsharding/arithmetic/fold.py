@@ -19,8 +19,8 @@ from gradsharding.errors import InvalidUpdate
 from gradsharding.format.dtypes import NUMPY, Array, Buffer, is_float, widen
 from gradsharding.format.layout import ITEM_SIZE, Run
 
-Arithmetic = Literal["float64", "exact", "float32"]
-"""What floats are summed in. float32 is there to compare with systems that do so; F64 is summed in float64 all the same."""
+Arithmetic = Literal["float64", "exact"]
+"""What floats are summed in."""
 
 SCRATCH = 4 << 20
 """Bytes that bound a fold's temporaries: a handful of blocks."""
@@ -57,7 +57,7 @@ def size(run: Run, total: int, arithmetic: Arithmetic = "float64") -> Size:
         return Size(8 * length * exact.planes(dtype, total), exact.memory(dtype, length, total), exact.written_bytes(dtype, length, total))
     if is_wide(dtype, total):
         return Size(8 * length, WIDE_SIZE * length, 16 * length)
-    return Size(*3 * [np.dtype(_sum_dtype(dtype, arithmetic)).itemsize * length])
+    return Size(*3 * [8 * length])
 
 
 def sum_bytes(runs: Iterable[Run], total: int, arithmetic: Arithmetic = "float64") -> int:
@@ -147,14 +147,9 @@ def _begin(run: Run, total: int, arithmetic: Arithmetic, place: Array, scratch: 
         return ExactSums(dtype, length, total, place, scratch)
     if is_wide(dtype, total):
         return WideSums(dtype, length, total)  # the place is for the mean
-    return (FloatSums if is_float(dtype) else IntegerSums)(dtype, total, place.view(_sum_dtype(dtype, arithmetic)), scratch)
-
-
-def _sum_dtype(dtype: str, arithmetic: Arithmetic) -> str:
-    """Name, as numpy does, what sums of ``dtype`` elements are kept in, if they are neither exact nor wide."""
-    if not is_float(dtype):
-        return "<i8"
-    return "<f4" if arithmetic == "float32" and dtype != "F64" else "<f8"
+    if is_float(dtype):
+        return FloatSums(dtype, total, place.view("<f8"), scratch)
+    return IntegerSums(dtype, total, place.view("<i8"), scratch)
 
 
 def _blocks(runs: Sequence[Run], chunks: Iterable[Buffer]) -> Iterator[tuple[int, int, Array]]:

@@ -76,8 +76,6 @@ class Plan(Value):
     arithmetic: Arithmetic = "float64"
     shared_memory: bool = False
     """Partial sums pass through the memory of one machine; its functions must be there."""
-    cut_updates: bool = False
-    """Each update lies in one object a slice, as in the paper, and not in one object."""
     setting: Setting | None = None
     """Where it runs. With it, requests and bytes are those of a whole round; without, those of the tasks alone, in a store that takes one
     request for each verb."""
@@ -305,7 +303,6 @@ class Plan(Value):
             last=min((g + 1) * fan_in, before),
             reads=self._ids(level - 1, j) if level else "",
             listed=len(self.terms),
-            cut=j if self.cut_updates else None,
             total=self.total,
             part=_part(j) if last else PARTIAL,
             offset=self.header_bytes + slice_.start if last else 0,

@@ -34,8 +34,8 @@ class Term(Value):
 
     client: str
     source: str
-    version: str | None
-    """Of the object, as sealed; None for the paper's layout, which pins nothing."""
+    version: str
+    """Of the object, as sealed."""
     base: int
     weight: int
 
@@ -57,8 +57,6 @@ class Task(Value):
     """Tasks ``READS/first`` to ``READS/last`` wrote the partial sums that it reads; empty where it reads the job's terms."""
     listed: int
     """Terms of the whole round: a worker may hold them all."""
-    cut: int | None = None
-    """Place of its slice, where each update lies in one object a slice, as in the paper."""
     total: int
     """Weight of the whole round: what the mean is divided by in the end."""
     part: int = PARTIAL

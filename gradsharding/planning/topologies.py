@@ -2,17 +2,12 @@
 
 from typing import Any, Protocol, get_args
 
-from gradsharding.arithmetic.fold import SCRATCH, Arithmetic
+from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import UserError, quoted
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.slices import cut
-from gradsharding.planning.task import RESERVED
-from gradsharding.stores.reading import STAGING, STREAM, Reading
-
-PAPER_READING = Reading(whole=True, resident=(450 << 20) - RESERVED - STAGING - SCRATCH)
-"""How functions read in the paper (arXiv 2604.22072): whole objects, one after another. Three times an object and 450 MiB were
-provisioned for them: the sums, an object's bytes, the array made of them; and the runtime with its libraries."""
+from gradsharding.stores.reading import STREAM, Reading
 
 
 class Topology(Protocol):
@@ -86,29 +81,6 @@ def sharded_tree(
 ) -> Plan:
     """A tree over the clients for each slice: for so many clients that one function could not read a slice of each in its time."""
     return _sliced(_plan("sharded-tree", manifest, reading, _tree(manifest, fan_in, levels), **how), limits, grain, shards)
-
-
-def paper(
-    manifest: Manifest,
-    limits: Limits,  # noqa: ARG001 - whatever it takes
-    *,
-    grain: int = 0,  # noqa: ARG001 - the clients have cut already
-    reading: Reading = STREAM,  # noqa: ARG001 - the paper's own
-    arithmetic: Arithmetic = "float32",
-    shards: int,
-) -> Plan:
-    """The paper's own layout and loop (arXiv 2604.22072): one object for each client and slice, read whole, summed in float32.
-
-    ``paper.submit`` writes such objects. Raise UserError for exact sums.
-    """
-    if arithmetic == "exact":
-        raise UserError("the paper's loop sums in float32; for exact sums take sharded, or another topology")
-    return in_paper_loop(_plan("paper", manifest, STREAM, cut_updates=True)).recut(shards)
-
-
-def in_paper_loop(plan: Plan) -> Plan:
-    """Give the same plan with the paper's loop: whole objects, one after another, summed in float32."""
-    return plan.but(reading=PAPER_READING, arithmetic="float32")
 
 
 def _plan(

@@ -172,8 +172,6 @@ def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
 
 def _of_term(term: Term, task: Task) -> _Input:
     """Where a task's slice of an update is."""
-    if task.cut is not None:
-        return _Input(f"{term.source}_shard_{task.cut}", term.version, 0, task.nbytes)
     return _Input(term.source, term.version, term.base + task.start, task.nbytes)
 
 
@@ -186,8 +184,7 @@ def _slices(inputs: Sequence[_Input], task: Task, store: ObjectStore) -> Generat
     """Give the chunks of each input, one input after another, read as the plan says."""
     if not task.reading.chunk:
         for one in inputs:
-            chunks = _chunks(one, store, 0, one.nbytes)
-            yield _whole(chunks) if task.reading.whole else chunks
+            yield _chunks(one, store, 0, one.nbytes)
         return
     size = max(1, task.reading.piece(task.input_nbytes))
     requests = (request for one in inputs for request in divided(one.nbytes, size, partial(_chunks, one, store)))
@@ -199,14 +196,6 @@ def _chunks(one: _Input, store: ObjectStore, start: int, stop: int) -> Iterator[
     """Stream bytes ``start`` to ``stop`` of an input; nothing is asked before the first is wanted."""
     source, key = locate(one.reference, store)
     yield from source.get(key, one.base + start, one.base + stop, version=one.version)
-
-
-def _whole(chunks: Iterator[Buffer]) -> Iterator[Buffer]:
-    """Hold an input twice, as its bytes and as an array: what the paper's loop does."""
-    body = bytearray()
-    for chunk in chunks:
-        body += chunk
-    yield bytes(body)
 
 
 def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -> None:
@@ -244,7 +233,7 @@ def blame(task: Task, terms: Sequence[Term], store: ObjectStore) -> NonFinite:
 def main() -> None:
     """Serve tasks until standard input ends. ``--memory BYTES`` caps what the process may allocate, by its own means."""
     if sys.argv[1:2] == ["--memory"]:
-        _limit_data(int(sys.argv[2]))
+        limit_data(int(sys.argv[2]))
     job = Job.model_validate_json(sys.stdin.readline())
     store = open_store(job.store)
     for line in sys.stdin:
@@ -269,7 +258,7 @@ def run_alone(task: Task, job: Job, store: ObjectStore) -> TaskReport:
     raise OutOfMemory(f"an allocation failed at a peak of {mib(peak)}")  # here, so that no frame of the task's is kept with it
 
 
-def _limit_data(allowed: int) -> None:
+def limit_data(allowed: int) -> None:
     """Cap private writable memory so that the resident set cannot pass ``allowed`` bytes (Linux, RLIMIT_DATA).
 
     Limits on the address space would count libraries and reserved stacks too; so the cap is what the process has

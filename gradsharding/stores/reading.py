@@ -34,8 +34,6 @@ class Reading(Value):
     """Requests under way at once."""
     resident: int = 0
     """Bytes that the store's client library takes in a function."""
-    whole: bool = False
-    """Take all of an input's bytes first, then make an array of them, then fold it: as the paper has it, to compare with."""
 
     def requests(self, nbytes: int, most: int | None = None) -> int:
         """Number of requests for ``nbytes``, in the pieces of a slice of that size, or of ``most``."""
@@ -59,7 +57,7 @@ class Reading(Value):
 
     def memory(self, nbytes: int) -> int:
         """Bytes that reading slices of ``nbytes`` takes, at most."""
-        buffers = 2 if self.whole else self.parallel + 2 if self.chunk else 0
+        buffers = self.parallel + 2 if self.chunk else 0
         return self.resident + STAGING + buffers * self.piece(nbytes)
 
 
