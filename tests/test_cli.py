@@ -279,7 +279,7 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     of_round = {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "cost", "cost_missing", "digest"}
     assert of_round | {"concurrency", "taken", "projected", "observed"} == set(report)
     assert (None, None) == (report["concurrency"], report["taken"])
-    assert (None, "no function of Lambda told what it is billed for") == (report["cost"], report["cost_missing"])
+    assert (None, "no Lambda invocation was reported: nothing to bill") == (report["cost"], report["cost_missing"])
     assert (figures, figures | {"deletes", "seconds", "wall_seconds", "unmeasured", "held_by", "lost_attempts"}) == (
         set(projected),
         set(observed),

@@ -13,6 +13,7 @@ import botocore.session
 import numpy as np
 import pytest
 
+from gradsharding.advice import billing
 from gradsharding.advice.cost import forecast
 from gradsharding.advice.planner import Needs
 from gradsharding.advice.prices import load_prices
@@ -125,7 +126,7 @@ def test_bill_stands_beside_the_forecast(ceph_store: S3Store, start: Start) -> N
     start(concurrency=2, memory=512)
     result = aggregate(_round(ceph_store, sample_updates()), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding"))
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
-    cost, prices = result.report()["cost"], load_prices()
+    cost, prices = billing.report(result)["cost"], load_prices()
 
     seconds = sum(Decimal(str(one.billed_seconds)) / 2 for one in told.values())
     observed = result.report()["observed"]["stores"]["s3"]
@@ -157,7 +158,7 @@ def test_failed_invocations_are_billed(ceph_store: S3Store, start: Start, tmp_pa
     made = [found for call in front.calls if (found := metered(call.log))]
     assert [one.request for one in made] == [one.request for one in result.invocations]
     assert [2, 0] == [len(report.vain) for report in result.reports]
-    cost = result.cost()
+    cost = billing.bill_of(result)
     assert cost
     counts = {item.what: item.count for item in cost.aggregation.items}
     assert (Decimal(4), sum((Decimal(str(one.billed)) for one in made), Decimal()) / 2) == (counts["invocations"], counts["functions"])
@@ -288,7 +289,7 @@ def test_taken(ceph_store: S3Store, start: Start, capsys: pytest.CaptureFixture[
     round_, half = _round(ceph_store, sample_updates()), "2 of 4 unreserved invocations at once; the rest is left to others"
     start(concurrency=4, reserved=False)
     result = aggregate(round_, topology=partial(sharded, shards=4), executor=LambdaExecutor("gradsharding"))
-    report = result.report()
+    report = billing.report(result)
     assert (2, True) == (report["concurrency"], str(report["taken"]).startswith(half))
     expected = forecast(result.plan, load_prices(), 512 * MIB, architecture=HERE, concurrency=2).cost
     assert f"{expected.aggregation.usd:f}" == report["cost"]["aggregation"]["projected"]

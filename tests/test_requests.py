@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import FedAvg
 import request_counts
 from flower_federation import client, grid_of, initial, record, sharding
 from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.advice import billing
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.direct import UrlSource
 from gradsharding.aws.s3.presign import readable
@@ -94,7 +95,7 @@ def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch
             monkeypatch.setenv(name, value)
         with ceph.server.counting() as seen:
             result = aggregate(round_, topology=topology, executor=LambdaExecutor("gradsharding"))
-            report = result.report()
+            report = billing.report(result)
 
     observed, projected = report["observed"], report["projected"]
     assert (seen["gets"], seen["puts"], seen["deletes"]) == tuple(observed[name] for name in ("gets", "puts", "deletes"))

@@ -10,6 +10,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from gradsharding.advice.billing import bill_of, prices_of
 from gradsharding.advice.cost import bill
 from gradsharding.advice.prices import load_prices
 from gradsharding.aws.client import lambda_client
@@ -129,8 +130,8 @@ def bill_text(result: Result) -> str:
     else:
         lines.append("invocations: Lambda told no figures, so that only requests to the store are counted")
     try:
-        prices = result.prices() if told else load_prices(lambda_client().meta.region_name)
-        billed = (result.cost() or bill(result.reports, result.caller, result.plan, prices)).aggregation
+        prices = prices_of(result) if told else load_prices(lambda_client().meta.region_name)
+        billed = (bill_of(result) or bill(result.reports, result.caller, result.plan, prices)).aggregation
     except UserError as error:  # of the file of prices
         return "\n".join([*lines, f"no price: {error.message}"])
     if not prices.figures:

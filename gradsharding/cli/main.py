@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradsharding import __version__
+from gradsharding.advice import billing
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.cli.inputs import asked_around, located, open_round, read_updates, writable
 from gradsharding.cli.plan import exact_option, memory_size, plan_command
@@ -208,7 +209,7 @@ def aggregate_command(
     around_it = asked_around(given, round_, emptied=not (store or out.path))
     result = result.within(around.spent, around_it, time.perf_counter() - started)
     if report_path:
-        replace(report_path, json.dumps(result.report(), indent=2) + "\n")
+        replace(report_path, json.dumps(billing.report(result), indent=2) + "\n")
     click.echo(_summary(result, output))
     if exact:
         click.echo(

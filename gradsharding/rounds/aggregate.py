@@ -13,9 +13,6 @@ from urllib.parse import urlsplit
 
 import numpy.typing as npt
 
-from gradsharding.advice.cost import Bill, Cost, bill, forecast, known
-from gradsharding.advice.prices import HOME_REGION, Prices, load_prices
-from gradsharding.advice.timing import suited
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import (
     ChangedObject,
@@ -34,12 +31,11 @@ from gradsharding.errors import (
 )
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan, mib
-from gradsharding.planning.platform import RUNTIME
 from gradsharding.planning.projection import HEADER_PART, READERS
 from gradsharding.planning.task import Invocation, Job, NonFinitePolicy, TaskReport, Term, invocations
 from gradsharding.planning.topologies import Topology, sharded
 from gradsharding.rounds.round import RECORD, ResultRecord, Round
-from gradsharding.running.executors import Executor, InlineExecutor, Progress, taken
+from gradsharding.running.executors import Executor, InlineExecutor, Progress, suited, taken
 from gradsharding.running.worker import blame
 from gradsharding.stores.private import private_directory
 from gradsharding.stores.protocol import ObjectStore, changed
@@ -137,23 +133,10 @@ class Result:
         whole.__dict__.update({name: found for name, found in self.__dict__.items() if name == "_read_back"})
         return whole
 
-    def cost(self) -> Cost | None:
-        """Bill the round by what Lambda reported and stores counted, at list prices; None if it ran elsewhere.
-
-        A bill's ``missing`` names the prices that are not known of the region. Raise UserError if the file of prices cannot be read.
-        """
-        if not self.invocations:
-            return None
-        return bill(self.reports, self.caller, self.plan, self.prices(), architecture=self.invocations[0].architecture or "arm64")
-
     @property
     def invocations(self) -> tuple[Invocation, ...]:
         """What Lambda reported, once for each invocation, also a failed one; nothing if it told no figures, or the round ran elsewhere."""
         return invocations(self.reports)
-
-    def prices(self) -> Prices:
-        """Give the list prices of the region where functions ran; raise UserError if the file of prices cannot be read."""
-        return load_prices(next((one.region for one in self.invocations if one.region), HOME_REGION))
 
     def _stages(self) -> list[dict[str, Any]]:
         seen = {report.task: report.model_dump() | total(report.usage).model_dump() for report in self.reports}
@@ -163,14 +146,12 @@ class Result:
         """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
 
         Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
-        ``cost`` is null where it is not known, and so is each sum in it; ``cost_missing`` then says why.
         ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
         done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
         ``concurrency`` is that of its functions, and ``taken`` says of how many, where others use them, too; else they are null.
         """
         digest = self.digest()
         plan = self.plan if self.planned else None
-        cost, missing = _cost(self)
         return {
             "made_by": "this call" if plan else "an earlier call",
             "topology": plan.topology if plan else None,
@@ -192,8 +173,6 @@ class Result:
                 "caller": _by_kind(self.caller),
                 "lost_attempts": sum(report.lost for report in self.reports),
             },
-            "cost": cost,
-            "cost_missing": missing,
             "digest": digest,
         }
 
@@ -281,7 +260,7 @@ def _aggregated(
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
     plan = topology(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
-    plan = plan.but(reading=suited(plan, limits.memory + RUNTIME, limits.concurrency))
+    plan = plan.but(reading=suited(executor, plan, limits))
     plan = plan.placed(
         home=round_.store.charges,
         output=target.charges,
@@ -449,31 +428,6 @@ def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> Resul
     with contextlib.suppress(MissingObject):
         return round.publish(manifest, target.head(key).version, plan.arithmetic)
     return None
-
-
-def _cost(result: Result) -> tuple[dict[str, Any] | None, str | None]:
-    """A result's bill beside its forecast, as JSON values, or None; and why there is none, or which prices it lacks."""
-    try:
-        billed, prices = result.cost(), result.prices()
-    except UserError as error:
-        return None, error.message
-    if not billed:
-        return None, "no function of Lambda told what it is billed for"
-    if not prices.figures:
-        return None, prices.origin
-    told, setting = result.invocations[0], result.plan.setting
-    most = setting.concurrency if setting else None
-    expected = forecast(result.plan, prices, told.memory_size, architecture=told.architecture or "arm64", concurrency=most)
-    return {
-        "aggregation": _sums(expected.cost.aggregation, billed.aggregation),
-        "round_trip": _sums(expected.cost.round_trip, billed.round_trip),
-        "items": [{**item.model_dump(mode="json"), "usd": known(item.usd)} for item in billed.round_trip.items],
-        "prices": prices.origin,
-    }, prices.lacking(billed.round_trip.missing)
-
-
-def _sums(projected: Bill, observed: Bill) -> dict[str, str | None]:
-    return {"projected": known(projected.known), "observed": known(observed.known)}
 
 
 def _ignore(report: TaskReport) -> None:

@@ -19,13 +19,14 @@ from queue import SimpleQueue
 from typing import Any, Protocol, Self, runtime_checkable
 
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, TaskFailed, UserError, from_wire
-from gradsharding.planning.plan import Limits, mib
+from gradsharding.planning.plan import Limits, Plan, mib
 from gradsharding.planning.task import PARTIAL, Job, Task, TaskReport
 from gradsharding.running import worker
 from gradsharding.running.cgroup import Hold, MemoryCgroup, usable_cpus
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.files import is_memory
 from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.reading import Reading
 from gradsharding.stores.urls import locate
 from gradsharding.usage import Spent, together
 
@@ -77,6 +78,20 @@ class Sharing(Protocol):
 def taken(executor: Executor, limits: Limits) -> str | None:
     """Say what a run within ``limits``, which the executor has given, takes away from others; None if it is nothing."""
     return executor.taken(limits) if isinstance(executor, Sharing) else None
+
+
+@runtime_checkable
+class Pacing(Protocol):
+    """An executor whose functions keep to a rate of requests that they share, so that it chooses how they read."""
+
+    def reading(self, plan: Plan, limits: Limits) -> Reading:
+        """Give the reading by which functions within ``limits`` finish ``plan`` soonest; it fits into their memory."""
+        ...
+
+
+def suited(executor: Executor, plan: Plan, limits: Limits) -> Reading:
+    """Give the reading that suits an executor's functions: the plan's own, unless they share a rate of requests."""
+    return executor.reading(plan, limits) if isinstance(executor, Pacing) else plan.reading
 
 
 class _Local:

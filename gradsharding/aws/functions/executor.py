@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError
 
+from gradsharding.advice.timing import suited
 from gradsharding.aws.client import explained, lambda_client
 from gradsharding.aws.functions.answers import Do, Verdict, verdict
 from gradsharding.aws.functions.call import answered, deploying, pack
@@ -32,12 +33,13 @@ from gradsharding.errors import (
     from_wire,
     quoted,
 )
-from gradsharding.planning.plan import Limits, mib
+from gradsharding.planning.plan import Limits, Plan, mib
 from gradsharding.planning.platform import RUNTIME, TIMEOUT, Architecture
 from gradsharding.planning.task import Invocation, Job, Task, TaskReport
 from gradsharding.running.executors import Outcome, Progress, run_eagerly
 from gradsharding.running.pace import share
 from gradsharding.stores.protocol import ObjectStore
+from gradsharding.stores.reading import Reading
 from gradsharding.usage import Spent, together
 
 CONCURRENCY = 100
@@ -151,6 +153,10 @@ class LambdaExecutor:
         more = "--concurrency N, or LambdaExecutor(..., concurrency=N), takes more"
         left = "" if count == unreserved else f"; the rest is left to others ({more})"
         return f"{count} of {unreserved} unreserved invocations at once{left}"
+
+    def reading(self, plan: Plan, limits: Limits) -> Reading:
+        """Give the reading by which invocations, which share the rate of requests that S3 takes, finish the plan soonest."""
+        return suited(plan, limits.memory + RUNTIME, limits.concurrency)
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         sources = {term.source for term in job.terms} if tasks else ()
