@@ -1,5 +1,6 @@
 """What is public is what is meant to be, and the core imports no more than it says."""
 
+import ast
 import inspect
 import pkgutil
 import subprocess
@@ -11,15 +12,46 @@ import pytest
 import gradsharding
 
 ROOT = Path(__file__).parents[1]
-EDGES = {"gradsharding.__main__", "gradsharding.aws", "gradsharding.cli.main", "gradsharding.cli.plan", "gradsharding.testing"}
+EDGES = {"gradsharding.__main__", "gradsharding.aws", "gradsharding.cli", "gradsharding.testing"}
 FOREIGN = {"aiobotocore", "boto3", "botocore", "click", "flwr", "hypothesis", "pytest", "rich", "safetensors", "torch"}
 
 
-def test_all() -> None:
-    """``__all__`` is every visible name that is not a module, in order."""
-    visible = [name for name, value in vars(gradsharding).items() if not name.startswith("_") and not inspect.ismodule(value)]
+def loaded(program: str) -> set[str]:
+    """Run a program in a fresh process; give the modules that are loaded at its end."""
+    script = f"import sys\n{program}\nprint(*sys.modules)"
+    return {*subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()}
 
-    assert sorted(visible) == gradsharding.__all__
+
+def test_all() -> None:
+    """``__all__`` lists the public names in order; what type checkers read and what is imported on first use are the same."""
+    for_checkers = {
+        alias.name: node.module
+        for node in ast.walk(ast.parse(Path(gradsharding.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if str(node.module).startswith("gradsharding.")
+    }
+
+    assert sorted(gradsharding._HOMES) == gradsharding.__all__
+    assert for_checkers == gradsharding._HOMES
+    assert {*gradsharding.__all__} <= {*dir(gradsharding)}
+
+
+def test_unknown_name() -> None:
+    """A name that is not public is no attribute, and the error says so as Python's own does."""
+    with pytest.raises(AttributeError, match="module 'gradsharding' has no attribute 'nothing'"):
+        getattr(gradsharding, "nothing")  # noqa: B009 - a type checker refuses it
+    with pytest.raises(ImportError, match="cannot import name 'nothing' from 'gradsharding'"):
+        exec("from gradsharding import nothing")  # noqa: S102 - the same
+
+
+def test_imported_on_first_use() -> None:
+    """The package alone loads none of its modules, no numpy and no pydantic; each name loads what it needs when it is used."""
+    idle, used = loaded("import gradsharding"), loaded("from gradsharding import Limits")
+
+    assert {"gradsharding"} == {name for name in idle if name.partition(".")[0] in {"gradsharding", "numpy", "pydantic"}}
+    assert "gradsharding.planning.plan" in used
+    assert "gradsharding.rounds.aggregate" not in used
 
 
 @pytest.mark.parametrize("name", gradsharding.__all__)
@@ -33,20 +65,17 @@ def test_documented(name: str) -> None:
 
 def test_core_imports() -> None:
     """All modules of the core together import no framework, no cloud, no test tool: numpy and pydantic, no more."""
-    modules = {module.name for module in pkgutil.iter_modules(gradsharding.__path__, "gradsharding.")} - EDGES
-    script = f"import importlib, sys\nfor name in {sorted(modules)}: importlib.import_module(name)\nprint(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    names = [module.name for module in pkgutil.walk_packages(gradsharding.__path__, "gradsharding.")]
+    core = {name for name in names if ".".join(name.split(".")[:2]) not in EDGES}
+    found = loaded(f"import importlib\nfor name in {sorted(core)}: importlib.import_module(name)")
 
-    assert modules <= {*loaded}
-    assert set() == FOREIGN & {*loaded}
+    assert {"gradsharding.advice.planner", "gradsharding.running.worker", "gradsharding.errors"} < core <= found
+    assert set() == FOREIGN & found
 
 
 def test_testing_imports() -> None:
     """The module for testing needs pytest, and neither hypothesis nor a framework."""
-    script = "import gradsharding.testing, sys; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-
-    assert {"pytest"} == FOREIGN & {*loaded}
+    assert {"pytest"} == FOREIGN & loaded("import gradsharding.testing")
 
 
 def test_laws() -> None:
