@@ -1,4 +1,4 @@
-"""A size is written as a number and, if it is not bytes, one unit, such as 512MiB, 2GB or 80.5 MiB; nothing may follow."""
+"""A size is read as a number and, if it is not bytes, one unit, such as 512MiB, 2GB or 80.5 MiB; it is written for people in MiB."""
 
 import re
 from fractions import Fraction
@@ -30,3 +30,12 @@ def some(nbytes: int) -> int:
     if nbytes <= 0:
         raise UserError(f"{nbytes} bytes of memory are not enough for anything; allow more, like 512MiB or 2GB")
     return nbytes
+
+
+def mib(nbytes: int) -> str:
+    """Write a size in MiB for people, rounded up to a tenth.
+
+    >>> mib(1), mib(1 << 20)
+    ('0.1 MiB', '1.0 MiB')
+    """
+    return f"{-(-nbytes * 10 // (1 << 20)) / 10:.1f} MiB"

@@ -11,11 +11,11 @@ from gradsharding.arithmetic.fold import SCRATCH
 from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.format.layout import ITEM_SIZE, Layout
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import READING
 from gradsharding.planning.task import RESERVED, Term
 from gradsharding.planning.topologies import flat, sharded
-from gradsharding.sizes import size
+from gradsharding.sizes import mib, size
 from gradsharding.stores.reading import STAGING
 
 FIXED = RESERVED + STAGING + SCRATCH

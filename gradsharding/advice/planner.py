@@ -12,7 +12,7 @@ from gradsharding.advice.timing import Rates, Speeds, at_once, borne, bottleneck
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import UserError
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import (
     CHARGES,
     DEPLOYED_TIMEOUT,
@@ -33,6 +33,7 @@ from gradsharding.planning.projection import commanded
 from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.rounds.round import RECORD
 from gradsharding.running.pace import share
+from gradsharding.sizes import mib
 from gradsharding.stores.updates import inspection
 from gradsharding.value import Value
 

@@ -20,11 +20,11 @@ from gradsharding.aws.deploy.drift import checked
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.demands import expecting
 from gradsharding.errors import GradShardingError, UserError
-from gradsharding.planning.plan import mib
 from gradsharding.planning.topologies import Topology, sharded, sharded_tree
 from gradsharding.rounds.aggregate import Result, aggregate, observed_memory
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor
+from gradsharding.sizes import mib
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.urls import open_store
 

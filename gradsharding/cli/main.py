@@ -23,7 +23,7 @@ from gradsharding.cli.plan import exact_option, memory_size, plan_command
 from gradsharding.cli.terminal import printable, settle
 from gradsharding.errors import GradShardingError, NonFinite, UserError
 from gradsharding.planning.manifest import check_id
-from gradsharding.planning.plan import MAX_PARTS, Limits, Plan, mib
+from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import CHARGES
 from gradsharding.planning.task import NonFinitePolicy
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
@@ -31,6 +31,7 @@ from gradsharding.rounds.aggregate import Result, aggregate, observed_memory
 from gradsharding.rounds.round import Round
 from gradsharding.rounds.verify import verify
 from gradsharding.running import executors
+from gradsharding.sizes import mib
 from gradsharding.stores.files import replace
 from gradsharding.stores.urls import open_store
 from gradsharding.usage import counting

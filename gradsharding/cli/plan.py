@@ -22,11 +22,11 @@ from gradsharding.cli.inputs import found, read_updates
 from gradsharding.errors import UserError
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import MAX_PARTS, mib
+from gradsharding.planning.plan import MAX_PARTS
 from gradsharding.planning.platform import DEPLOYED_TIMEOUT, DIRECTORY_BUCKETS, MEMORY, ROUND_CONCURRENCY, TIMEOUT, Figure
 from gradsharding.planning.task import Term
 from gradsharding.rounds.round import Round
-from gradsharding.sizes import size, some
+from gradsharding.sizes import mib, size, some
 from gradsharding.stores.memory import MemoryStore
 
 MOST_CLIENTS = 100_000

@@ -20,7 +20,7 @@ from gradsharding.planning.platform import FIGURES
 from gradsharding.planning.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.planning.slices import Slice, cut
 from gradsharding.planning.task import PARTIAL, Task, Term
-from gradsharding.sizes import size, some
+from gradsharding.sizes import mib, size, some
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
@@ -326,8 +326,3 @@ class Plan(Value):
 def _part(j: int) -> int:
     """Number of the part that slice ``j`` is."""
     return HEADER_PART + 1 + j
-
-
-def mib(count: int) -> str:
-    """Write a number of bytes for people: rounded up to a tenth of a MiB."""
-    return f"{-(-count * 10 // (1 << 20)) / 10:.1f} MiB"

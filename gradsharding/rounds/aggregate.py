@@ -30,13 +30,14 @@ from gradsharding.errors import (
     naming,
 )
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import Limits, Plan, mib
+from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.projection import HEADER_PART, READERS
 from gradsharding.planning.task import Invocation, Job, NonFinitePolicy, TaskReport, Term, invocations
 from gradsharding.planning.topologies import Topology, sharded
 from gradsharding.rounds.round import RECORD, ResultRecord, Round
 from gradsharding.running.executors import Executor, InlineExecutor, Progress, suited, taken
 from gradsharding.running.worker import blame
+from gradsharding.sizes import mib
 from gradsharding.stores.private import private_directory
 from gradsharding.stores.protocol import ObjectStore, changed
 from gradsharding.stores.reading import Reading, combined

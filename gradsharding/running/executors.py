@@ -19,10 +19,11 @@ from queue import SimpleQueue
 from typing import Any, Protocol, Self, runtime_checkable
 
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, TaskFailed, UserError, from_wire
-from gradsharding.planning.plan import Limits, Plan, mib
+from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import PARTIAL, Job, Task, TaskReport
 from gradsharding.running import worker
 from gradsharding.running.cgroup import Hold, MemoryCgroup, usable_cpus
+from gradsharding.sizes import mib
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.files import is_memory
 from gradsharding.stores.protocol import ObjectStore

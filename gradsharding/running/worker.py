@@ -23,8 +23,8 @@ from typing import NamedTuple
 from gradsharding.arithmetic.fold import Fold, first_beyond
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, naming, to_wire
 from gradsharding.format.dtypes import Buffer
-from gradsharding.planning.plan import mib
 from gradsharding.planning.task import PARTIAL, Job, Task, TaskReport, Term
+from gradsharding.sizes import mib
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.reading import divided, read_ahead
 from gradsharding.stores.urls import locate, open_store

@@ -19,11 +19,11 @@ from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import mib
 from gradsharding.planning.task import Term
 from gradsharding.planning.topologies import Topology
 from gradsharding.rounds.round import try_out
 from gradsharding.running.executors import taken
+from gradsharding.sizes import mib
 from gradsharding.stores.updates import inspect, loading
 from gradsharding.stores.urls import locate
 from gradsharding.usage import counting

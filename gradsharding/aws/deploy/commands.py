@@ -17,7 +17,7 @@ from gradsharding.aws.deploy.options import NAMED, SERVICE_ROLE, chosen, deploy_
 from gradsharding.aws.deploy.stack import Change, Order, interrupted, put_up
 from gradsharding.aws.deploy.teardown import Bucket, Cleared, Doomed, doomed, take_down
 from gradsharding.errors import UserError
-from gradsharding.planning.plan import mib
+from gradsharding.sizes import mib
 
 name_option = click.option(
     "--name", default="gradsharding", show_default=True, callback=lambda _, __, name: _checked(name), help="Name of the stack."

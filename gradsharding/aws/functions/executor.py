@@ -33,11 +33,12 @@ from gradsharding.errors import (
     from_wire,
     quoted,
 )
-from gradsharding.planning.plan import Limits, Plan, mib
+from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.platform import RUNTIME, TIMEOUT, Architecture
 from gradsharding.planning.task import Invocation, Job, Task, TaskReport
 from gradsharding.running.executors import Outcome, Progress, run_eagerly
 from gradsharding.running.pace import share
+from gradsharding.sizes import mib
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import Spent, together

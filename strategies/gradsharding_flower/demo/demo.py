@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.simulation import run_simulation
 from rich.console import Console
 
-from gradsharding.planning.plan import mib
+from gradsharding.sizes import mib
 from gradsharding_flower import GradSharding, upload_mod
 from gradsharding_flower.arrays import from_state_dict, to_state_dict
 from gradsharding_flower.demo.federation import Net, accuracy, client_app, initial_model, split
