@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 import measure
 from gradsharding.arithmetic.fold import Arithmetic, Fold
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import Run
 
 RESULTS = Path(__file__).parent / "results" / "kernel_speed.json"
 SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))

@@ -13,7 +13,7 @@ import pytest
 from gradsharding import DirectoryStore, Limits, MemoryStore, Round, aggregate
 from gradsharding.arithmetic.fold import Fold, size
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.topologies import lambda_fl, sharded
 from gradsharding.rounds.round import ResultRecord

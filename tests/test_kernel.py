@@ -8,8 +8,7 @@ import pytest
 
 from gradsharding.arithmetic.fold import SCRATCH, Fold, first_beyond, is_wide, sum_bytes
 from gradsharding.errors import InvalidUpdate
-from gradsharding.format.dtypes import NUMPY, Buffer, is_float, widen
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import NUMPY, Buffer, Run, is_float, widen
 from gradsharding.testing import assert_same, reference_mean
 
 F32, F64 = np.dtype("f4"), np.dtype("f8")

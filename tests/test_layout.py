@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 from gradsharding.errors import InvalidUpdate, LayoutMismatch
-from gradsharding.format.layout import MAX_HEADER, Layout, Run, Tensor, header_length, join_runs
+from gradsharding.format.dtypes import Run, join_runs
+from gradsharding.format.layout import MAX_HEADER, Layout, Tensor, header_length
 from gradsharding.value import Value
 
 TWO = Layout.of({"w": ("F32", (2, 3)), "steps": ("I64", ())})

@@ -19,8 +19,8 @@ import pytest
 from gradsharding.arithmetic.fold import Arithmetic, is_wide
 from gradsharding.arithmetic.weights import MAX_WEIGHT
 from gradsharding.aws.s3.store import S3Store
-from gradsharding.format.dtypes import FORMATS, NUMPY
-from gradsharding.format.layout import ITEM_SIZE, Layout, Run
+from gradsharding.format.dtypes import FORMATS, ITEM_SIZE, NUMPY, Run
+from gradsharding.format.layout import Layout
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.platform import RESIDENT
 from gradsharding.planning.task import RESERVED, Job, Task, Term

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gradsharding.arithmetic.fold import SCRATCH
 from gradsharding.errors import PlanTooLarge, UserError
-from gradsharding.format.layout import ITEM_SIZE, Layout
+from gradsharding.format.dtypes import ITEM_SIZE
+from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import READING

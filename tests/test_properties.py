@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.arithmetic.fold import Fold, first_beyond
-from gradsharding.format.dtypes import NUMPY
+from gradsharding.format.dtypes import ITEM_SIZE, NUMPY, join_runs
 from gradsharding.format.encode import Raw, encode
-from gradsharding.format.layout import ITEM_SIZE, Layout, join_runs
+from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.slices import cut

@@ -3,7 +3,7 @@
 import pytest
 
 from gradsharding.errors import PlanTooLarge
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import Run
 from gradsharding.planning.slices import Slice, cut
 
 MIXED = (Run("F64", 2), Run("F16", 4), Run("U8", 3))  # 16 + 8 + 3 bytes, 9 elements

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Result, Round, aggregate, open_executor
 from gradsharding.arithmetic.fold import Arithmetic, Fold
 from gradsharding.errors import NonFinite, PlanTooLarge, UserError
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree

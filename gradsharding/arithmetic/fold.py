@@ -16,8 +16,7 @@ from gradsharding.arithmetic import exact
 from gradsharding.arithmetic.exact import ExactSums
 from gradsharding.arithmetic.sums import BLOCK, WIDE_SIZE, FloatSums, IntegerSums, Scratch, Sums, WideSums
 from gradsharding.errors import InvalidUpdate
-from gradsharding.format.dtypes import NUMPY, Array, Buffer, is_float, widen
-from gradsharding.format.layout import ITEM_SIZE, Run
+from gradsharding.format.dtypes import ITEM_SIZE, NUMPY, Array, Buffer, Run, is_float, widen
 
 Arithmetic = Literal["float64", "exact"]
 """What floats are summed in."""

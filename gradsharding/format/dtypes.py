@@ -1,5 +1,6 @@
 """What the elements of each dtype are in numpy's terms: their names, their bits, and how to round to them once."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,6 +23,29 @@ NUMPY = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 """numpy's names of the dtypes; BF16, which numpy lacks, as its bits."""
+
+
+class Run(NamedTuple):
+    """``length`` neighbouring elements of one ``dtype``: all that arithmetic needs to know of a layout."""
+
+    dtype: str
+    length: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the run."""
+        return self.length * ITEM_SIZE[self.dtype]
+
+
+def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
+    """Join neighbours of one dtype and drop empty runs."""
+    joined: list[Run] = []
+    for run in runs:
+        if joined and joined[-1].dtype == run.dtype:
+            joined[-1] = Run(run.dtype, joined[-1].length + run.length)
+        elif run.length:
+            joined.append(run)
+    return tuple(joined)
 
 
 class Format(NamedTuple):

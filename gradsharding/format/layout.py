@@ -9,7 +9,7 @@ import json
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -21,9 +21,8 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from gradsharding.errors import InvalidUpdate, LayoutMismatch, quoted
-from gradsharding.format import dtypes, header
-
-ITEM_SIZE = dtypes.ITEM_SIZE
+from gradsharding.format import header
+from gradsharding.format.dtypes import ITEM_SIZE, Run, join_runs
 
 MAX_HEADER = 100_000_000
 """Bytes: the reference implementation reads no longer header."""
@@ -37,18 +36,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
-
-
-class Run(NamedTuple):
-    """``length`` neighbouring elements of one ``dtype``: all that arithmetic needs to know of a layout."""
-
-    dtype: str
-    length: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the run."""
-        return self.length * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -196,17 +183,6 @@ def _of_record(said: Any) -> Layout:
         return Layout.parse(json.dumps(entries).encode())
     except (TypeError, KeyError):
         raise InvalidUpdate("a layout is the text of a header") from None
-
-
-def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Join neighbours of one dtype and drop empty runs."""
-    joined: list[Run] = []
-    for run in runs:
-        if joined and joined[-1].dtype == run.dtype:
-            joined[-1] = Run(run.dtype, joined[-1].length + run.length)
-        elif run.length:
-            joined.append(run)
-    return tuple(joined)
 
 
 def header_length(prefix: bytes, size: int, largest: int = MAX_HEADER) -> int:

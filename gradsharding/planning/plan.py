@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import PlanTooLarge
-from gradsharding.format.layout import Run, join_runs
+from gradsharding.format.dtypes import Run, join_runs
 from gradsharding.planning.platform import FIGURES
 from gradsharding.planning.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.planning.slices import Slice, cut

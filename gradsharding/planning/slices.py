@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from gradsharding.errors import PlanTooLarge
-from gradsharding.format.layout import ITEM_SIZE, Run
+from gradsharding.format.dtypes import ITEM_SIZE, Run
 
 
 class Slice(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from gradsharding.arithmetic.fold import Arithmetic, is_exact, size, sum_bytes
-from gradsharding.format.layout import Run
+from gradsharding.format.dtypes import Run
 from gradsharding.planning.platform import Architecture
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import Usage, total

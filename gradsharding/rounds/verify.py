@@ -13,7 +13,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from gradsharding.errors import UserError, VerificationFailed, naming, quoted
-from gradsharding.format.layout import ITEM_SIZE, Layout, Run
+from gradsharding.format.dtypes import ITEM_SIZE, Run
+from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.task import Term
 from gradsharding.rounds.round import ResultRecord, Round

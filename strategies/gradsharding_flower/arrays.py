@@ -10,8 +10,7 @@ from flwr.app import Array, ArrayRecord
 
 from gradsharding import Raw
 from gradsharding.errors import InvalidUpdate
-from gradsharding.format.dtypes import NUMPY
-from gradsharding.format.layout import ITEM_SIZE
+from gradsharding.format.dtypes import ITEM_SIZE, NUMPY
 
 if TYPE_CHECKING:
     import torch
