@@ -18,7 +18,7 @@ demo: .venv/.ready # real federated training, on real images, on this machine
 	$(BIN)/gradsharding demo
 
 test: .venv/.ready # what takes seconds
-	$(PYTEST) -m "not slow and not flower"
+	$(PYTEST) -m "not slow and not flower and not rig"
 
 test-all: .venv/.ready # and what takes minutes or gigabytes, or starts Flower's own processes
 	$(PYTEST)

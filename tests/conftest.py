@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,7 +14,10 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 pytest.register_assert_rewrite("gradsharding.testing")
 
 from gradsharding.aws.s3.store import S3Store  # noqa: E402 - its asserts are rewritten first
+from rigs.endpoints import rclone_server, seaweed_server, server_missing  # noqa: E402
+from rigs.lambdas import emulator_missing  # noqa: E402
 from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
+from rigs.stack import account_missing, local_account, tool  # noqa: E402
 
 # A loaded machine is slow, not wrong: no example has a deadline.
 settings.register_profile("gradsharding", deadline=None)
@@ -27,6 +31,27 @@ def pytest_configure(config: pytest.Config) -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+MARKS = {
+    "ceph": "rig",
+    "emulator": "rig",
+    "ministack": "rig",
+    "rclone": "rig",
+    "seaweed": "rig",
+    "sam": "rig",
+    "checkov": "rig",
+    "wheels": "slow",
+}
+"""Fixtures, and the mark that every test bears which uses one, directly or through another fixture."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the fixtures that they use, before pytest selects by marks."""
+    for item in items:
+        for mark in {MARKS[name] for name in getattr(item, "fixturenames", ()) if name in MARKS}:
+            item.add_marker(mark)
 
 
 @pytest.fixture
@@ -60,6 +85,56 @@ def ceph() -> Iterator[Ceph]:
         pytest.skip(why)
     with ceph_server() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def seaweed() -> Iterator[S3Server]:
+    """SeaweedFS, for the whole session."""
+    if why := server_missing("weed"):
+        pytest.skip(why)
+    with seaweed_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[S3Server]:
+    """``rclone serve s3``, for the whole session."""
+    if why := server_missing("rclone"):
+        pytest.skip(why)
+    with rclone_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ministack() -> Iterator[dict[str, str]]:
+    """Give the environment that leads to ministack, which stands in for AWS accounts, for the whole session."""
+    if why := account_missing():
+        pytest.skip(why)
+    with local_account() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def emulator() -> None:
+    """Skip where Lambda's runtime emulator is not installed: the test starts functions."""
+    if why := emulator_missing():
+        pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def sam() -> Path:
+    """Give the path of SAM's command line."""
+    if not (path := tool("sam")):
+        pytest.skip("no sam: make rig")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkov() -> Path:
+    """Give the path of checkov, which looks for unsafe settings in templates."""
+    if not (path := tool("checkov")):
+        pytest.skip("no checkov: make rig")
+    return path
 
 
 def _store(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Store:

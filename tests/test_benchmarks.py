@@ -119,6 +119,7 @@ def test_flower_round_compares_real_federations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 def test_s3_worker_compares_rivals_on_the_same_updates(tmp_path: Path) -> None:
     """A quick run of ``s3_worker.py`` has each rival read all bytes on each route; what its targets compare can be recomputed."""
     if why := ceph_missing():

@@ -31,7 +31,7 @@ from gradsharding.aws.deploy.commands import deploy
 from gradsharding.aws.deploy.wheels import MACHINES, PACKAGES, fetch, installed, listed
 from gradsharding.errors import UserError
 from gradsharding.planning.platform import DEPLOYED_RUNTIME, RUNTIMES
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 
 ROOT = Path(__file__).parents[1]
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -167,7 +167,7 @@ def test_directory_that_is_in_use_is_refused(tmp_path: Path) -> None:
     assert (1, f"Error: {tmp_path} is not empty; a bundle is built into an empty directory\n") == (refused.returncode, refused.stderr)
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_function_logs_its_digest(bundle: Bundle) -> None:
     """On Lambda's runtime, a bundle's handler runs, and its first log says which bundle it is; its second does not."""
     with LocalLambda(LocalFunction(code=bundle.directory)) as front, pytest.MonkeyPatch.context() as patch:

@@ -23,11 +23,10 @@ from gradsharding.planning.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.stores.updates import load
 from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
-from rigs.stack import account_missing, local_account, tool
+from rigs.stack import account_missing, local_account
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
-NO_SAM = None if tool("sam") else "no sam: make rig"
 OFFLINE = {"SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
@@ -56,22 +55,20 @@ def test_template_allows_what_plans_count_on(option: str, default: int, most: in
     assert f"[default: {default}]" in (getattr(offered, "help", None) or "")
 
 
-@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
 @pytest.mark.parametrize("command", [["cfn-lint"], ["sam", "validate", "--lint", "--template"]], ids=" ".join)
-def test_template_is_sound(command: list[str]) -> None:
+def test_template_is_sound(sam: Path, command: list[str]) -> None:
     """CloudFormation's linter and SAM's validator find nothing to say."""
-    ended = _run(tool(command[0]) or "", *command[1:], DEPLOY / "template.yaml", cwd=DEPLOY)
+    ended = _run(sam.with_name(command[0]), *command[1:], DEPLOY / "template.yaml", cwd=DEPLOY)
     assert 0 == ended.returncode, ended.stdout + ended.stderr
 
 
-@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
-def test_sam_builds_it(tmp_path: Path) -> None:
+def test_sam_builds_it(sam: Path, tmp_path: Path) -> None:
     """``sam build`` makes the same bundle as ``deploy`` does."""
     shutil.copytree(DEPLOY, tmp_path / "deploy")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     overrides = f"Architecture={HERE[0]} Runtime=python{HERE[1]}"
     env = {"PATH": path, "GRADSHARDING_ARCHITECTURE": HERE[0], "GRADSHARDING_PYTHON": HERE[1]}
-    ended = _run(tool("sam") or "", "build", "--parameter-overrides", overrides, cwd=tmp_path / "deploy", **env)
+    ended = _run(sam, "build", "--parameter-overrides", overrides, cwd=tmp_path / "deploy", **env)
     built = tmp_path / "deploy/.aws-sam/build/Function"
 
     assert 0 == ended.returncode, ended.stdout + ended.stderr
@@ -99,6 +96,7 @@ def command(account: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 def test_deploy_smoke_destroy(command: Any) -> None:
     """A stack goes up, averages with every element right, changes when it is told to, and leaves nothing behind."""
     ours = ["--architecture", HERE[0], "--runtime", f"python{HERE[1]}"]

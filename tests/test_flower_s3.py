@@ -39,7 +39,7 @@ from gradsharding_flower.mod import ORDERS
 from gradsharding_flower.permits import ABANDONED, PERMIT, SPOOL_KEY, Lender, Offered
 from gradsharding_flower.reference import Reference, client_id
 from gradsharding_flower.testing import LocalGrid
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 from rigs.loopback import Loopback
 from rigs.s3 import Ceph
 from test_flower_processes import APP, CLIENTS, ROUNDS, assert_ends, assert_small_messages, expected
@@ -272,7 +272,7 @@ def test_credentials_that_end(ceph_store: S3Store, monkeypatch: pytest.MonkeyPat
         assert warned == len(re.findall(said, flower_log.text))
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Rounds whose slices are averaged by Lambda functions give the same model; the server logs how many functions it takes at once."""
     caplog.set_level(logging.INFO)

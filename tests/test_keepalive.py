@@ -28,7 +28,7 @@ from gradsharding.planning.topologies import sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.testing import assert_same, reference_mean, sample_updates
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 from rigs.nat import ForgetfulNat, nat_missing
 from rigs.s3 import Ceph
 
@@ -103,7 +103,7 @@ def test_answers_outlast_nat(slow: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @NAT_HERE
 @pytest.mark.slow
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_round_outlasts_nat(ceph_store: S3Store, ceph: Ceph, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A round of functions that take longer than NAT remembers asks for each task once, with the probes that users get."""
     forgets = 1.25 * keepalive.PROBES.idle

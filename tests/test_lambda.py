@@ -40,12 +40,12 @@ from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.reading import STREAM
 from gradsharding.testing import ExecutorContract, assert_same, peak, read, reference_mean, sample_updates
 from gradsharding.testing.executors import Started
-from rigs.lambdas import HERE, Fault, LocalFunction, LocalLambda, Said, emulator_missing, hold
+from rigs.lambdas import HERE, Fault, LocalFunction, LocalLambda, Said, hold
 from rigs.s3 import Ceph
 
 MIB = 1 << 20
 UNKNOWN = Settings(None, None, None, None, None)
-RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+RUNS_HERE = pytest.mark.usefixtures("emulator")
 
 Start = Callable[..., LocalLambda]
 

@@ -21,7 +21,7 @@ from gradsharding.rounds.round import Round
 from gradsharding.running.pace import GETS, PUTS, Share, keeping, share, take_turn, time_left
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.usage import carried
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 
 
 @given(st.integers(1, 10_000))
@@ -108,7 +108,7 @@ def _average(store: S3Store) -> None:
     assert_same(reference_mean(updates), result.arrays())
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("count", [1, 2])
 def test_functions_are_told_their_share(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """On Lambda, each function is told its share among those that run at once."""
@@ -118,7 +118,7 @@ def test_functions_are_told_their_share(moto_store: S3Store, monkeypatch: pytest
     assert {share(count)} == {Share.model_validate(json.loads(call.event)["share"]) for call in front.calls}
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_functions_keep_to_it(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """On Lambda, a function whose share lets it ask once in its time asks no second time, and says why."""
     monkeypatch.setattr("gradsharding.running.pace.GETS", 0.02)  # each of two has its second turn after 100 s, and a minute in all

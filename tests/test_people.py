@@ -27,7 +27,7 @@ from gradsharding.rounds.round import Round
 from gradsharding.stores.updates import inspect
 from rigs.policies import Need, actions, allows, needs, recorded
 from rigs.s3 import Ceph, S3Server
-from rigs.stack import account_missing, local_account, tool
+from rigs.stack import account_missing, local_account
 from rigs.template import read_template, resolved
 
 POLICIES = Path(__file__).parent.parent / "deploy/policies"
@@ -99,10 +99,8 @@ def asked() -> Mapping[str, set[Need]]:
 
 
 @pytest.fixture(scope="module")
-def handled() -> set[str]:
+def handled(sam: Path) -> set[str]:
     """Actions that CloudFormation takes, in the deployer's name, for the types of the template, as their registered schemas say."""
-    if not (sam := tool("sam")):
-        pytest.skip("no sam: make rig")
     (schemas,) = sam.parents[1].glob("lib/python3*/site-packages/cfnlint/data/schemas")
     files = json.loads((schemas / "providers/us-east-1.json").read_text())
     found = [json.loads((schemas / f"resources/{files[kind]}.json").read_text())["handlers"] for _, kind in sorted(kinds(template()))]
@@ -110,6 +108,7 @@ def handled() -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 def test_deployer_may_do_what_the_commands_ask(asked: Mapping[str, set[Need]]) -> None:
     """Each request of deploy, status and destroy is allowed on the very resource that it names; smoke also needs what an aggregator may."""
     deployer, aggregator = policy("deployer"), policy("aggregator")
@@ -121,6 +120,7 @@ def test_deployer_may_do_what_the_commands_ask(asked: Mapping[str, set[Need]]) -
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 def test_deployer_may_do_no_more(asked: Mapping[str, set[Need]], handled: set[str]) -> None:
     """Each action is one that a command asks, or CloudFormation for our types, or has its reason; none of those is missing."""
     commands = {need.action for command, wanted in asked.items() if command != "smoke" for need in wanted}

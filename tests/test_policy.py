@@ -28,7 +28,7 @@ from gradsharding.running import worker
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import assert_same, reference_mean
 from gradsharding.testing.executors import Started
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server
 from rigs.template import read_template, resolved
 
@@ -130,8 +130,6 @@ def test_enough(ceph_store: S3Store, function: S3Server, monkeypatch: pytest.Mon
 @pytest.fixture
 def on_lambda(function: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run a function that has the role's rights, and no more; the environment leads there."""
-    if why := emulator_missing():
-        pytest.skip(why)
     with LocalLambda(LocalFunction(environment=function.environment()), concurrency=1) as front:
         for name, value in front.environment().items():
             monkeypatch.setenv(name, value)
@@ -147,7 +145,7 @@ def sealed(store: S3Store) -> Round:
     return round_
 
 
-@pytest.mark.usefixtures("on_lambda")
+@pytest.mark.usefixtures("emulator", "on_lambda")
 def test_deleted_is_not_denied(ceph_store: S3Store) -> None:
     """A function may not list, so that S3 denies it what is not there; the caller looks, and says that an update was deleted, and whose."""
     round_ = sealed(ceph_store)
@@ -161,7 +159,7 @@ def test_deleted_is_not_denied(ceph_store: S3Store) -> None:
     assert round_.result() is None
 
 
-@pytest.mark.usefixtures("on_lambda")
+@pytest.mark.usefixtures("emulator", "on_lambda")
 def test_denied_is_not_deleted(ceph_store: S3Store) -> None:
     """An update that the caller sees, and the function's role may not read, is told as such, with the right that it lacks."""
     outside = S3Store(f"s3://{ceph_store.bucket}/another")
@@ -173,7 +171,7 @@ def test_denied_is_not_deleted(ceph_store: S3Store) -> None:
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
 
 
-@pytest.mark.usefixtures("on_lambda")
+@pytest.mark.usefixtures("emulator", "on_lambda")
 def test_denied_write_is_the_functions(ceph_store: S3Store) -> None:
     """A function that its role does not let write the result is named with it, since it is not the caller's rights that lack."""
     round_ = Round.create(ceph_store, "r", output=f"s3://{ceph_store.bucket}/another/mean.safetensors")
@@ -269,6 +267,7 @@ def test_all_that_is_written_is_cleared_away_or_is_the_result(name: str, ceph: C
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 @pytest.mark.parametrize(("name", "versioned"), [("in results", False), ("deeper in results", True)])
 def test_lifecycle(name: str, monkeypatch: pytest.MonkeyPatch, *, versioned: bool) -> None:
     """Under the template's rules, on a server whose days are short, what a killed ``aggregate`` leaves goes; updates and results stay."""

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -27,7 +27,6 @@ from gradsharding.usage import counting
 from rigs.proxy import Path as Route
 from rigs.proxy import Proxy
 from rigs.s3 import Ceph
-from rigs.stack import account_missing, local_account
 
 MIB = 1 << 20
 KEY = "rounds/r/updates/a b.safetensors"
@@ -189,7 +188,7 @@ def test_who_may_not_write_lends_nothing(ceph: Ceph, ceph_store: S3Store, monkey
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-@pytest.mark.parametrize("server", ["moto", "ceph"])
+@pytest.mark.parametrize("server", ["moto", pytest.param("ceph", marks=pytest.mark.rig)])
 def test_other_bytes_of_the_same_size(request: pytest.FixtureRequest, spooled: Path, server: str, pieces: int) -> None:
     """Other bytes than were offered are found out by their digest, on a server that lets them through, even if they are as many."""
     store: S3Store = request.getfixturevalue(f"{server}_store")
@@ -205,7 +204,7 @@ def test_other_bytes_of_the_same_size(request: pytest.FixtureRequest, spooled: P
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("server", ["moto", "ceph"])
+@pytest.mark.parametrize("server", ["moto", pytest.param("ceph", marks=pytest.mark.rig)])
 def test_etags_are_known(request: pytest.FixtureRequest, spooled: Path, server: str, pieces: int) -> None:
     """The ETag that an offer leads to is the one that the server gives, and settling reads no data then."""
     store: S3Store = request.getfixturevalue(f"{server}_store")
@@ -326,22 +325,13 @@ def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "config"
 
 
-@pytest.fixture(scope="module")
-def account() -> Iterator[dict[str, str]]:
-    """Run an account on loopback, whose STS gives credentials of roles."""
-    if why := account_missing():
-        pytest.skip(why)
-    with local_account() as environment:
-        yield environment
-
-
-def test_urls_of_a_role(account: dict[str, str], profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_of_a_role(ministack: Mapping[str, str], profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A URL ends with the session of the role that signs it; if that does not last half as long as the URL should, it is refused."""
     profile.write_text(
         "[profile p]\nrole_arn = arn:aws:iam::000000000000:role/r\nsource_profile = s\nduration_seconds = 1800\n"
         "[profile s]\naws_access_key_id = test\naws_secret_access_key = test\n"
     )
-    monkeypatch.setenv("AWS_ENDPOINT_URL", account["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", ministack["AWS_ENDPOINT_URL"])
     (short, first), (longer, second) = lent(900), lent(3000)
 
     assert (900, first) == (short, second)

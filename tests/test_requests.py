@@ -32,7 +32,7 @@ from gradsharding.usage import Usage, carried, count, counting, total
 from gradsharding_flower import GradSharding, upload_mod
 from gradsharding_flower.result import RoundReport
 from gradsharding_flower.testing import LocalGrid
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 from rigs.proxy import Path as Route
 from rigs.proxy import Proxy
 from rigs.s3 import Ceph, Request, S3Server
@@ -67,7 +67,7 @@ def test_classes(method: str, target: str, billed: str) -> None:
     assert billed == Request(method, target).billed
 
 
-@pytest.mark.parametrize(("server", "count"), [("moto", MOTO), ("ceph", CEPH)])
+@pytest.mark.parametrize(("server", "count"), [("moto", MOTO), pytest.param("ceph", CEPH, marks=pytest.mark.rig)])
 def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, server: str, count: int) -> None:
     """Random rounds by command, call, after a crash and in Flower: the server saw what is reported, no more than was planned."""
     store: S3Store = request.getfixturevalue(f"{server}_store")
@@ -86,7 +86,7 @@ def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     [flat, partial(sharded, shards=3), lambda_fl, partial(lifl, fan_in=2), partial(sharded_tree, shards=2)],
     ids=["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"],
 )
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, topology: Any) -> None:
     """On Lambda, the functions' requests are in their reports, and with the caller's they are what the server saw; the bill is of these."""
     round_ = submitted(ceph_store, sample_updates(5, size=3_000))
@@ -106,7 +106,7 @@ def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch
         assert seen[kind] == billed[f"functions' {class_}"] + billed[f"the caller's {class_}"]
 
 
-@pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+@pytest.mark.usefixtures("emulator")
 def test_a_lost_answer_is_told(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt whose answer was lost has asked nobody knows what: the report counts such attempts, and no more than it knows."""
     round_ = submitted(ceph_store, sample_updates(3, size=100))

@@ -390,6 +390,7 @@ def test_another_region(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.rig
 def test_over_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """Over TLS, with a certificate that the environment trusts, a round runs, and signed URLs work; an unknown one is refused."""
     if why := ceph_missing():

@@ -13,12 +13,14 @@ from rigs.slurm import finish, slurm, slurm_missing
 ROOT = Path(__file__).parents[1]
 BENCHMARK = [str(ROOT / "benchmarks" / "topologies.py"), "--size", "2MB", "--clients", "5", "--repetitions", "1"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(slurm_missing()), reason=str(slurm_missing()))]
+pytestmark = [pytest.mark.slow, pytest.mark.rig]
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Mapping[str, str]]:
     """Give the environment that leads to a Slurm of one node."""
+    if why := slurm_missing():
+        pytest.skip(why)
     with slurm() as environment:
         here = str(Path(sys.executable).parent)
         yield {

@@ -29,9 +29,9 @@ from gradsharding.stores.memory import MemoryStore
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same, reference_mean
-from rigs.lambdas import LocalFunction, LocalLambda, emulator_missing
+from rigs.lambdas import LocalFunction, LocalLambda
 
-RUNS_HERE = pytest.mark.skipif(bool(emulator_missing()), reason=str(emulator_missing()))
+RUNS_HERE = pytest.mark.usefixtures("emulator")
 ADVICE = "no price for mx-central-1; fetch it with: gradsharding prices --refresh --region mx-central-1"
 
 

@@ -37,7 +37,6 @@ from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
 from rigs.frontdoor import FrontDoor, Stop, front_door
 from rigs.policies import recorded
-from rigs.stack import account_missing, local_account
 
 OTHERS = {
     "Description": "somebody else's",
@@ -79,11 +78,9 @@ CODE = zipped()
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[FrontDoor]:
+def door(ministack: Mapping[str, str]) -> Iterator[FrontDoor]:
     """Give the door to accounts that have nothing in them."""
-    if why := account_missing():
-        pytest.skip(why)
-    with local_account() as environment, front_door(environment) as opened:
+    with front_door(ministack) as opened:
         yield opened
 
 

@@ -24,7 +24,7 @@ from gradsharding.aws.deploy.template import filled
 from gradsharding.aws.s3.demands import demanded
 from gradsharding.errors import UserError
 from gradsharding.planning.platform import RUNTIMES
-from rigs.stack import account_missing, local_account, tool
+from rigs.stack import as_account
 from rigs.template import PSEUDO, read_template, resolved, translated
 
 REGION = PSEUDO["AWS::Region"]
@@ -32,8 +32,6 @@ KEY = f"arn:aws:kms:{REGION}:123456789012:key/0a1b2c3d-0000-4000-8000-0123456789
 ROLE, BOUNDARY = "arn:aws:iam::123456789012:role/mine", "arn:aws:iam::123456789012:policy/bounds"
 TOPIC = f"arn:aws:sns:{REGION}:123456789012:told"
 TEMPLATE = next(path for path in TEMPLATES if path.exists())
-NO_SAM = None if tool("sam") else "no sam: make rig"
-NO_CHECKOV = None if tool("checkov") else "no checkov: make rig"
 
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "nothing": (),
@@ -66,8 +64,6 @@ def asked(*words: str) -> Chosen:
 @cache
 def plain(*words: str) -> Any:
     """Give what SAM's translator makes of the template for options, with their conditions decided."""
-    if NO_SAM:
-        pytest.skip(NO_SAM)
     parameters = asked(*words).parameters
     text = filled(template(), "s3://code/one/1.zip", parameters)
     return resolved(translated(read_template(text), parameters), **parameters)
@@ -110,6 +106,7 @@ def test_nothing_given_says_nothing() -> None:
     assert Chosen({}, {}, None, None, None, locked=False, adopt=False, yes=False) == asked()
 
 
+@pytest.mark.usefixtures("sam")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_taken(name: str) -> None:
     """Options that go together pass their own checks and the template's, and leave a template without open conditions."""
@@ -129,6 +126,7 @@ def test_settings_cover_all_options() -> None:
     assert defaults(template()).keys() - old == used - old
 
 
+@pytest.mark.usefixtures("sam")
 def test_nothing_changes_for_who_asks_for_nothing() -> None:
     """By default there is one bucket, its policy, a role, a log, a function with one published version and its alias, and two alarms."""
     resources = made()
@@ -147,6 +145,7 @@ def test_nothing_changes_for_who_asks_for_nothing() -> None:
     assert "PassThrough" == function["TracingConfig"]["Mode"]
 
 
+@pytest.mark.usefixtures("sam")
 def test_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A KMS key encrypts bucket and log; the function may use that key, through S3 alone, and its variables are demands that we know."""
     resources = made("--kms-key", KEY)
@@ -164,6 +163,7 @@ def test_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": KEY, "ExpectedBucketOwner": owner} == demanded()
 
 
+@pytest.mark.usefixtures("sam")
 def test_vpc() -> None:
     """In a VPC, Lambda may make the function's interfaces in its role's name, and the function's own code may not."""
     resources = made("--subnets", "subnet-01234567,subnet-01234568", "--security-groups", "sg-01234567")
@@ -177,6 +177,7 @@ def test_vpc() -> None:
     assert {"ArnEquals": {"lambda:SourceFunctionArn": f"arn:aws:lambda:{REGION}:123456789012:function:one"}} == leave["Condition"]
 
 
+@pytest.mark.usefixtures("sam")
 def test_existing_bucket() -> None:
     """With a bucket of one's own none is made and none is named as ours; the function's rights are on that one, below the prefix."""
     options = "--bucket", "theirs", "--bucket-owner", "210987654321", "--prefix", "fl"
@@ -191,6 +192,7 @@ def test_existing_bucket() -> None:
     assert "210987654321" == variables["GRADSHARDING_S3_EXPECTED_BUCKET_OWNER"]
 
 
+@pytest.mark.usefixtures("sam")
 def test_existing_role() -> None:
     """With a role of one's own none is made, and the function takes that one."""
     resources = made("--role", ROLE)
@@ -200,6 +202,7 @@ def test_existing_role() -> None:
     assert "Role" not in json.dumps([one.get("DependsOn", []) for one in resources.values()])
 
 
+@pytest.mark.usefixtures("sam")
 def test_smaller_options() -> None:
     """The other options arrive, each where it belongs."""
     resources = made(*SETTINGS["everything made"])
@@ -217,6 +220,7 @@ def test_smaller_options() -> None:
     assert "fl/rounds/" in {rule.get("Prefix") for rule in bucket["LifecycleConfiguration"]["Rules"]}
 
 
+@pytest.mark.usefixtures("sam")
 def test_dashboard() -> None:
     """The dashboard is JSON that CloudWatch reads; it shows the function's metrics, of all its versions, and the memory from its log."""
     assert "Board" not in made()
@@ -229,7 +233,7 @@ def test_dashboard() -> None:
     assert {REGION} == {one["properties"]["region"] for one in widgets}
 
 
-@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+@pytest.mark.usefixtures("sam")
 def test_code_is_pinned_to_its_version() -> None:
     """Where the bucket of the code keeps versions, the function is made of the very version that was compared, and that is read back."""
     code = Code("code-bucket", "one", "0" * 64, "3sL4kqtJlcpXroDTDmJ.rmSpXd3dIbrHY-MTRCxf3vjVBH40_Nr8X8gdRQBpUMLUo")
@@ -242,6 +246,7 @@ def test_code_is_pinned_to_its_version() -> None:
     )
 
 
+@pytest.mark.usefixtures("sam")
 def test_alias_leads_to_a_version_that_stays() -> None:
     """The executor is an alias; it leads to a version that outlives the next one, so that a round that runs goes on with it."""
     resources = made()
@@ -255,7 +260,7 @@ def test_alias_leads_to_a_version_that_stays() -> None:
     assert [[{"Name": "FunctionName", "Value": "${Function}"}]] * 2 == dimensions  # an alarm for an alias would miss its versions
 
 
-@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
+@pytest.mark.usefixtures("sam")
 def test_whatever_changes_publishes_a_version() -> None:
     """Another code, another value of any parameter or another template makes another version, which the function's description names."""
 
@@ -361,11 +366,11 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [directory / f"{name}.json" for name in SETTINGS]
 
 
-@pytest.mark.skipif(bool(NO_CHECKOV), reason=str(NO_CHECKOV))
-def test_checkov(templates: list[Path]) -> None:
+@pytest.mark.usefixtures("sam")
+def test_checkov(checkov: Path, templates: list[Path]) -> None:
     """Checkov finds nothing, in the text and in what each setting makes of it; each exception stands in the template with its reason."""
     files = [word for path in (TEMPLATE, *templates) for word in ("--file", path)]
-    ended = _run(tool("checkov") or "", "--framework", "cloudformation", "--skip-download", "--output", "json", *files)
+    ended = _run(checkov, "--framework", "cloudformation", "--skip-download", "--output", "json", *files)
     found = json.loads(ended.stdout)["results"]
     checked = {Path(one["file_path"]).name for one in found["passed_checks"]}
 
@@ -376,10 +381,9 @@ def test_checkov(templates: list[Path]) -> None:
     assert {*re.findall(r"\{id: (CKV_\w+), comment: '\w", template())} == excepted  # each still has something to except
 
 
-@pytest.mark.skipif(bool(NO_SAM), reason=str(NO_SAM))
-def test_each_setting_is_sound(templates: list[Path]) -> None:
+def test_each_setting_is_sound(sam: Path, templates: list[Path]) -> None:
     """CloudFormation's linter finds nothing in what each setting makes of the template, against the schemas of its resources."""
-    ended = _run(tool("cfn-lint") or "", *templates)
+    ended = _run(sam.with_name("cfn-lint"), *templates)
 
     assert 0 == ended.returncode, ended.stdout + ended.stderr
 
@@ -400,55 +404,52 @@ def _empty_zip(*_: Any) -> bytes:
     return data.getvalue()
 
 
-def test_options_arrive_on_an_account(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_arrive_on_an_account(ministack: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An account that executes the template has what options ask for; a change publishes a version, to which the alias then leads.
 
     Ministack's CloudFormation knows no boundaries, no reserved concurrency, and of a bucket its versioning: for those, see above.
     """
-    if why := account_missing():
-        pytest.skip(why)
-    with local_account() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        account = Account()
+    for name, value in as_account(ministack, "200000000000").items():
+        monkeypatch.setenv(name, value)
+    account = Account()
 
-        def up(*words: str) -> Stack:
-            one = asked(*words)
-            order = Order("one", one.parameters, one.tags, one.service_role, one.termination_protection, one.code_bucket)
-            stack = put_up(account, order, lambda _: True, lambda _: None, _empty_zip)
-            assert stack
-            return stack
+    def up(*words: str) -> Stack:
+        one = asked(*words)
+        order = Order("one", one.parameters, one.tags, one.service_role, one.termination_protection, one.code_bucket)
+        stack = put_up(account, order, lambda _: True, lambda _: None, _empty_zip)
+        assert stack
+        return stack
 
-        key, region = KEY.replace(REGION, account.region), account.region
-        functions = account.functions
-        cloudwatch: Any = boto3.client("cloudwatch")
-        up()
-        first = functions.get_function_configuration(FunctionName="one:live")
-        assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
-        stack = up(
-            "--kms-key", key, "--versioning", "--log-days", "365", "--log-format", "json",
-            "--dashboard", "--tracing", "--memory", "1024", "--tag", "team=fl", "--tag", "note=a b", "--termination-protection",
-            "--alarm-topic", TOPIC.replace(REGION, region),
-        )  # fmt: skip
-        now = functions.get_function_configuration(FunctionName="one:live")
-        (group,) = account.logs.describe_log_groups(logGroupNamePrefix="/aws/lambda/one")["logGroups"]
+    key, region = KEY.replace(REGION, account.region), account.region
+    functions = account.functions
+    cloudwatch: Any = boto3.client("cloudwatch")
+    up()
+    first = functions.get_function_configuration(FunctionName="one:live")
+    assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
+    stack = up(
+        "--kms-key", key, "--versioning", "--log-days", "365", "--log-format", "json",
+        "--dashboard", "--tracing", "--memory", "1024", "--tag", "team=fl", "--tag", "note=a b", "--termination-protection",
+        "--alarm-topic", TOPIC.replace(REGION, region),
+    )  # fmt: skip
+    now = functions.get_function_configuration(FunctionName="one:live")
+    (group,) = account.logs.describe_log_groups(logGroupNamePrefix="/aws/lambda/one")["logGroups"]
 
-        assert ("1", "2") == (first["Version"], now["Version"])
-        assert (512, 1024) == (first["MemorySize"], now["MemorySize"])
-        assert ("Active", "JSON") == (now["TracingConfig"]["Mode"], now["LoggingConfig"]["LogFormat"])
-        assert key == now["Environment"]["Variables"]["GRADSHARDING_S3_SSE_KMS_KEY_ID"]
-        assert 365 == group["retentionInDays"]
-        assert ["one-us-east-1"] == [one["DashboardName"] for one in cloudwatch.list_dashboards()["DashboardEntries"]]
-        assert [[TOPIC.replace(REGION, region)]] * 2 == [one["AlarmActions"] for one in cloudwatch.describe_alarms()["MetricAlarms"]]
-        assert "Enabled" == account.s3.get_bucket_versioning(Bucket=stack.outputs["Bucket"])["Status"]
-        assert {"team": "fl", "note": "a b"}.items() <= stack.tags.items()
-        assert stack.protected
+    assert ("1", "2") == (first["Version"], now["Version"])
+    assert (512, 1024) == (first["MemorySize"], now["MemorySize"])
+    assert ("Active", "JSON") == (now["TracingConfig"]["Mode"], now["LoggingConfig"]["LogFormat"])
+    assert key == now["Environment"]["Variables"]["GRADSHARDING_S3_SSE_KMS_KEY_ID"]
+    assert 365 == group["retentionInDays"]
+    assert ["one-us-east-1"] == [one["DashboardName"] for one in cloudwatch.list_dashboards()["DashboardEntries"]]
+    assert [[TOPIC.replace(REGION, region)]] * 2 == [one["AlarmActions"] for one in cloudwatch.describe_alarms()["MetricAlarms"]]
+    assert "Enabled" == account.s3.get_bucket_versioning(Bucket=stack.outputs["Bucket"])["Status"]
+    assert {"team": "fl", "note": "a b"}.items() <= stack.tags.items()
+    assert stack.protected
 
-        up("--kms-key", "", "--no-dashboard", "--no-termination-protection")
-        taken_back = functions.get_function_configuration(FunctionName="one:live")
-        assert "GRADSHARDING_S3_SSE" not in taken_back["Environment"]["Variables"]
-        assert (1024, "3") == (taken_back["MemorySize"], taken_back["Version"])  # what is not given stays
-        assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
-        with pytest.raises(UserError, match="the stack's bucket is one that it made"):
-            up("--bucket", "theirs")
-        assert "3" == functions.get_function_configuration(FunctionName="one:live")["Version"]
+    up("--kms-key", "", "--no-dashboard", "--no-termination-protection")
+    taken_back = functions.get_function_configuration(FunctionName="one:live")
+    assert "GRADSHARDING_S3_SSE" not in taken_back["Environment"]["Variables"]
+    assert (1024, "3") == (taken_back["MemorySize"], taken_back["Version"])  # what is not given stays
+    assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
+    with pytest.raises(UserError, match="the stack's bucket is one that it made"):
+        up("--bucket", "theirs")
+    assert "3" == functions.get_function_configuration(FunctionName="one:live")["Version"]
