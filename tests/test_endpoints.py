@@ -348,7 +348,7 @@ def test_equal_parts_without_sense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("aws", [True, False])
 def test_what_protects_bodies(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, aws: bool) -> None:
-    """AWS gets a CRC-32C with each body, other servers its MD5, which all know; so do deletions of many."""
+    """Each body carries its CRC-32 to AWS, and its MD5, which every server knows, elsewhere; so do deletions of many."""
     if aws:
         monkeypatch.setattr("gradsharding.aws.s3.dialect._suffixes", lambda: (".127.0.0.1",))
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")  # a client of its own
@@ -362,7 +362,7 @@ def test_what_protects_bodies(moto: S3Server, moto_store: S3Store, monkeypatch: 
     bodies = [one for one in moto.seen()[before:] if one.method == "PUT" and "x-amz-copy-source" not in one.headers]
 
     assert 3 == len(bodies)
-    assert all(("x-amz-checksum-crc32c" in one.headers, "content-md5" in one.headers) == (aws, not aws) for one in bodies)
+    assert all(("x-amz-checksum-crc32" in one.headers, "content-md5" in one.headers) == (aws, not aws) for one in bodies)
     assert aws == any("x-amz-checksum-algorithm" in one.headers for one in moto.seen()[before:] if one.target.endswith("?uploads"))
     deletions = [one for one in moto.seen()[before:] if one.billed == "deletes"]
     assert [not aws] * 2 == ["content-md5" in one.headers for one in deletions]  # of the part that was kept, and of b

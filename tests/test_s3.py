@@ -1,5 +1,6 @@
 """S3 is a store like any other, on moto and on Ceph, whatever the network does to it."""
 
+import base64
 import contextlib
 import json
 import os
@@ -226,6 +227,15 @@ def test_body(buffers: list[bytes], start: int, stop: int, count: int) -> None:
         assert len(body) == len(data)
         body.seek(min(start, len(data)))
         assert data[start:] == b"".join(iter(lambda body=body: body.read(count), b""))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("cut", range(10))
+def test_checksum(cut: int) -> None:
+    """A body's CRC-32 is that of its buffers joined, in base64: the check value of the catalogues is CBF43926."""
+    whole = b"123456789"
+
+    assert base64.b64encode(bytes.fromhex("CBF43926")).decode() == Body([whole[:cut], whole[cut:]]).crc32()
+    assert "AAAAAA==" == Body([]).crc32()
 
 
 def test_body_of_many_buffers() -> None:
@@ -456,8 +466,7 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
 
     assert_same(reference_mean(updates), result.arrays())
     assert (result.plan.gets, result.plan.puts) == (total(result.usage).gets, total(result.usage).puts)
-    listed = ceph_store.client.list_objects_v2(Bucket=ceph_store.bucket)["Contents"]
-    assert not [found["Key"] for found in listed if ".gradsharding" in found["Key"]]
+    assert [] == [key for key in _all_keys(ceph_store) if ".gradsharding" in key]
     assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
 
 
@@ -506,6 +515,52 @@ def test_resumed(ceph_store: S3Store) -> None:
 
     assert ["sharded/2", "sharded/3"] == [report.task for report in result.reports]
     assert_same(reference_mean(updates), result.arrays())
+
+
+def test_upload_of_an_earlier_release(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload on AWS that declares CRC-32C, as earlier releases began them, is given up, and the round begins another."""
+    monkeypatch.setattr("gradsharding.aws.s3.dialect._suffixes", lambda: (".127.0.0.1",))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")  # a client of its own
+    begun, client = list[str](), moto_store.client
+
+    def add_checksum(parsed: dict[str, Any], **_: Any) -> None:
+        """Answer ListParts as AWS does: moto says which checksum an upload declares in ListMultipartUploads only."""
+        for upload in client.list_multipart_uploads(Bucket=moto_store.bucket).get("Uploads", []):
+            if upload["UploadId"] == parsed.get("UploadId"):
+                parsed["ChecksumAlgorithm"] = upload["ChecksumAlgorithm"]
+
+    client.meta.events.register("after-call.s3.ListParts", add_checksum)
+
+    def begin(store: S3Store, key: str) -> str:
+        upload: str = client.create_multipart_upload(Bucket=store.bucket, Key=store.place(key), ChecksumAlgorithm="CRC32C")["UploadId"]
+        begun.append(upload)
+        return upload
+
+    updates = sample_updates(3)
+    round_ = Round.create(moto_store, "r")
+    for client_id, (arrays, weight) in updates.items():
+        round_.submit(client_id, arrays, weight)
+
+    class Killed(InlineExecutor):
+        def run(self, tasks: Any, *args: Any) -> Any:
+            super().run(tasks[:2], *args)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(S3Store, "begin", begin)
+        with pytest.raises(KeyboardInterrupt):
+            aggregate(round_, topology=_into(3), executor=Killed())
+    result = aggregate(round_, topology=_into(3))
+
+    assert 1 == len(begun)
+    assert ["sharded/0", "sharded/1", "sharded/2"] == [report.task for report in result.reports]
+    assert_same(reference_mean(updates), result.arrays())
+    assert [] == client.list_multipart_uploads(Bucket=moto_store.bucket).get("Uploads", [])
+    assert [] == [key for key in _all_keys(moto_store) if ".gradsharding" in key]
+
+
+def _all_keys(store: S3Store) -> list[str]:
+    return [found["Key"] for found in store.client.list_objects_v2(Bucket=store.bucket)["Contents"]]
 
 
 def test_command_line(ceph_store: S3Store, tmp_path: Any) -> None:

@@ -112,7 +112,7 @@ def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
     Buckets are addressed by paths, which all servers know, unless the profile says otherwise; an access point has no path.
     """
     style = "auto" if _is_arn(bucket) else (session.get_scoped_config().get("s3") or {}).get("addressing_style", "path")
-    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and a CRC-32C that we send protect it.
+    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and the CRC-32 that we send protect it.
     return S3_CONFIG | {"s3": {"addressing_style": style, "payload_signing_enabled": False}}
 
 

@@ -2,13 +2,13 @@
 
 import hashlib
 import io
+import zlib
 from base64 import b64encode
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
 
-from gradsharding.aws.s3.checksum import crc32c, encoded
 from gradsharding.format.dtypes import Buffer
 
 
@@ -60,15 +60,15 @@ class Body(io.RawIOBase):
         places = zip(self.buffers[first:last], self._ends[first:last], strict=True)
         return Body([source[max(0, start - end + len(source)) : max(0, stop - end + len(source))] for source, end in places])
 
-    def crc32c(self) -> str:
-        """CRC-32C of all bytes, as S3 writes it."""
+    def crc32(self) -> str:
+        """CRC-32 of all bytes, as the header ``x-amz-checksum-crc32`` has it: base64 of four bytes, the highest first."""
         crc = 0
         for buffer in self.buffers:
-            crc = crc32c(buffer, crc)
-        return encoded(crc)
+            crc = zlib.crc32(buffer, crc)
+        return b64encode(crc.to_bytes(4, "big")).decode()
 
     def md5(self) -> str:
-        """MD5 of all bytes, as HTTP writes it."""
+        """MD5 of all bytes, as the header ``Content-MD5`` has it (RFC 1864)."""
         digest = hashlib.md5(usedforsecurity=False)
         for buffer in self.buffers:
             digest.update(buffer)

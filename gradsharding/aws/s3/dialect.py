@@ -1,6 +1,6 @@
 """How an S3 server differs from AWS's is told from its endpoint's name, and from the environment where the name does not tell.
 
-What every server knows is asked of those that are not AWS's: bodies carry their MD5, where AWS gets a CRC-32C, and a listing is sorted
+What every server knows is asked of those that are not AWS's: bodies carry their MD5, where AWS gets a CRC-32, and a listing is sorted
 here. ``deploy/ENDPOINTS.md`` says which servers were tried.
 """
 
@@ -23,7 +23,7 @@ class Dialect(NamedTuple):
     """What a server does."""
 
     aws: bool
-    """Whether it is AWS's own: it refuses to create what is there, checks CRC-32C, tells the checksums of parts, and lists sorted."""
+    """Whether it is AWS's own: it refuses to create what is there, checks CRC-32, tells the checksums of parts, and lists sorted."""
     equal_parts: bool
     """Whether all parts of an object but its last must be of one size."""
 

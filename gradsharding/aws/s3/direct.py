@@ -41,7 +41,7 @@ PARALLEL = 4
 class Piece(Value):
     """Bytes to be written by one request: their number, and their MD5 as the header Content-MD5 has it (RFC 1864).
 
-    MD5, as S3 checks it on arrival and so do servers, such as Ceph 16, that pass CRC-32C over; and a thief of the URL cannot find other
+    MD5, as S3 checks it on arrival and so do servers, such as Ceph 16, that pass checksums over; and a thief of the URL cannot find other
     bytes of the same MD5, as he could of the same CRC.
     """
 

@@ -34,9 +34,15 @@ if TYPE_CHECKING:
 BROKEN = (HTTPClientError, IncompleteReadError)
 """By what boto3 says that an answer broke off."""
 
-LISTED = ("PartNumber", "ETag", "ChecksumCRC32C")
-"""What completing an upload must say of each part."""
+CHECKSUM = "CRC32"
+"""What S3 compares each body with on arrival, by the name in its API: zlib computes it, in a function too
+(https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html)."""
 
+FORMER = "CRC32C"
+"""The checksum that uploads of earlier releases declare. All parts of an upload must come with the one that it declares."""
+
+LISTED = ("PartNumber", "ETag", f"Checksum{CHECKSUM}")
+"""What a request to complete an upload must say about each part."""
 
 OTHERS = "use an S3 server that deploy/ENDPOINTS.md says to work"
 """What to do where a server will not do."""
@@ -181,8 +187,8 @@ class S3Store:
                 yield key, self._all(self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"])
 
     def begin(self, key: str, *, checksum: bool = True) -> str:
-        """Begin an upload; with ``checksum``, each part must come with its CRC-32C on AWS: elsewhere its MD5 is checked, if it has one."""
-        kind: Any = {"ChecksumAlgorithm": "CRC32C"} if checksum and self.dialect.aws else {}
+        """Begin an upload. With ``checksum``, AWS refuses a part without its CRC-32; other servers check an MD5 where a part has one."""
+        kind: Any = {"ChecksumAlgorithm": CHECKSUM} if checksum and self.dialect.aws else {}
         with self._asking("CreateMultipartUpload", key):
             return self.client.create_multipart_upload(Bucket=self.bucket, Key=self.place(key), **kind)["UploadId"]
 
@@ -290,8 +296,8 @@ class S3Store:
         return self.client.meta.endpoint_url
 
     def _digest(self, body: Body) -> Any:
-        """Give what the server compares a body with: a CRC-32C, which AWS knows, or its MD5, which all do."""
-        return {"ChecksumCRC32C": body.crc32c()} if self.dialect.aws else {"ContentMD5": body.md5()}
+        """The checksum that the server compares a body with: CRC-32 on AWS, and elsewhere MD5, which every server knows."""
+        return {f"Checksum{CHECKSUM}": body.crc32()} if self.dialect.aws else {"ContentMD5": body.md5()}
 
     def _check_composed(self, key: str, written: "Mapping[int, PartTypeDef]", composed: Sequence[Composed]) -> None:
         """Raise StoreRefused unless what was composed is as long as it should be: rclone answers 200 to a copy, and copies nothing."""
@@ -380,8 +386,11 @@ class S3Store:
 
     def _written_parts(self, key: str, upload: str) -> "dict[int, PartTypeDef]":
         with self._asking("ListParts", key, upload=upload):
-            pages = self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=self.place(key), UploadId=upload)
-            return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
+            pages = [*self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=self.place(key), UploadId=upload)]
+        if pages[0].get("ChecksumAlgorithm") == FORMER:  # its missing parts cannot be written: it counts as lost, and is begun anew
+            self.abort(key, upload)
+            raise no_upload(key, upload)
+        return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
 
     def _keeping(self, upload: str, number: int | None = None) -> str:
         """Place of a part that is kept as an object, or of all of an upload."""
