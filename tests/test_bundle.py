@@ -103,7 +103,6 @@ def test_bundle_holds_what_its_code_imports() -> None:
     taken = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ours()}
 
     assert {*ended.stdout.split()} <= taken
-    assert "gradsharding.aws.s3.fanout" in taken - {*ended.stdout.split()}  # which is imported where it is used
     assert not [name for name in taken if re.search(r"\.(cli|planner|testing|bundle|wheels|stack|commands|invoke|presign)\b", name)]
 
 

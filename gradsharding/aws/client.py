@@ -43,7 +43,7 @@ S3_CONFIG: dict[str, Any] = {
     "read_timeout": 60,
     "tcp_keepalive": True,
 }
-"""Botocore's settings for S3, also aiobotocore's."""
+"""Botocore's settings for S3."""
 
 
 PATIENCE = "gradsharding.patience"
@@ -66,7 +66,7 @@ and HTTP knows as POST."""
 
 def _before_send(request: Any, event_name: str, **_: Any) -> None:
     operation, method = event_name.rpartition(".")[2], request.method
-    take_turn(reads=method in ("GET", "HEAD"))  # tasks have a share, whose threads may wait; event loops have none
+    take_turn(reads=method in ("GET", "HEAD"))  # tasks have a share, whose threads may wait
     if operation in DELETES or method == "DELETE":
         count("s3", deletes=1)
     elif operation in LISTS:
@@ -107,7 +107,7 @@ def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
 
 
 def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
-    """Give the settings of an S3 client of a session of botocore's or aiobotocore's, for a bucket.
+    """Give the settings of an S3 client of a session of botocore's, for a bucket.
 
     Buckets are addressed by paths, which all servers know, unless the profile says otherwise; an access point has no path.
     """
@@ -117,7 +117,7 @@ def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
 
 
 def prepare(client: Any) -> None:
-    """Have an S3 client, boto3's or aiobotocore's, ask as ours do.
+    """Have an S3 client of boto3's ask as ours do.
 
     It counts what it sends, keeps to its share, is patient, sends what is demanded, and takes Ceph's names of buckets, too.
     """

@@ -70,7 +70,7 @@ def expecting(owner: str) -> Iterator[None]:
 
 
 def meet_demands(client: Any) -> None:
-    """Have an S3 client, boto3's or aiobotocore's, send with each request what the environment demands now."""
+    """Have an S3 client of boto3's send with each request what the environment demands now."""
     if wanted := demanded():
 
         def add(params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:

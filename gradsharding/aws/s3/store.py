@@ -41,6 +41,9 @@ CHECKSUM = "CRC32"
 FORMER = "CRC32C"
 """The checksum that uploads of earlier releases declare. All parts of an upload must come with the one that it declares."""
 
+FETCHING = 32
+"""Small objects that are read at the same time, at most: more threads do not get more out of one process."""
+
 LISTED = ("PartNumber", "ETag", f"Checksum{CHECKSUM}")
 """What a request to complete an upload must say about each part."""
 
@@ -171,20 +174,16 @@ class S3Store:
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         wanted = [*keys]
-        if len(wanted) > 8:  # an event loop and a client of its own pay off
-            from gradsharding.aws.s3.fanout import read_all  # noqa: PLC0415 - a function does without aiobotocore
-
-            with self._asking("GetObject", wanted[0]):
-                found = read_all(self.bucket, [self.place(key) for key in wanted])
-            for key, answer in zip(wanted, found, strict=True):
-                with self._asking("GetObject", key):
-                    if isinstance(answer, Exception):
-                        raise answer
-                yield key, answer
+        if len(wanted) < 2:  # most often it is one record: no thread is started for it
+            yield from zip(wanted, map(self._whole, wanted), strict=True)
             return
-        for key in wanted:
-            with self._asking("GetObject", key):
-                yield key, self._all(self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"])
+        with ThreadPoolExecutor(min(FETCHING, len(wanted)), thread_name_prefix="gradsharding-fetch") as pool:
+            yield from zip(wanted, [*pool.map(carried(self._whole), wanted)], strict=True)
+
+    def _whole(self, key: str) -> bytes:
+        """Read a small object."""
+        with self._asking("GetObject", key):
+            return self._all(self.client.get_object(Bucket=self.bucket, Key=self.place(key))["Body"])
 
     def begin(self, key: str, *, checksum: bool = True) -> str:
         """Begin an upload. With ``checksum``, AWS refuses a part without its CRC-32; other servers check an MD5 where a part has one."""
