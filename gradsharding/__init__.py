@@ -18,7 +18,7 @@ _HOMES = {
     "MemoryStore": "gradsharding.stores.memory",
     "ObjectStore": "gradsharding.stores.protocol",
     "Plan": "gradsharding.planning.plan",
-    "ProcessExecutor": "gradsharding.running.executors",
+    "ProcessExecutor": "gradsharding.running.processes",
     "Raw": "gradsharding.format.encode",
     "Result": "gradsharding.rounds.aggregate",
     "Round": "gradsharding.rounds.round",
@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # the same table, as type checkers and editors read it
     from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
     from gradsharding.rounds.aggregate import Result, aggregate
     from gradsharding.rounds.round import Round
-    from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
+    from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, open_executor
+    from gradsharding.running.processes import ProcessExecutor
     from gradsharding.stores.directory import DirectoryStore
     from gradsharding.stores.memory import MemoryStore
     from gradsharding.stores.protocol import ObjectStore

@@ -29,7 +29,8 @@ from gradsharding.planning.task import TaskReport
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, sharded
 from gradsharding.rounds.aggregate import Result, aggregate
 from gradsharding.rounds.round import PlanRecord, Round
-from gradsharding.running.executors import Executor, InlineExecutor, ProcessExecutor
+from gradsharding.running.executors import Executor, InlineExecutor
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.stores.protocol import ObjectStore

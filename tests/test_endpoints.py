@@ -28,7 +28,8 @@ from gradsharding.format.encode import encode
 from gradsharding.planning.topologies import lambda_fl, sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
-from gradsharding.running.executors import Executor, InlineExecutor, ProcessExecutor
+from gradsharding.running.executors import Executor, InlineExecutor
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.compose import MINIMUM, compose_equal
 from gradsharding.testing import StoreContract, assert_same, read, reference_mean
 from gradsharding.usage import total

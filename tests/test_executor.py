@@ -22,9 +22,10 @@ from gradsharding import Round, lambda_fl, sharded
 from gradsharding.errors import MissingObject, OutOfMemory, TaskFailed, UserError
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import TaskReport
-from gradsharding.running import executors, worker
+from gradsharding.running import processes, worker
 from gradsharding.running.cgroup import MemoryCgroup, usable_cpus
-from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor, open_executor
+from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, open_executor
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import ExecutorContract, SlowStore, Started, assert_same, peak, reference_mean, sample_updates
@@ -109,7 +110,7 @@ def test_open(spec: str, kind: type) -> None:
     assert not isinstance(executor, ProcessExecutor) or executor.count == (3 if ":" in spec else usable_cpus())
 
 
-@pytest.mark.parametrize("spec", ["", "lambda", "processes:", "processes:0", "processes:-1", "inline:2", "threads:x", "threads:99999"])
+@pytest.mark.parametrize("spec", ["", "lambda:", "processes:", "processes:0", "processes:-1", "inline:2", "threads:x", "threads:99999"])
 def test_open_what_is_not_known(spec: str) -> None:
     """Any other text raises UserError, which says what there is."""
     with pytest.raises(UserError, match="use inline, processes:N, threads:N or lambda:FUNCTION"):
@@ -263,20 +264,20 @@ def test_one_task_inline() -> None:
 CALLER = """
 import os, signal, sys
 from gradsharding import DirectoryStore, Limits, Round, sharded
-from gradsharding.running import executors
+from gradsharding.running import processes
 from gradsharding.planning.task import Job
 round_ = Round(DirectoryStore(sys.argv[1]), "r")
 plan = sharded(round_.seal(), Limits())
 upload = round_.begin(plan).upload
 job = Job(store=round_.store.url, output=round_.output, upload=upload, terms=plan.terms)
-exchange = executors._Worker._exchange
+exchange = processes._Worker._exchange
 def send(self, process):
     os.set_blocking(process.stdin.fileno(), True)
     os.write(process.stdin.fileno(), bytes(self._unsent))
     print(upload, process.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
-executors._Worker._exchange = send
-executors.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
+processes._Worker._exchange = send
+processes.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
 """
 
 
@@ -299,7 +300,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
     """A worker that dies when it has nothing to do does not end a run whose tasks are done, also if it was never asked."""
     ready = Started.of(DirectoryStore(tmp_path), sample_updates(2), make=lambda_fl)  # a leaf, then the root: one at a time
     begun: list[int] = []
-    start = executors._Worker._start
+    start = processes._Worker._start
 
     def note(self: Any) -> Any:
         process = start(self)
@@ -312,7 +313,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executors._Worker, "_start", note)
+        patch.setattr(processes._Worker, "_start", note)
         reports = ready.run(ProcessExecutor(2), kill)
 
     assert (2, 2) == (len(begun), len(reports))
@@ -321,7 +322,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
 
 def test_stopped_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that somebody stops is not waited for without end: it is killed after some seconds, and its task is run again."""
-    monkeypatch.setattr("gradsharding.running.executors.STOPPED", 2)
+    monkeypatch.setattr("gradsharding.running.processes.STOPPED", 2)
     ready, stopped = started(tmp_path, shards=6, elements=600), list[str]()
 
     def stop(report: TaskReport) -> None:

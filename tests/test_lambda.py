@@ -32,8 +32,9 @@ from gradsharding.planning.task import Job, Task, Term
 from gradsharding.planning.topologies import Topology, lambda_fl, sharded, sharded_tree
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
-from gradsharding.running.executors import Executor, ProcessExecutor, open_executor
+from gradsharding.running.executors import Executor, open_executor
 from gradsharding.running.pace import share
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.stores.protocol import ObjectStore

@@ -27,7 +27,8 @@ from gradsharding.planning.task import RESERVED, Job, Task, Term
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
-from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, ProcessExecutor
+from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.reading import STREAM
 from gradsharding.stores.urls import file_reference

@@ -22,8 +22,8 @@ from gradsharding.errors import StoreFailed
 from gradsharding.planning.topologies import sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
-from gradsharding.running.executors import ProcessExecutor
 from gradsharding.running.pace import keeping
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.testing import assert_same, read, reference_mean
 from gradsharding.usage import counting, total
 from rigs.proxy import Path, Proxy

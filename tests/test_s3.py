@@ -42,7 +42,8 @@ from gradsharding.planning.topologies import Topology, lambda_fl, lifl, sharded,
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.rounds.verify import verify
-from gradsharding.running.executors import InlineExecutor, ProcessExecutor
+from gradsharding.running.executors import InlineExecutor
+from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.compose import LARGE, MINIMUM, Composed, compose, is_kept
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.urls import locate, open_store

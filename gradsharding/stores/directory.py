@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, NamedTuple
+from typing import IO, ClassVar, NamedTuple, Self
 
 from gradsharding.errors import InvalidId
 from gradsharding.format.dtypes import Buffer
 from gradsharding.stores.charges import Charges
-from gradsharding.stores.files import claim, inside, is_at, locked, seize, sync_directory, take_after
-from gradsharding.stores.protocol import Peeked, Stat, changed, check_arrived, check_key, is_key, missing, no_upload, taken
+from gradsharding.stores.files import claim, inside, is_at, is_memory, locked, seize, sync_directory, take_after
+from gradsharding.stores.protocol import Peeked, Reach, Stat, changed, check_arrived, check_key, is_key, missing, no_upload, taken
 from gradsharding.stores.reading import STREAM
 from gradsharding.stores.trouble import GONE, NO_OBJECT, refused, translated
+from gradsharding.stores.urls import file_path
 from gradsharding.usage import SHARED, count
 
 CHUNK = 1 << 20
@@ -49,6 +50,7 @@ class DirectoryStore:
     grain = 8 << 20
     reading = STREAM
     charges = Charges(kind="file")
+    reach: ClassVar[Reach] = "machine"
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         """Use ``root``, which is made when the first object is."""
@@ -56,6 +58,16 @@ class DirectoryStore:
         self.url = self.root.as_uri()
         self._hidden = self.root / ".gradsharding"
         self._drafts, self._uploads = self._hidden / "drafts", self._hidden / "uploads"
+
+    @classmethod
+    def at(cls, url: str) -> Self:
+        """Open the directory that ``file:///directory`` names; raise UserError unless its path is absolute."""
+        return cls(file_path(url))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its files are memory, as those of a tmpfs are."""
+        return is_memory(self.root)
 
     def head(self, key: str) -> Stat:
         self._count(gets=1)

@@ -9,7 +9,7 @@ from typing import ClassVar, NoReturn
 from gradsharding.errors import UserError
 from gradsharding.format.dtypes import Buffer
 from gradsharding.stores.charges import Charges
-from gradsharding.stores.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, taken
+from gradsharding.stores.protocol import Peeked, Reach, Stat, changed, check_arrived, check_key, missing, no_upload, taken
 from gradsharding.stores.reading import STREAM
 from gradsharding.usage import count
 
@@ -21,6 +21,8 @@ class MemoryStore:
     grain = 8 << 20
     reading = STREAM
     charges = Charges(kind="memory")
+    reach: ClassVar[Reach] = "process"
+    in_memory = True
 
     def __init__(self, name: str | None = None) -> None:
         """Make an empty store that ``open_store("memory://NAME")`` finds within this process."""
@@ -29,6 +31,14 @@ class MemoryStore:
         self._uploads: dict[str, dict[int, bytes]] = {}
         self._lock = threading.Lock()
         self.known[self.url] = self
+
+    @classmethod
+    def at(cls, url: str) -> "MemoryStore":
+        """Find the store of this URL in this process; raise UserError if there is none."""
+        try:
+            return cls.known[url]
+        except KeyError:
+            raise UserError(f"{url} lives in another process, or is gone; use a file:// store to share between processes") from None
 
     def head(self, key: str) -> Stat:
         count("memory", gets=1)

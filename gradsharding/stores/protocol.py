@@ -6,12 +6,15 @@ and says beforehand how many requests each verb takes (``Charges``).
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
 from gradsharding.format.dtypes import Buffer
 from gradsharding.stores.charges import Charges
 from gradsharding.stores.reading import Reading
+
+Reach = Literal["process", "machine", "network"]
+"""Who can open a store by its URL: this process alone; others that see the same files, on this machine, say; or any machine."""
 
 
 class Stat(NamedTuple):
@@ -57,6 +60,16 @@ class ObjectStore(Source, Protocol):
     """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
     reading: Reading
     """How a function should read from it."""
+
+    @property
+    def reach(self) -> Reach:
+        """Who can open the same store by its URL."""
+        ...
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its objects take memory of this machine, which is charged to whoever writes them."""
+        ...
 
     @property
     def charges(self) -> Charges:

@@ -1,48 +1,40 @@
-"""Stores, and how a text names one.
+"""A text names a store, or an object in one.
 
-Keys are relative paths with "/" between their segments. A *reference* is a key of the store at hand, or a URL
-that names a store and a key in it (``file:///data/a.safetensors``); ``locate`` resolves both. URLs of files are percent-encoded, as
-everywhere; those of S3 are plain text, as AWS's own tools print and take them.
+Keys are relative paths with "/" between their segments. A *reference* is a key of the store at hand, or a URL that names a store and a
+key in it (``file:///data/a.safetensors``); ``locate`` resolves both. URLs of files are percent-encoded, as everywhere; those of S3 are
+plain text, as AWS's own tools print and take them.
+
+The scheme of a URL names what opens it: ``open(url) -> ObjectStore``. It may have a method ``holding(reference) -> (store, key)``, for
+stores in which any text is a key; without one, the key is what follows the last "/", percent-decoded.
 """
 
 import os
-from functools import lru_cache
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from gradsharding.errors import MissingObject, UserError
-from gradsharding.stores.directory import DirectoryStore, SharedMemory
-from gradsharding.stores.memory import MemoryStore
+from gradsharding.plugins import STORES, find, names
 from gradsharding.stores.protocol import ObjectStore, Source
 from gradsharding.usage import SHARED
 
 S = TypeVar("S", bound=Source)
 
-ELSEWHERE = {"s3": "gradsharding.aws.s3.store:S3Store"}
-"""Stores that the core does not import, by the scheme of their URLs."""
+KEPT = 256
+"""Stores that stay open between two references to objects in them."""
+
+_kept: dict[str, ObjectStore] = {}
 
 
-def open_store(url: str | os.PathLike[str]) -> ObjectStore:
-    """Open a store from ``file:///directory``, ``memory://name`` (this process only), ``s3://bucket/prefix`` or a directory's path."""
-    text = os.fspath(url)
-    if "://" not in text:
-        return DirectoryStore(text)
-    scheme = text.partition("://")[0]
-    if scheme == "file":
-        return DirectoryStore(file_path(text))
-    if scheme == SHARED:
-        return SharedMemory(file_path(text.replace(SHARED, "file", 1)))
-    if scheme == "memory":
-        try:
-            return MemoryStore.known[text]
-        except KeyError:
-            raise UserError(f"{text} lives in another process, or is gone; use a file:// store to share between processes") from None
-    if scheme in ELSEWHERE:
-        store: ObjectStore = _elsewhere(text)(text)
-        return store
-    raise UserError(f"no store is known for {text!r}; use file:///directory, memory://name, s3://bucket/prefix or a directory's path")
+def open_store(place: str | os.PathLike[str]) -> ObjectStore:
+    """Open a store from a directory's path, ``file:///directory``, ``memory://name`` (this process only) or ``s3://bucket/prefix``.
+
+    Installed packages may bring stores of other schemes. Raise UserError if none is known for the URL, or what it needs is not installed.
+    """
+    text = os.fspath(place)
+    url = text if "://" in text else file_reference(text)
+    store: ObjectStore = _opener(url)(url)
+    return store
 
 
 def exists(store: ObjectStore, key: str) -> bool:
@@ -58,16 +50,16 @@ def locate(reference: str, home: S) -> tuple[S | ObjectStore, str]:
     """Resolve a reference to a store and a key in it; keys belong to ``home``."""
     if "://" not in reference:
         return home, reference
-    if reference.partition("://")[0] in ELSEWHERE:
-        found: tuple[ObjectStore, str] = _elsewhere(reference).holding(reference)
+    if holding := getattr(_opener(reference), "holding", None):
+        found: tuple[ObjectStore, str] = holding(reference)
         return found
     base, _, key = reference.rpartition("/")
-    return (open_store if base.startswith("memory:") else _open_once)(base), os.fsdecode(unquote_to_bytes(key))
+    return _kept_open(base), os.fsdecode(unquote_to_bytes(key))
 
 
 def file_path(url: str) -> str:
     """Give the local path that a ``file://`` URL names, whatever its bytes; raise UserError unless it is absolute."""
-    path = os.fsdecode(unquote_to_bytes(url.removeprefix("file://"))) or "/"
+    path = os.fsdecode(unquote_to_bytes(url.partition("://")[2])) or "/"
     if not path.startswith("/"):
         raise UserError(f"{url!r} names no local path; write file:///absolute/path")
     return path
@@ -78,15 +70,24 @@ def file_reference(path: str | os.PathLike[str]) -> str:
     return Path(path).absolute().as_uri()
 
 
-def _elsewhere(url: str) -> Any:
-    """Give the class of a store that the core does not import."""
-    try:
-        return resolve_name(ELSEWHERE[url.partition("://")[0]])
-    except ImportError as error:
-        raise UserError(f"{url} needs more than is installed here ({error}); install gradsharding[aws]") from error
+def _opener(url: str) -> Any:
+    """Give what opens the stores of a URL's scheme."""
+    if opener := find(STORES, url.partition("://")[0]):
+        return opener
+    others = sorted({*names(STORES)} - {"file", "memory", "s3", SHARED})
+    raise UserError(
+        f"no store is known for {url!r}; use file:///directory, memory://name, s3://bucket/prefix or a directory's path"
+        + (f", or a URL of {', '.join(others)}" if others else "")
+    )
 
 
-@lru_cache(maxsize=256)
-def _open_once(url: str) -> ObjectStore:
-    """Open a store that may be kept: not one in memory, whose objects live as long as it does."""
-    return open_store(url)
+def _kept_open(url: str) -> ObjectStore:
+    """Open a store, or give it again; what only this process has is not kept, for it lives as long as whoever made it holds it."""
+    if kept := _kept.get(url):
+        return kept
+    store = open_store(url)
+    if store.reach != "process":
+        if len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[url] = store
+    return store

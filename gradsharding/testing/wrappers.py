@@ -18,6 +18,7 @@ class _Wrapper:
 
     def __init__(self, store: ObjectStore) -> None:
         self.store, self.url, self.grain, self.reading, self.charges = store, store.url, store.grain, store.reading, store.charges
+        self.reach, self.in_memory = store.reach, store.in_memory
         self._lock = threading.Lock()
 
     def _ask(self, verb: str, key: str, request: Callable[[], _T], sent: int = 0) -> _T:  # noqa: ARG002

@@ -36,11 +36,13 @@ from gradsharding.errors import (
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.platform import RUNTIME, TIMEOUT, Architecture
 from gradsharding.planning.task import Invocation, Job, Task, TaskReport
+from gradsharding.plugins import OURS, STORES
 from gradsharding.running.executors import Outcome, Progress, run_eagerly
 from gradsharding.running.pace import share
 from gradsharding.sizes import mib
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.reading import Reading
+from gradsharding.stores.urls import locate
 from gradsharding.usage import Spent, together
 
 CONCURRENCY = 100
@@ -160,10 +162,9 @@ class LambdaExecutor:
         return suited(plan, limits.memory + RUNTIME, limits.concurrency)
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        sources = {term.source for term in job.terms} if tasks else ()
-        for url in (job.store, *(reference for reference in (job.output, job.partials, *sources) if "://" in reference)):
-            if not url.startswith("s3://"):
-                raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
+        places = {reference.rpartition("/")[0] for reference in (job.output, job.partials, *(term.source for term in job.terms))}
+        for url in sorted({job.store, *(place for place in places if "://" in place)}):
+            _check_reach(url, store)
         if not tasks:
             return []
         count = min(len(tasks), max(self.limits(limits).concurrency or 1, 1))
@@ -404,6 +405,13 @@ class _Run:
             f"{mib(task.memory)} were projected: {how}; use more shards, or give the function more memory",
             task=task.id,
         )
+
+
+def _check_reach(url: str, home: ObjectStore) -> None:
+    """Raise UserError if functions cannot reach a store: other machines cannot, or the function's code has none for such URLs."""
+    store = home if url == home.url else locate(f"{url}/-", home)[0]
+    if store.reach != "network" or url.partition("://")[0] not in OURS[STORES]:
+        raise UserError(f"{url} cannot be reached by Lambda functions; use an s3:// store, and copy there what it does not have")
 
 
 def _task_of(one: Outcome) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
@@ -23,7 +23,7 @@ from gradsharding.format.dtypes import Buffer
 from gradsharding.planning.platform import CHARGES, DIRECTORY_BUCKETS, GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.stores.charges import Charges
 from gradsharding.stores.compose import MINIMUM, Composed, piece
-from gradsharding.stores.protocol import Peeked, Stat, changed, check_arrived, check_key, missing, no_upload, root_of, taken
+from gradsharding.stores.protocol import Peeked, Reach, Stat, changed, check_arrived, check_key, missing, no_upload, root_of, taken
 from gradsharding.usage import carried, count
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ class S3Store:
 
     grain = GRAIN
     reading = READING
+    reach: ClassVar[Reach] = "network"
+    in_memory = False
 
     def __init__(self, url: str) -> None:
         """Use what ``url`` names; nothing is asked of it yet. Raise UserError for no bucket, one of S3 Express, or an odd prefix."""
