@@ -1,16 +1,17 @@
 """An executor runs tasks, somewhere, each as soon as its inputs are there. Tasks are idempotent, so it may try again."""
 
 import re
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 from concurrent.futures import Executor as Pool
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import lru_cache, partial
 from inspect import signature
 from queue import SimpleQueue
 from typing import Protocol, runtime_checkable
 
-from gradsharding.errors import GradShardingError, NonFinite, UserError
+from gradsharding.errors import GradShardingError, NonFinite, TaskFailed, UserError
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.plugins import EXECUTORS, OURS, find, names
@@ -115,13 +116,16 @@ class FuturesExecutor(GivenLimits):
         self.pool = pool
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        shared = job.model_dump_json()
+        shared, run = job.model_dump_json(), uuid.uuid4().hex
 
         def submit(ready: Sequence[Task]) -> list["Future[list[Outcome]]"]:
             batches = min(len(ready), max(64, SENT // len(shared)))  # each takes the job along
-            return [self.pool.submit(_run_some, ready[i::batches], shared, store) for i in range(batches)]
+            return [self.pool.submit(_run_some, ready[i::batches], shared, store, run) for i in range(batches)]
 
-        return run_eagerly(tasks, submit, progress)
+        try:
+            return run_eagerly(tasks, submit, progress)
+        except BrokenExecutor as error:
+            raise TaskFailed(f"the pool lost a process and takes no more tasks ({error}); run the round again with a new pool") from error
 
 
 def open_executor(spec: str, *, concurrency: int | None = None) -> Executor:
@@ -261,8 +265,11 @@ def outcome(run: Callable[[], TaskReport]) -> Outcome:
         return error
 
 
-def _run_some(tasks: Sequence[Task], shared: str, store: ObjectStore) -> list[Outcome]:
-    """Run tasks one after another, in a pool's process."""
+def _run_some(tasks: Sequence[Task], shared: str, store: ObjectStore, run: str) -> list[Outcome]:  # noqa: ARG001
+    """Run tasks one after another, in a pool's process.
+
+    ``run`` differs from run to run: dask answers a call with equal arguments by the result, or the error, of the earlier call.
+    """
     job, done = _job(shared), list[Outcome]()
     why = "its process holds more than the task: it is a pool's, or the caller's"
     for task in tasks:

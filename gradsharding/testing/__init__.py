@@ -3,7 +3,7 @@
 A contract is a class for pytest: inherit it, supply its fixture and hooks, and each of its promises is tested.
 """
 
-from gradsharding.testing.executors import ExecutorContract, Started, peak
+from gradsharding.testing.executors import ExecutorContract, ProcessContract, Started, peak
 from gradsharding.testing.reference import assert_same, reference_mean, sample_updates
 from gradsharding.testing.stores import StoreContract, read
 from gradsharding.testing.wrappers import CountingStore, FlakyStore, SlowStore
@@ -12,6 +12,7 @@ __all__ = [
     "CountingStore",
     "ExecutorContract",
     "FlakyStore",
+    "ProcessContract",
     "SlowStore",
     "Started",
     "StoreContract",

@@ -1,5 +1,8 @@
 """What every Executor promises, stated as tests to inherit."""
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +11,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import pytest
 
-from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, UserError
+from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, TaskFailed, UserError
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
@@ -41,6 +44,9 @@ class ExecutorContract:
     shares_memory: ClassVar = False
     """Whether its tasks see a MemoryStore of this process."""
 
+    waits: ClassVar = True
+    """Whether a run that fails ends only once nothing is written any more. False for pools that cancel the futures of running tasks."""
+
     @pytest.fixture
     def executor(self) -> Executor:
         """Give an executor."""
@@ -50,6 +56,13 @@ class ExecutorContract:
     def store(self, tmp_path: Path) -> ObjectStore:
         """Give an empty store that the executor's workers can open."""
         return DirectoryStore(tmp_path)
+
+    def left_by(self, started: "Started") -> set[str]:
+        """Give the ids of the tasks whose output a failed run has left; see that nothing is added to it."""
+        left = started.written()
+        time.sleep(0.05)
+        assert left == started.written() or not self.waits
+        return left
 
     def test_reports(self, executor: Executor, store: ObjectStore) -> None:
         """Reports come in the order of the tasks, each is told once, and the parts make the mean."""
@@ -102,7 +115,7 @@ class ExecutorContract:
     @pytest.mark.parametrize("make", [sharded, lambda_fl, sharded_tree], ids=["sharded", "lambda-fl", "sharded-tree"])
     def test_exact(self, executor: Executor, store: ObjectStore, make: Callable[..., Plan]) -> None:
         """Exact sums, and partial sums of the size that their values need, make the bits that one function makes in this process."""
-        updates = {client: ({n: a for n, a in arrays.items() if n != "float64"}, w) for client, (arrays, w) in sample_updates(5).items()}
+        updates = _without_float64(sample_updates(5))
         started = Started.of(store, updates, make=partial(make, arithmetic="exact"))
         one = Started.of(MemoryStore(), updates, make=partial(flat, arithmetic="exact"))
         reports = started.run(executor)
@@ -142,6 +155,39 @@ class ExecutorContract:
             started.run(executor)
         assert {"found": [["b", 8]], "overflowing": ["b"], "tasks": ["sharded/1"]} == caught.value.details
 
+    def test_task_fails(self, executor: Executor, store: ObjectStore) -> None:
+        """A task that fails ends the run: its error is raised, nothing is written later, and a second run makes the mean."""
+        updates = _without_float64(sample_updates(5))  # which a tree may round in another last bit
+        started, reports = Started.of(store, updates, make=partial(sharded_tree, shards=3)), list[TaskReport]()
+
+        def lose(report: TaskReport) -> None:
+            if not reports:  # a leaf, whose sums the last task of its slice will not find
+                store.delete([started.job.partial(report.task)])
+            reports.append(report)
+
+        with pytest.raises(MissingObject):
+            started.run(executor, lose)
+        left = self.left_by(started)
+        assert {report.task for report in reports} - {reports[0].task} <= left < {task.id for task in started.plan.tasks}
+
+        started.run(executor)
+        assert_same(reference_mean(updates), started.complete())
+
+    def test_progress_fails(self, executor: Executor, store: ObjectStore) -> None:
+        """An error in ``progress`` ends the run and reaches the caller; nothing is written later, and a second run makes the mean."""
+        updates = sample_updates()
+        started = Started.of(store, updates)
+
+        def fail(report: TaskReport) -> None:
+            raise LookupError(report.task)
+
+        with pytest.raises(LookupError, match=r"^sharded/\d$"):
+            started.run(executor, fail)
+        self.left_by(started)
+
+        started.run(executor)
+        assert_same(reference_mean(updates), started.complete())
+
     @pytest.mark.parametrize(("replace", "kind"), [(False, MissingObject), (True, ChangedObject)])
     def test_input_gone(self, executor: Executor, store: ObjectStore, replace: bool, kind: type[GradShardingError]) -> None:  # noqa: FBT001
         """A task whose input is gone, or was replaced, raises MissingObject or ChangedObject here, and names the client."""
@@ -169,6 +215,37 @@ class ExecutorContract:
                 started.run(executor)
 
 
+class ProcessContract(ExecutorContract):
+    """What an Executor promises besides whose tasks run in other processes of this machine."""
+
+    replaces: ClassVar = True
+    """Whether a process that dies is replaced; if not, the run ends with TaskFailed."""
+
+    def test_idle_worker_dies(self, executor: Executor, store: ObjectStore) -> None:
+        """A process that dies after its task is replaced, or the run ends with TaskFailed; either way the next run makes the mean."""
+        updates = _without_float64(sample_updates(5))
+        started, killed = Started.of(store, updates, make=lambda_fl), set[str]()
+
+        def kill(report: TaskReport) -> None:
+            if not killed:  # it has summed a leaf, whose sums other tasks wait for
+                os.kill(int(report.worker), signal.SIGKILL)
+                killed.add(report.worker)
+
+        if self.replaces:
+            reports = started.run(executor, kill)
+            assert killed < {report.worker for report in reports}
+            assert reports[-1].worker not in killed
+        else:
+            with pytest.raises(TaskFailed, match="run the round again with a new pool"):
+                started.run(executor, kill)
+            started.run(InlineExecutor())
+        assert_same(reference_mean(updates), started.complete())
+
+
+def _without_float64(updates: Updates) -> Updates:
+    return {client: ({name: a for name, a in arrays.items() if name != "float64"}, weight) for client, (arrays, weight) in updates.items()}
+
+
 class Started(NamedTuple):
     """A sealed round whose upload has begun: what an executor needs."""
 
@@ -192,6 +269,12 @@ class Started(NamedTuple):
     def run(self, executor: Executor, progress: Callable[[TaskReport], None] = lambda _: None) -> list[TaskReport]:
         """Run all tasks."""
         return executor.run(self.plan.tasks, self.job, self.round.store, Limits(), progress)
+
+    def written(self) -> set[str]:
+        """Give the ids of the tasks whose output is in the store."""
+        parts = self.round.store.parts(self.job.output, self.job.upload)
+        partials = {key for key, _ in self.round.store.list(f"{self.job.partials}/")}
+        return {task.id for task in self.plan.tasks if task.part in parts or self.job.partial(task.id) in partials}
 
     def complete(self) -> dict[str, Array]:
         """Publish the result and read it."""
