@@ -14,6 +14,7 @@ import venv
 import zipfile
 from collections.abc import Callable
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,38 @@ def test_bundle_holds_what_the_function_needs(bundle: Bundle) -> None:
     }
 
 
+class Finder(ModuleFinder):
+    """Follows imports of our own by reading the code, those within functions too."""
+
+    def import_hook(self, name: str, caller: Any = None, fromlist: Any = None, level: int = -1) -> Any:
+        """Pass over what is not ours, and the package's public names, which nothing imports before they are used."""
+        ours = name.partition(".")[0] == "gradsharding" and not (caller and caller.__name__ == "gradsharding")
+        return super().import_hook(name, caller, fromlist, level) if ours else None
+
+
 def test_bundle_holds_what_its_code_imports() -> None:
-    """Of our own modules it has those that the handler imports, within functions too, and no others."""
-    program = "import sys, gradsharding.aws.functions.handler, gradsharding.aws.s3.store\n"
-    program += "print(*(m for m in sys.modules if m.startswith('gradsharding')))"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    """Its folders hold all that the handler and S3's store import, within functions too, and nothing that stands above a function."""
+    entries = "gradsharding.aws.functions.handler", "gradsharding.aws.s3.store"
+    finder = Finder(path=[str(ROOT)])
+    for entry in entries:
+        finder.import_hook(entry)
+    program = f"import sys, {', '.join(entries)}; print(*(name for name in sys.modules if name.startswith('gradsharding')))"
+    loaded = {*subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()}
     taken = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ours()}
 
-    assert {*ended.stdout.split()} <= taken
-    assert not [name for name in taken if re.search(r"\.(cli|planner|testing|bundle|wheels|stack|commands|invoke|presign)\b", name)]
+    assert {*entries} < loaded <= {*finder.modules} <= taken
+    assert not [name for name in taken if re.match(r"gradsharding\.(cli|testing|advice|rounds|aws\.deploy)\b", name)]
+
+
+def test_cold_start_loads_no_more_than_a_task_takes() -> None:
+    """A function loads neither plans nor what stands above them, and no other store than that of its job."""
+    program = "import sys, gradsharding.aws.functions.handler, gradsharding.aws.s3.store; print(*sys.modules)"
+    loaded = {*subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()}
+    rooms = {".".join(name.split(".")[:2]) for name in loaded if name.startswith("gradsharding.")}
+
+    assert not rooms & {f"gradsharding.{room}" for room in ("advice", "cli", "rounds", "testing")}
+    assert not loaded & {f"gradsharding.planning.{name}" for name in ("manifest", "plan", "projection", "slices", "topologies")}
+    assert not loaded & {f"gradsharding.{name}" for name in ("stores.directory", "stores.memory", "format.header", "running.executors")}
 
 
 def test_bundle_has_the_callers_versions(bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""A function's code is what its handler imports of ours, and the caller's numpy and pydantic for its own architecture, byte for byte.
+"""A function's code is some of our folders, and the caller's numpy and pydantic for the function's architecture, byte for byte.
 
 ``python -m gradsharding.aws.deploy.bundle DIRECTORY`` builds it, prints what it weighs, and checks in a fresh process what it imports. The
 same wheels and the same code of ours give the same files, wherever and whenever they are built, and ``bundle.json`` among them says what
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import zipfile
 from importlib import metadata
-from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +28,8 @@ from gradsharding.planning.platform import DEPLOYED_RUNTIME, FIGURES, RUNTIMES
 UNZIPPED = FIGURES["code"].value
 """Bytes of an unzipped bundle, at most."""
 
-ENTRIES = ("gradsharding.aws.functions.handler", "gradsharding.aws.s3.store")
-"""Modules that a function starts from: what Lambda calls, and the store that is opened by its URL."""
+ROOMS = ("", "arithmetic", "aws", "aws/functions", "aws/s3", "format", "planning", "running", "stores")
+"""Folders of this package whose modules a function's code holds, subfolders excepted: its handler imports nothing from any other."""
 
 GIVEN = {"boto3", "botocore", "certifi", "s3transfer", "urllib3", "jmespath", "dateutil", "six"}
 """What the Lambda runtime brings along."""
@@ -133,20 +132,9 @@ def build(directory: Path, architecture: str, python: str, *, locked: bool = Fal
 
 
 def ours() -> list[Path]:
-    """Find the files of this package that a function needs: its handler's, and those of all that it imports, wherever in the code."""
-    finder = _Finder(path=[str(Path(__file__).parents[3])])
-    for entry in ENTRIES:
-        finder.import_hook(entry)
-    modules: dict[str, Any] = finder.modules
-    return sorted(Path(module.__file__) for module in modules.values() if module.__file__)
-
-
-class _Finder(ModuleFinder):
-    """Follows imports of our own by reading the code, not running it."""
-
-    def import_hook(self, name: str, caller: Any = None, fromlist: Any = None, level: int = -1) -> Any:
-        ours = level > 0 or name.partition(".")[0] == "gradsharding"
-        return super().import_hook(name, caller, fromlist, level) if ours else None
+    """List the files of this package that a function's code holds: the modules of ``ROOMS``."""
+    package = Path(__file__).parents[2]
+    return sorted(path for room in ROOMS for path in (package / room).glob("*.py"))
 
 
 def _unpack(wheel: Path, directory: Path) -> None:
