@@ -34,7 +34,7 @@ from gradsharding import InlineExecutor, Limits, Round, aggregate, flat, lambda_
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.cli.main import cli
 from gradsharding.format.encode import encode
-from gradsharding.rounds.round import PlanRecord
+from gradsharding.rounds.records import PlanRecord
 from gradsharding.usage import Usage
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
 from gradsharding_flower.result import RoundReport

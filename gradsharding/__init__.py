@@ -20,7 +20,7 @@ _HOMES = {
     "Plan": "gradsharding.planning.plan",
     "ProcessExecutor": "gradsharding.running.processes",
     "Raw": "gradsharding.format.encode",
-    "Result": "gradsharding.rounds.aggregate",
+    "Result": "gradsharding.rounds.result",
     "Round": "gradsharding.rounds.round",
     "aggregate": "gradsharding.rounds.aggregate",
     "flat": "gradsharding.planning.topologies",
@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # the same table, as type checkers and editors read it
     from gradsharding.format.encode import Raw
     from gradsharding.planning.plan import Limits, Plan
     from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
-    from gradsharding.rounds.aggregate import Result, aggregate
+    from gradsharding.rounds.aggregate import aggregate
+    from gradsharding.rounds.result import Result
     from gradsharding.rounds.round import Round
     from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, open_executor
     from gradsharding.running.processes import ProcessExecutor

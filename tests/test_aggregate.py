@@ -27,8 +27,10 @@ from gradsharding.errors import (
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import TaskReport
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, sharded
-from gradsharding.rounds.aggregate import Result, aggregate
-from gradsharding.rounds.round import PlanRecord, Round
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.records import PlanRecord
+from gradsharding.rounds.result import Result
+from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, InlineExecutor
 from gradsharding.running.processes import ProcessExecutor
 from gradsharding.stores.directory import DirectoryStore

@@ -16,7 +16,7 @@ from gradsharding.errors import InvalidUpdate, NonFinite, UserError
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.topologies import lambda_fl, sharded
-from gradsharding.rounds.round import ResultRecord
+from gradsharding.rounds.records import ResultRecord
 from gradsharding.rounds.verify import verify
 from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
 from same_bits import KINDS, Updates, draw_updates, draw_way, walk

@@ -19,7 +19,8 @@ from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.slices import cut
 from gradsharding.planning.topologies import flat, sharded
-from gradsharding.rounds.aggregate import Result, aggregate
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.testing import CountingStore, assert_same, reference_mean

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gradsharding import DirectoryStore, MemoryStore, Round, aggregate
 from gradsharding.errors import ChangedObject, MissingObject, ObjectExists, UserError, VerificationFailed
 from gradsharding.format.dtypes import FORMATS, Buffer
-from gradsharding.rounds.round import ResultRecord
+from gradsharding.rounds.records import ResultRecord
 from gradsharding.rounds.verify import SLICE, mean, verify
 from gradsharding.testing import read
 from test_arithmetic import EVERYTHING, narrow

@@ -5,7 +5,7 @@ from typing import Any
 from gradsharding.advice.cost import Bill, Cost, bill, forecast, known
 from gradsharding.advice.prices import HOME_REGION, Prices, load_prices
 from gradsharding.errors import UserError
-from gradsharding.rounds.aggregate import Result
+from gradsharding.rounds.result import Result
 
 
 def prices_of(result: Result) -> Prices:

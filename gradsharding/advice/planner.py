@@ -31,7 +31,7 @@ from gradsharding.planning.platform import (
 )
 from gradsharding.planning.projection import commanded
 from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.rounds.round import RECORD
+from gradsharding.rounds.records import RECORD
 from gradsharding.running.pace import share
 from gradsharding.sizes import mib
 from gradsharding.stores.updates import inspection

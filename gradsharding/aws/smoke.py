@@ -21,7 +21,8 @@ from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.demands import expecting
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.planning.topologies import Topology, sharded, sharded_tree
-from gradsharding.rounds.aggregate import Result, aggregate, observed_memory
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.result import Result, observed_memory
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor
 from gradsharding.sizes import mib

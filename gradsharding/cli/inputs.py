@@ -19,7 +19,8 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Contribution, Manifest, check_id
 from gradsharding.planning.projection import commanded
 from gradsharding.planning.task import NonFinitePolicy
-from gradsharding.rounds.round import RECORD, Round
+from gradsharding.rounds.records import RECORD
+from gradsharding.rounds.round import Round
 from gradsharding.stores.directory import DirectoryStore
 from gradsharding.stores.memory import MemoryStore
 from gradsharding.stores.protocol import ObjectStore, check_key, root_of

@@ -27,7 +27,8 @@ from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import CHARGES
 from gradsharding.planning.task import NonFinitePolicy
 from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.rounds.aggregate import Result, aggregate, observed_memory
+from gradsharding.rounds.aggregate import aggregate
+from gradsharding.rounds.result import Result, observed_memory
 from gradsharding.rounds.round import Round
 from gradsharding.rounds.verify import verify
 from gradsharding.running import executors

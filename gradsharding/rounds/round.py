@@ -17,10 +17,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
-from pydantic import Field
 
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.arithmetic.weights import check_weight, integral_weights
@@ -37,12 +36,12 @@ from gradsharding.errors import (
 )
 from gradsharding.format.dtypes import Buffer
 from gradsharding.format.encode import Raw, encode
-from gradsharding.format.layout import Layout
 from gradsharding.format.record import Record, read_record
 from gradsharding.planning.manifest import Manifest, check_id
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.projection import FIRST
 from gradsharding.planning.task import NonFinitePolicy, Term
+from gradsharding.rounds.records import RECORD, Begun, PlanRecord, Published, Receipt, ResultRecord, RoundRecord
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.updates import Update, data_digest, inspect, inspection
 from gradsharding.stores.urls import exists, locate
@@ -54,72 +53,7 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner
 UNCHANGING = {FIRST, "manifest.json"}
 """Records that are written once and never deleted while their round is in use."""
 
-RECORD = 2 << 10
-"""Bytes that bound a record which does not grow with the round: a receipt, a plan's."""
-
 _R = TypeVar("_R", bound=Record)
-
-
-class RoundRecord(Record):
-    """Where a round's result goes: a key of its store, or a URL."""
-
-    id: str
-    output: str
-
-
-class Receipt(Record):
-    """One client's contribution: where its update lies, pinned by version, and how much it weighs."""
-
-    client: str
-    source: str
-    version: str
-    base: int
-    weight: int | float
-    layout: str
-    """Digest of the update's layout."""
-
-
-class PlanRecord(Record):
-    """Which plan is under way, by digest, and the multipart upload that collects its parts."""
-
-    topology: str
-    tasks: int
-    digest: str
-    nonfinite: NonFinitePolicy
-    upload: str
-
-
-class ResultRecord(Record):
-    """A published result: one safetensors object."""
-
-    source: str
-    version: str
-    clients: tuple[str, ...]
-    weight: int
-    layout: Layout
-    arithmetic: Arithmetic = "float64"
-    digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 (hex) of the data section of an exact result, which depends on the contributions alone; None for any other."""
-
-
-class Begun(NamedTuple):
-    """An upload that collects the parts of a plan."""
-
-    upload: str
-    new: bool
-    """Whether this call has begun it: nothing has arrived yet."""
-    dropped: int = 0
-    """Tasks of the plan that was given up for it."""
-
-
-class Published(NamedTuple):
-    """A round's result."""
-
-    record: ResultRecord | None
-    stale: bool = False
-    """Whether there was one, whose object is gone, was replaced, or was altered."""
-    altered: bool = False
-    """Whether that object is of the version that was published, and its header is not the one that was."""
 
 
 @dataclass(frozen=True)

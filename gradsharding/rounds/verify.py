@@ -17,7 +17,8 @@ from gradsharding.format.dtypes import ITEM_SIZE, Run
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.task import Term
-from gradsharding.rounds.round import ResultRecord, Round
+from gradsharding.rounds.records import ResultRecord
+from gradsharding.rounds.round import Round
 from gradsharding.stores.updates import data_digest
 from gradsharding.stores.urls import locate
 

@@ -15,7 +15,7 @@ from gradsharding.errors import ChangedObject, GradShardingError, MissingObject,
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
-from gradsharding.rounds.aggregate import Result
+from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, InlineExecutor
 from gradsharding.stores.directory import DirectoryStore

@@ -12,7 +12,7 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Contribution as OfRound
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.projection import commanded
-from gradsharding.rounds.round import RECORD
+from gradsharding.rounds.records import RECORD
 from gradsharding.stores.updates import Update
 from gradsharding.usage import Usage, together
 from gradsharding_flower.reference import client_id
