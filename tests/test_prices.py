@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradsharding.advice.prices import PACKAGED, load_prices, price_file, user_file
+from gradsharding.advice.prices import PACKAGED, former_user_file, load_prices, price_file, read_prices, user_file
 from gradsharding.cli import main as cli
 from gradsharding.errors import UserError
 
@@ -140,6 +140,23 @@ def test_wrong_files(tmp_path: Path, text: str, why: str) -> None:
         load_prices(path=file)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"s3_put": {"usd": 0.5, "source": "a"}}', "region.us-east-1.s3_put.usd: 0.5 is not a price; write it as text"),
+        ('{"s3_put": {"usd": "1", "source": "b"}}', "s3_put of us-east-1 names the source 'b', which is not in the file; correct it"),
+        ('{"s3_put": ', r"cannot be read as prices \(Invalid JSON"),
+    ],
+)
+def test_wrong_files_in_json(tmp_path: Path, text: str, why: str) -> None:
+    """The same goes for a file in JSON."""
+    file = tmp_path / "prices.json"
+    file.write_text(f'{{"source": {{"a": {{"name": "a", "page": "https://a", "date": "2026-01-01"}}}}, "region": {{"us-east-1": {text}}}}}')
+
+    with pytest.raises(UserError, match=why):
+        load_prices(path=file)
+
+
 def test_unknown() -> None:
     """Of a region that is in no file nothing is known, and it says how to get that; who asks for a price gets the same as an error."""
     nothing = load_prices("mars-1")
@@ -155,19 +172,24 @@ def test_unknown() -> None:
 
 
 def test_which_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file that is named comes first, then the user's, then the packaged one."""
+    """The file that is named comes first, then the user's, then the one that an earlier release wrote, then the packaged one."""
     assert PACKAGED == price_file()
     user_file().parent.mkdir(parents=True)
-    user_file().write_text(PACKAGED.read_text().replace("0.0000133334", "0.1"))
-    assert user_file() == price_file()
-    assert Decimal("0.1") == load_prices().lambda_second("arm64")
-    assert str(user_file()) in load_prices().origin
-    user_file().write_text(user_file().read_text().replace("[region.eu-central-1]", "[region.other]"))
-    assert load_prices("eu-central-1", PACKAGED) == load_prices("eu-central-1")  # what the user's file does not have
-    monkeypatch.setenv("GRADSHARDING_PRICES", str(home / "mine.toml"))
-    assert home / "mine.toml" == price_file()
-    with pytest.raises(UserError, match=r"mine\.toml cannot be read as prices"):
-        load_prices()
+    for file, text in (
+        (former_user_file(), PACKAGED.read_text().replace("0.0000133334", "0.1")),
+        (user_file(), read_prices(PACKAGED).model_dump_json().replace("0.0000133334", "0.2")),
+    ):
+        file.write_text(text)
+        assert file == price_file()
+        assert str(file) in load_prices().origin
+        file.write_text(text.replace("eu-central-1", "other"))
+        assert load_prices("eu-central-1", PACKAGED) == load_prices("eu-central-1")  # what the user's file does not have
+    assert Decimal("0.2") == load_prices().lambda_second("arm64")
+    for name in ("mine.toml", "mine.json"):
+        monkeypatch.setenv("GRADSHARDING_PRICES", str(home / name))
+        assert home / name == price_file()
+        with pytest.raises(UserError, match=f"{name} cannot be read as prices"):
+            load_prices()
 
 
 def offer(products: dict[str, tuple[dict[str, str], list[tuple[str, str]]]]) -> dict[str, Any]:
@@ -284,7 +306,7 @@ def test_refresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lambda_second_arm64: 0.0000133334 → 0.0000120000" in said
     assert "transfer_out_gigabyte: 0.09 → 0.0800000000" in said
     assert "s3_put" not in said
-    assert "express_put: not looked for, or not found; it stays 0.00000113, of 2025-04-10" in said
+    assert "express_put: the list does not have it; it stays 0.00000113, of 2025-04-10" in said
     assert "EC2's list is too large to fetch: its prices stay" in said
     assert f"8 prices of us-east-1 are now in {user_file()}" in said
     assert str(user_file()) == after.file
@@ -300,7 +322,7 @@ def test_refresh(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("served", "capsys")
 def test_refresh_through_a_link(tmp_path: Path) -> None:
     """A user's file that is a link, to where all such files are kept say, stays one; what it leads to keeps its mode."""
-    kept = tmp_path / "kept.toml"
+    kept = tmp_path / "kept.json"
     assert 0 == cli.main(["prices", "--refresh"])
     user_file().rename(kept)
     kept.chmod(0o600)
@@ -308,7 +330,7 @@ def test_refresh_through_a_link(tmp_path: Path) -> None:
     assert 0 == cli.main(["prices", "--refresh", "--region", "eu-west-1"])
 
     assert (True, 0o600) == (user_file().is_symlink(), kept.stat().st_mode & 0o7777)
-    assert '[region."eu-west-1"]' in kept.read_text()
+    assert ["us-east-1", "eu-west-1"] == [*json.loads(kept.read_text())["region"]]
 
 
 @pytest.mark.usefixtures("served")
@@ -329,9 +351,26 @@ def test_refresh_of_a_region_that_was_unknown(served: Lists, capsys: pytest.Capt
     assert "s3_put: unknown → 0.0000050000" in capsys.readouterr().out
     assert Decimal("0.000005") == load_prices("mx-central-1").usd("s3_put")
     assert load_prices().figures == load_prices(path=PACKAGED).figures
-    assert ["mx-central-1"] == [*tomllib.loads(user_file().read_text())["region"]]
+    assert ["mx-central-1"] == [*json.loads(user_file().read_text())["region"]]
     assert 0 == cli.main(["prices", "--refresh"])
-    assert ["mx-central-1", "us-east-1"] == [*tomllib.loads(user_file().read_text())["region"]]
+    assert ["mx-central-1", "us-east-1"] == [*json.loads(user_file().read_text())["region"]]
+
+
+@pytest.mark.usefixtures("served")
+def test_refresh_of_an_earlier_release(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the user's file in TOML says is read, and carried over into the one in JSON; the user learns which of them counts."""
+    former_user_file().parent.mkdir(parents=True)
+    source = 'name = "an offer"\npage = "https://example.com"\ndate = 2026-01-01'
+    figures = 's3_put = { usd = "0.000004", source = "ours" }\nexpress_put = { usd = "0.00000003", source = "ours" }'
+    former_user_file().write_text(f"[source.ours]\n{source}\n[region.us-east-1]\n{figures}\n")
+    assert Decimal("0.000004") == load_prices().usd("s3_put")
+    assert 0 == cli.main(["prices", "--refresh"])
+    said, after = capsys.readouterr().out, load_prices()
+
+    assert "s3_put: 0.000004 → 0.0000050000" in said
+    assert f"{former_user_file()} is no longer read, and can be deleted" in said
+    assert (str(user_file()), Decimal("0.000005"), Decimal("0.00000003")) == (after.file, after.usd("s3_put"), after.usd("express_put"))
+    assert "an offer" == after.sources[after.figures["express_put"].source].name
 
 
 @pytest.mark.usefixtures("served")

@@ -6,26 +6,26 @@ from collections.abc import Collection
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from gradsharding.errors import UserError
 from gradsharding.planning.platform import Architecture
 from gradsharding.value import Value
 
 PACKAGED = Path(__file__).with_name("prices.toml")
-"""The prices that this release brings along."""
+"""The prices that come with this release."""
 
 HOME_REGION = "us-east-1"
-"""The region that is meant where none is named."""
+"""The region where none is named."""
 
 UNLISTED = "express_"
-"""How the names of prices begin that ``gradsharding prices --refresh`` does not look for."""
+"""Prefix of the prices that ``gradsharding prices --refresh`` does not fetch."""
 
 
 def _money(text: Any) -> Decimal:
-    """Read a price; a float would not be what was written."""
+    """Read a price; a float would not be the decimal that was written."""
     if isinstance(text, Decimal):
         return text
     if not isinstance(text, str):
@@ -39,16 +39,25 @@ def _money(text: Any) -> Decimal:
     return price
 
 
-Money = Annotated[Decimal, BeforeValidator(_money)]
+def _plain(price: Decimal) -> str:
+    """Write a price without an exponent.
+
+    >>> _plain(Decimal("4E-7"))
+    '0.0000004'
+    """
+    return f"{price:f}"
+
+
+Money = Annotated[Decimal, BeforeValidator(_money), PlainSerializer(_plain, return_type=str, when_used="json")]
 """US dollars, exact."""
 
 
 class Source(Value):
-    """Where figures were found, and the day they were said to hold."""
+    """Where figures come from, and the day for which they were stated."""
 
     name: str
     page: str
-    """The page or list that says so with authority."""
+    """AWS's own page or list, which decides."""
     date: date
 
 
@@ -60,58 +69,86 @@ class Price(Value):
 
 
 class Box(Value):
-    """A machine on EC2, on demand: what an always-on server would be."""
+    """An EC2 machine, on demand: what an always-on server would run on."""
 
     hour: Money
     vcpus: int
     memory_gib: int
     network_gbit: Money
-    """Gbit/s that it may use for good; for a while, most may use more."""
+    """Gbit/s that it sustains; most machines exceed it for a while."""
     source: str
 
 
+class Region(Value):
+    """What a file says about one region: prices by name, and machines under ``box``."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Price] = Field(init=False)
+    box: dict[str, Box] = Field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, Price]:
+        """The prices."""
+        return self.__pydantic_extra__
+
+
+class PriceFile(Value):
+    """A file of prices, in TOML or in JSON."""
+
+    source: dict[str, Source] = Field(default_factory=dict)
+    region: dict[str, Region] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _every_source_is_there(self) -> Self:
+        for name, region in self.region.items():
+            for figure, priced in (region.figures | region.box).items():
+                if priced.source not in self.source:
+                    raise ValueError(f"{figure} of {name} names the source {priced.source!r}, which is not in the file")
+        return self
+
+
 class Prices(Value):
-    """List prices of one region: as many as are known of it, which may be none."""
+    """List prices of one region: those that are known, which may be none."""
 
     region: str
     sources: dict[str, Source]
     figures: dict[str, Price]
     boxes: dict[str, Box]
     file: str
-    """The file they were read from."""
+    """The file from which they were read."""
 
     def usd(self, name: str) -> Decimal:
-        """Give a price in US dollars; raise UserError if none of that name is known."""
+        """Give a price in US dollars; raise UserError if it is not known."""
         if lacks := self.lacking([name]):
             raise UserError(lacks)
         return self.figures[name].usd
 
     def lacking(self, names: Collection[str]) -> str | None:
-        """Say which of some prices are not known, and where to get them; None if all are."""
+        """Say which of these prices are not known, and where to get them; None if all are known."""
         absent = [name for name in dict.fromkeys(names) if name not in self.figures]
         if not absent:
             return None
-        what = f"no price of {', '.join(absent)} for {self.region}" if self.figures else f"no price for {self.region}"
+        problem = f"no price of {', '.join(absent)} for {self.region}" if self.figures else f"no price for {self.region}"
         if all(name.startswith(UNLISTED) for name in absent):
-            return f"{what}; it is not in the list that is fetched: write it into {user_file()}"
-        return f"{what}; {self._advice}"
+            return f"{problem}; it is not in the list that is fetched: write it into {user_file()}"
+        return f"{problem}; {self._advice}"
 
     def completed(self, other: "Prices") -> "Prices":
-        """Take from another region what is not known of this one: to compare plans by, not to bill by."""
+        """Fill in prices that are not known with those of another region: for comparing plans, not for a bill."""
         return self.model_copy(update={"figures": {**other.figures, **self.figures}, "sources": {**other.sources, **self.sources}})
 
     def lambda_second(self, architecture: Architecture) -> Decimal:
-        """Price of a GiB-second of a function."""
+        """Price of a function's GiB-second."""
         return self.usd(f"lambda_second_{architecture}")
 
     @property
     def origin(self) -> str:
-        """Say which prices these are, and how old the oldest is; or that there are none."""
+        """Say which prices these are, how old the oldest is, and where they come from; or that there are none."""
         if not self.figures:
             return f"no price for {self.region}; {self._advice}"
         used = {price.source for price in self.figures.values()}
-        where = "as this release has them" if self.file == str(PACKAGED) else self.file
-        return f"list prices of {self.region}, {min(self.sources[name].date for name in used)} or later, {where}"
+        place = "packaged with this release" if self.file == str(PACKAGED) else f"from {self.file}"
+        return f"list prices of {self.region}, {min(self.sources[name].date for name in used)} or later, {place}"
 
     @property
     def _advice(self) -> str:
@@ -119,39 +156,47 @@ class Prices(Value):
 
 
 def user_file() -> Path:
-    """Where ``gradsharding prices --refresh`` keeps what it has fetched."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gradsharding" / "prices.toml"
+    """The file that ``gradsharding prices --refresh`` writes."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gradsharding" / "prices.json"
+
+
+def former_user_file() -> Path:
+    """The file that earlier releases wrote; it counts until there is a ``user_file``."""
+    return user_file().with_suffix(".toml")
 
 
 def price_file() -> Path:
-    """The file in use: the one named by GRADSHARDING_PRICES, the user's, or the packaged one."""
+    """The file in use: the one that GRADSHARDING_PRICES names, the user's, or the packaged one."""
     if named := os.environ.get("GRADSHARDING_PRICES"):
         return Path(named)
-    return user_file() if user_file().is_file() else PACKAGED
+    return next((path for path in (user_file(), former_user_file()) if path.is_file()), PACKAGED)
+
+
+def read_prices(file: Path) -> PriceFile:
+    """Read a file of prices: TOML if its name ends in ``.toml``, else JSON. Raise UserError if it is missing or wrong."""
+    try:
+        text = file.read_text()
+        return PriceFile.model_validate(tomllib.loads(text)) if file.suffix == ".toml" else PriceFile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] != "json_invalid":
+            place = ".".join(map(str, first["loc"]))
+            reason = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{file}: {f'{place}: ' if place else ''}{reason}; correct it, or delete the file") from error
+        problem = first["msg"]
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problem = str(error)
+    raise UserError(f"{file} cannot be read as prices ({problem}); unset GRADSHARDING_PRICES, or delete the file to use the packaged ones")
 
 
 def load_prices(region: str = HOME_REGION, path: Path | None = None) -> Prices:
-    """Read the prices of a region, none if none are known; raise UserError if there is no such file, or it is wrong.
+    """Read the prices of a region, none if none are known; raise UserError as ``read_prices`` does.
 
-    Of a region that the user's own file does not have, the packaged prices count.
+    Where the user's own file lacks the region, the packaged prices count.
     """
     file = path or price_file()
-    try:
-        found = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file} cannot be read as prices ({error}); unset GRADSHARDING_PRICES, or delete it to use the packaged ones"
-        ) from error
-    known = found.get("region", {}).get(region, {})
-    if not known and file == user_file():
+    found = read_prices(file)
+    known = found.region.get(region, Region())
+    if not known.figures and file in (user_file(), former_user_file()):
         return load_prices(region, PACKAGED)
-    figures = {name: value for name, value in known.items() if name != "box"}
-    try:
-        prices = Prices(region=region, sources=found.get("source", {}), figures=figures, boxes=known.get("box", {}), file=str(file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct it, or delete the file") from error
-    for name, priced in (prices.figures | prices.boxes).items():
-        if priced.source not in prices.sources:
-            raise UserError(f"{file}: {name} of {region} names the source {priced.source!r}, which is not in the file")
-    return prices
+    return Prices(region=region, sources=found.source, figures=known.figures, boxes=known.box, file=str(file))

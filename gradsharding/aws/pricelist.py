@@ -1,13 +1,11 @@
-"""``gradsharding prices``: shows the prices in use; asked to, fetches AWS's public list, shows what changes, and keeps it."""
+"""``gradsharding prices`` shows the prices in use; with ``--refresh`` it fetches AWS's public list, shows what changes, and keeps it."""
 
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -16,7 +14,19 @@ import urllib3
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding.advice.prices import HOME_REGION, PACKAGED, load_prices, price_file, user_file
+from gradsharding.advice.prices import (
+    HOME_REGION,
+    PACKAGED,
+    Price,
+    PriceFile,
+    Region,
+    Source,
+    former_user_file,
+    load_prices,
+    price_file,
+    read_prices,
+    user_file,
+)
 from gradsharding.errors import StoreFailed, UserError
 from gradsharding.stores.files import replace
 
@@ -25,11 +35,11 @@ LIST = "https://pricing.us-east-1.amazonaws.com"
 (https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/using-the-aws-price-list-bulk-api.html)."""
 
 _PREFIX = r"(?:[A-Z]{2,5}\d?-)?"
-"""Of a usage type, outside us-east-1: a short name of the region."""
+"""Prefix of a usage type outside us-east-1: a short name of the region."""
 
 
 class Wanted(NamedTuple):
-    """A figure of ours, and what marks its product in an offer's list."""
+    """One of our prices, and how to recognize its product in an offer's list."""
 
     name: str
     offer: str
@@ -55,15 +65,15 @@ WANTED = (
     Wanted("transfer_out_gigabyte", "AWSDataTransfer", _usage("DataTransfer-Out-Bytes")),
     Wanted("alarm_month", "AmazonCloudWatch", _usage("CW:AlarmMonitorUsage")),
 )
-"""What is looked for. S3 Express's usage types are not known for sure, and EC2's list takes hundreds of megabytes: those figures stay."""
+"""The prices to fetch. S3 Express's usage types are not known for sure, and EC2's list takes hundreds of megabytes: those prices stay."""
 
 
 @click.command(short_help="Show the prices in use, or fetch AWS's own.")
-@click.option("--region", default=HOME_REGION, show_default=True, help="Of AWS.")
-@click.option("--refresh", is_flag=True, help="Fetch AWS's price list, show what changes, and keep it in your own file.")
+@click.option("--region", default=HOME_REGION, show_default=True, help="AWS region.")
+@click.option("--refresh", is_flag=True, help="Fetch AWS's price list, show what changes, and save it in your own file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def prices(region: str, *, refresh: bool, as_json: bool) -> None:
-    """Show the list prices by which plans and rounds are reckoned, each with its source and date. Nothing is fetched unless asked for."""
+    """Show the list prices that plans and bills use, each with its source and date. Only --refresh fetches anything."""
     if refresh:
         click.echo(refreshed(region))
         return
@@ -85,50 +95,69 @@ def prices(region: str, *, refresh: bool, as_json: bool) -> None:
 
 
 def refreshed(region: str) -> str:
-    """Fetch a region's prices into the user's file, and say what has changed; raise StoreFailed or UserError, with nothing written."""
-    known = _known(region)
-    before = known["region"][region]
+    """Fetch a region's prices into the user's file, and say what changed; raise StoreFailed or UserError, with nothing written."""
+    before = _before(region)
+    known = before.region[region]
     lists = {offer: _fetch(offer, region) for offer in dict.fromkeys(wanted.offer for wanted in WANTED)}
-    figures = {wanted.name: price for wanted in WANTED if (price := _find(wanted, lists[wanted.offer])) is not None}
+    figures = {
+        wanted.name: Price(usd=usd, source=f"{wanted.offer}-{region}")
+        for wanted in WANTED
+        if (usd := _find(wanted, lists[wanted.offer])) is not None
+    }
     if not figures:
         raise UserError(f"AWS's price list has none of our prices for {region}; is that the name of a region?")
     lines = []
-    for name in dict.fromkeys([*figures, *(name for name in before if name != "box")]):
-        old = before.get(name, {}).get("usd")
+    for name in figures | known.figures:
+        old = known.figures.get(name)
         if name not in figures:
-            lines.append(f"{name}: not looked for, or not found; it stays {old}, of {known['source'][before[name]['source']]['date']}")
-        elif old is None or Decimal(old) != figures[name]:
-            lines.append(f"{name}: {old or 'unknown'} → {figures[name]:f}")
-    if before.get("box"):
+            kept = known.figures[name]
+            lines.append(f"{name}: the list does not have it; it stays {kept.usd:f}, of {before.source[kept.source].date}")
+        elif not old or old.usd != figures[name].usd:
+            lines.append(f"{name}: {f'{old.usd:f}' if old else 'unknown'} → {figures[name].usd:f}")
+    if known.box:
         lines.append("EC2's list is too large to fetch: its prices stay")
+    sources = {
+        f"{offer}-{region}": Source(name="AWS's price list", page=f"{LIST}{_path(offer, region)}", date=_published(found))
+        for offer, found in lists.items()
+    }
+    after = PriceFile(
+        source=before.source | sources, region={**before.region, region: Region(box=known.box, **{**known.figures, **figures})}
+    )
     path = user_file()
-    _write(path, known, region, figures, {offer: _published(found) for offer, found in lists.items()})
-    load_prices(region, path)
-    return "\n".join([*lines, f"{len(figures)} prices of {region} are now in {path}"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, after.model_dump_json(indent=2) + "\n")
+    if former_user_file().is_file():
+        lines.append(f"{former_user_file()} is no longer read, and can be deleted")
+    return "\n".join([*lines, f"{len(figures)} prices of {region} are now in {path}; delete that file to use the packaged prices"])
 
 
-def _known(region: str) -> dict[str, Any]:
-    """Give what the user's own file has, and of the region, if that does not have it, what the release has.
+def _before(region: str) -> PriceFile:
+    """Read the user's own file; give it the packaged prices of the region if it lacks that.
 
-    Other regions of the release stay out of the user's file: they would hide those of later releases.
+    Other packaged regions stay out of the user's file: there they would hide those of later releases.
     """
-    own = {"source": {}, "region": {}} | (tomllib.loads(price_file().read_text()) if price_file() != PACKAGED else {})
-    if region not in own["region"]:
-        packaged = tomllib.loads(PACKAGED.read_text())
-        figures = packaged["region"].get(region, {})
-        used = {one["source"] for one in ({**figures, "box": None} | figures.get("box", {})).values() if one}
-        own["source"] = {name: source for name, source in packaged["source"].items() if name in used} | own["source"]
-        own["region"][region] = figures
-    return own
+    own = read_prices(price_file()) if price_file() != PACKAGED else PriceFile()
+    if region in own.region:
+        return own
+    packaged = read_prices(PACKAGED)
+    known = packaged.region.get(region, Region())
+    used = {priced.source for priced in (known.figures | known.box).values()}
+    sources = {name: source for name, source in packaged.source.items() if name in used}
+    return PriceFile(source=sources | own.source, region={**own.region, region: known})
+
+
+def _path(offer: str, region: str) -> str:
+    """Path of an offer's list."""
+    return f"/offers/v1.0/aws/{offer}/current/{region}/index.json"
 
 
 def _fetch(offer: str, region: str) -> dict[str, Any]:
-    """Get an offer's list; raise StoreFailed if it cannot be had, UserError if it is none."""
+    """Fetch an offer's list; raise StoreFailed if it cannot be fetched, UserError if the answer is not a price list."""
     base = os.environ.get("GRADSHARDING_PRICE_LIST", LIST).rstrip("/")
     place = urlsplit(base)
     if place.scheme != "https" and place.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise UserError(f"{base} is not https; prices are not taken from there")
-    url = f"{base}/offers/v1.0/aws/{offer}/current/{region}/index.json"
+    url = f"{base}{_path(offer, region)}"
     try:
         answer = urllib3.PoolManager().request(
             "GET", url, timeout=urllib3.Timeout(connect=10, read=60), retries=urllib3.Retry(3, backoff_factor=0.5, redirect=3)
@@ -138,19 +167,19 @@ def _fetch(offer: str, region: str) -> dict[str, Any]:
     if answer.status in (403, 404):
         raise UserError(f"there is no list of {offer} for {region} at {url}; is that the name of a region?")
     if answer.status != 200:
-        raise StoreFailed(f"{url} answered {answer.status}; nothing was changed, try again later")
+        raise StoreFailed(f"{url} answered {answer.status}; nothing was changed; try again later")
     try:
         found = json.loads(answer.data)
         _published(found)
         assert isinstance(found["products"], dict)
         assert isinstance(found["terms"]["OnDemand"], dict)
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"what {url} answered is not a price list ({error!r}); nothing was changed") from error
+        raise UserError(f"the answer of {url} is not a price list ({error!r}); nothing was changed") from error
     return dict(found)
 
 
 def _find(wanted: Wanted, offer: Mapping[str, Any]) -> Decimal | None:
-    """The first paid tier of the product that is wanted; None if there is none, or there are several that differ."""
+    """Price of the product's first paid tier; None if there is no such product, or several whose prices differ."""
     found = set()
     for sku, product in offer["products"].items():
         if not wanted.is_it(product.get("attributes", {})):
@@ -162,47 +191,6 @@ def _find(wanted: Wanted, offer: Mapping[str, Any]) -> Decimal | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _published(offer: Mapping[str, Any]) -> str:
-    """The day a list was published."""
-    return datetime.fromisoformat(offer["publicationDate"]).date().isoformat()
-
-
-def _write(path: Path, known: dict[str, Any], region: str, figures: Mapping[str, Decimal], dates: Mapping[str, str]) -> None:
-    """Write the user's file: what was known, with what was found."""
-    offers = {wanted.name: wanted.offer for wanted in WANTED}
-    sources = known["source"] | {
-        f"{offer}-{region}": {
-            "name": "AWS's price list",
-            "page": f"{LIST}/offers/v1.0/aws/{offer}/current/{region}/index.json",
-            "date": day,
-        }
-        for offer, day in dates.items()
-    }
-    found = {name: {"usd": f"{price:f}", "source": f"{offers[name]}-{region}"} for name, price in figures.items()}
-    regions = known["region"]
-    regions[region] |= found
-    lines = ["# Fetched by `gradsharding prices --refresh`; delete this file to use the prices of the release."]
-    for name, source in sources.items():
-        lines += [
-            "",
-            f"[source.{_text(name)}]",
-            f"name = {_text(source['name'])}",
-            f"page = {_text(source['page'])}",
-            f"date = {source['date']}",
-        ]
-    for name, values in regions.items():
-        lines += ["", f"[region.{_text(name)}]"]
-        lines += [f"{key} = {_inline(value)}" for key, value in values.items() if key != "box"]
-        if boxes := values.get("box"):
-            lines += ["", f"[region.{_text(name)}.box]", *(f"{_text(key)} = {_inline(value)}" for key, value in boxes.items())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, "\n".join(lines) + "\n")
-
-
-def _text(value: str) -> str:
-    """TOML's basic strings are JSON's, for what occurs here."""
-    return json.dumps(value)
-
-
-def _inline(value: Mapping[str, Any]) -> str:
-    return "{ " + ", ".join(f"{key} = {_text(v) if isinstance(v, str) else v}" for key, v in value.items()) + " }"
+def _published(offer: Mapping[str, Any]) -> date:
+    """The day on which a list was published."""
+    return datetime.fromisoformat(offer["publicationDate"]).date()
