@@ -57,7 +57,7 @@ def round_of(nbytes: int, clients: int, concurrency: int) -> dict[str, Any]:
         "p95": best.forecast.seconds.p95,
         "usd_aggregation": f"{best.usd:f}",
         "usd_round_trip": f"{best.forecast.cost.round_trip.usd:f}",
-        "binds": best.binds,
+        "binds": best.limited_by,
     }
 
 

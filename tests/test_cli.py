@@ -1,10 +1,12 @@
 """The command line: what it does, what it says, and what it leaves behind, run as the real command wherever that matters."""
 
+import ast
 import contextlib
 import hashlib
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -21,14 +23,16 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
+from gradsharding.cli.aggregate import TOPOLOGIES
 from gradsharding.cli.inputs import read_updates
-from gradsharding.cli.main import TOPOLOGIES, cli, main
+from gradsharding.cli.main import COMMANDS, main
 from gradsharding.cli.terminal import ENDING
 from gradsharding.errors import UserError
 from gradsharding.rounds.round import Round
 from gradsharding.stores.directory import DirectoryStore
 
 COMMAND = str(Path(sys.executable).parent / "gradsharding")
+ROOT = Path(__file__).parents[1]
 WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}
 
 
@@ -65,6 +69,11 @@ def done(run: subprocess.CompletedProcess[str]) -> str:
     """Give what a run that ended well said, having said nothing else."""
     assert (0, "") == (run.returncode, run.stderr)
     return run.stdout
+
+
+def flowing(text: str) -> str:
+    """Give text as one line with single spaces, however it was wrapped."""
+    return " ".join(text.split())
 
 
 def everything(directory: Path) -> list[Path]:
@@ -159,13 +168,14 @@ def test_flat_equals_sharded(updates: list[str], call: Callable[..., str], tmp_p
     assert 1 == len({(tmp_path / topology).read_bytes() for topology in TOPOLOGIES})
 
 
-def test_summary_names_the_result_and_what_it_took(updates: list[str], tmp_path: Path) -> None:
-    """A run says on two lines what it made, of how much, and the memory projected and observed."""
-    lines = done(gradsharding("aggregate", *updates, "-o", "out", "--shards", "2", cwd=tmp_path)).splitlines()
+def test_summary_names_the_result_and_what_it_took(updates: list[str], call: Callable[..., str]) -> None:
+    """A run says what it made, how, and the memory projected and observed, one fact a line."""
+    lines = call("aggregate", *updates, "-o", "out", "--shards", "2", "--executor", "processes:1").splitlines()
 
-    assert 2 == len(lines)
-    assert lines[0].startswith("out: mean of 3 clients, 0.1 MiB, sharded: 2 slices")
-    assert all(word in lines[1] for word in ("MiB projected", "MiB observed", " s"))
+    assert "out: mean of 3 clients, 0.1 MiB" == lines[0]
+    assert "  topology  sharded: 2 slices" == lines[1]
+    assert re.fullmatch(r"  memory    [\d.]+ MiB projected for a function, [\d.]+ MiB observed.*", lines[2])
+    assert re.fullmatch(r"  time      \d+\.\d\d s", lines[-1])
 
 
 def test_nothing_else_is_left(updates: list[str], tmp_path: Path) -> None:
@@ -495,9 +505,7 @@ def test_finished_round_is_not_run_again(updates: list[str], call: Callable[...,
     said = call("aggregate", *reversed(updates), "-o", "out", "--store", "kept", "--memory", "1MiB", "--report", "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
 
-    assert ["out: mean of 3 clients, 0.1 MiB, made by an earlier call", "nothing was left to do"] == [
-        line.partition(";")[0] for line in said.splitlines()
-    ]
+    assert ["out: mean of 3 clients, 0.1 MiB", "  made  by an earlier call; nothing was left to do"] == said.splitlines()[:2]
     assert ("an earlier call", None, None) == (report["made_by"], report["topology"], report["projected"])
     assert before.st_mtime_ns == (tmp_path / "out").stat().st_mtime_ns
 
@@ -535,15 +543,15 @@ def test_exact_is_verified(narrow: list[str], tmp_path: Path) -> None:
     for i, topology in enumerate(("sharded", "lambda-fl", "lifl")):
         said = done(gradsharding("aggregate", *narrow, "-o", "out", "--exact", "--store", f"kept{i}", "--topology", topology, cwd=tmp_path))
         made.add((tmp_path / "out").read_bytes())
-    verify = said.partition("to check it: gradsharding ")[2].split()
+    verify = re.findall(r"  check it  gradsharding (verify kept2 r-[0-9a-f]{32})\n", said)[0].split()
     found = done(gradsharding(*verify, "--sample", "1000", cwd=tmp_path))
 
     assert 1 == len(made)
     (data,) = made
     digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-    assert f"SHA-256 {digest}" in said
-    assert f"exact mean of 3 clients, 0.1 MiB\nSHA-256 {digest}: as published" in found
-    assert "computed again from the sealed updates: the same bits" in found
+    assert f"  SHA-256   {digest}\n" in said
+    assert f"exact mean of 3 clients, 0.1 MiB SHA-256 {digest}, as published recomputed " in flowing(found)
+    assert ", from the sealed updates: the same bits" in flowing(found)
 
     safetensors.torch.save_file(model(9), tmp_path / "cyd.safetensors")
     changed = gradsharding(*verify, "--sample", "1000", cwd=tmp_path)
@@ -576,7 +584,7 @@ def test_exact_plan(narrow: list[str], call: Callable[..., str]) -> None:
     for one, other in zip(plain["topologies"], exact["topologies"], strict=True):
         assert one["bytes_written"] <= other["bytes_written"]
         assert float(one["usd"]["aggregation"]) < float(other["usd"]["aggregation"])
-    assert "Exact sums: a tree's figures are upper bounds" in call("plan", *narrow, "--exact")
+    assert "Exact sums: the figures of trees are upper bounds" in call("plan", *narrow, "--exact")
 
 
 def test_exact_float64_is_refused(updates: list[str], tmp_path: Path) -> None:
@@ -896,36 +904,37 @@ def test_whole_weights_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # --- plan, help, progress, commands of others
 
 
-def test_plan_shows_topologies_side_by_side(tmp_path: Path) -> None:
-    """A plan is a table, a row for each topology; what does not fit is told with the reason, and one is advised."""
-    said = done(gradsharding("plan", "--size", "528MB", "--clients", "20", "--shards", "4", "--memory", "1GiB", cwd=tmp_path))
+def test_plan_shows_topologies_side_by_side(call: Callable[..., str]) -> None:
+    """A plan is a table, a row for each topology; what does not fit is marked, with the reason below, and one is recommended."""
+    said = call("plan", "--size", "528MB", "--clients", "20", "--shards", "4", "--memory", "1GiB")
+    rows = [line[2:].split() for line in said.splitlines()[2:9]]
 
-    rows = [line.split() for line in said.splitlines() if line.startswith("  ") and line.strip()]
-    assert [
-        "topology",
-        "functions",
-        "waves",
-        "memory",
-        "gets",
-        "puts",
-        "read",
-        "written",
-        "p50",
-        "p95",
-        "aggregation",
-        "round",
-        "trip",
-    ] == rows[0]
-    assert ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"] == [row[0] for row in rows[1:]]
-    assert "flat does not fit: memory: a function needs 1200.0 MiB, and may have 1024.0 MiB." in said
-    assert "sharded does not fit" not in said
-    assert 1 == said.count("AWS allows memory of a function: 10240.0 MiB at most (https://docs.aws.amazon.com/lambda/")
-    assert "Take sharded: the fastest of those that cost at most 1.1 of the least" in said
-    assert "are downloads of the new model through the internet, whatever the topology" in said
-    assert "An always-on m7g.large, $0.0816 an hour, takes" in said
-    assert "Flower's own server would hold 10.8 GiB: r7g.large" in said
-    assert "List prices of us-east-1" in said
-    assert "times are modelled" in said
+    assert ["topology", "shards", "fan-in", "functions", "memory", "time", "cost"] == rows[0]
+    assert ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"] == [row[0] for row in rows[2:]]
+    assert ["4", "-", "4", "640", "MiB"] == rows[3][1:6]
+    assert ["x ", "* ", "x ", "x "] == [line[:2] for line in said.splitlines()[4:8]]
+    text = flowing(said)
+    assert "flat, lambda-fl and lifl do not fit: memory: a function needs 1200.0 MiB, and may have 1024.0 MiB." in text
+    assert "Take sharded with 4 shards: about " in text
+    assert "The clients' downloads of the new model cost another $0.885 a round, whatever the topology." in text
+    assert "Lambda is cheaper than an always-on m7g.large ($0.0816 an hour, 90.2 s a round) at every rate that this" in text
+    assert "Flower's own server would hold 10.8 GiB in memory: r7g.large" in text
+    assert "Times are modelled medians, prices are list prices of us-east-1" in text
+
+
+def test_plan_in_detail(call: Callable[..., str]) -> None:
+    """--detail shows all figures of the JSON, and AWS's limits with their sources."""
+    plan = ("plan", "--size", "528MB", "--clients", "20", "--shards", "4", "--memory", "1GiB")
+    brief, detail, figures = call(*plan), call(*plan, "--detail"), json.loads(call(*plan, "--json"))
+
+    assert [] == [line for line in brief.splitlines() if line not in detail]
+    assert "AWS allows memory of a function: 10240.0 MiB at most" in detail
+    assert "https://docs.aws.amazon.com/lambda/" in detail
+    assert "https:" not in brief
+    table = [line[2:] for line in detail.partition("Requests and bytes")[2].splitlines()]
+    for row in figures["topologies"]:
+        requests = next(line.split() for line in table if line.startswith(f"{row['topology']} "))
+        assert [f"{row[name]:,}" for name in ("waves", "gets", "puts")] == requests[1:4]
 
 
 def test_plan_as_json(call: Callable[..., str]) -> None:
@@ -945,7 +954,7 @@ def test_plan_as_json(call: Callable[..., str]) -> None:
     for row in found.values():
         assert 0 < row["seconds"]["p50"] < row["seconds"]["p95"]
         assert 0 < float(row["usd"]["aggregation"]) < float(row["usd"]["round_trip"])
-    assert all(server["most_rounds_an_hour"] > 0 for server in said["servers"])
+    assert all(server["rounds_an_hour"] > 0 for server in said["servers"])
 
 
 def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
@@ -974,7 +983,7 @@ def test_plan_of_express(call: Callable[..., str]) -> None:
     plan = ("plan", "--size", "528MB", "--clients", "20")
     said, usual = call(*plan, "--storage", "express"), call(*plan)
 
-    assert "S3 Express is priced, and not supported as a store yet: directory buckets list objects unsorted" in said
+    assert "S3 Express is priced, but not supported as a store yet: directory buckets list objects unsorted" in flowing(said)
     assert "Express" not in usual
     assert not json.loads(call(*plan, "--storage", "express", "--json"))["storage_supported"]
 
@@ -995,21 +1004,20 @@ def test_plan_elsewhere(call: Callable[..., str]) -> None:
     for without, said in ((part, part["prices_missing"]), (nowhere, advice)):
         assert home["recommended"] == without["recommended"]
         assert [row | {"usd": priceless} for row in home["topologies"]] == without["topologies"]
-        assert "in list prices of us-east-1" in without["why"]
         assert ([], said) == (without["servers"], without["prices_missing"])
     assert "no price of lambda_second_arm64, lambda_request, transfer_out_gigabyte for il-central-1; fetch it" in part["prices_missing"]
     shown = call(*plan, "--region", "mars-1")
-    assert f"N{advice[1:]}\n" in shown
+    assert f"N{advice[1:]}. The topologies are compared at the list prices of us-east-1." in flowing(shown)
     assert "$" not in shown
-    assert (10, "Times are modelled.") == (shown.count("no price"), shown.splitlines()[-1])
+    assert (5, "Times are modelled medians. This has never run on real AWS.") == (shown.count("no price"), shown.splitlines()[-1])
 
 
 def test_plan_of_express_without_its_prices(call: Callable[..., str]) -> None:
     """Where no price of S3 Express is known, a plan with it says so, and where to write it."""
-    said = call("plan", "--size", "528MB", "--clients", "20", "--storage", "express", "--region", "eu-central-1")
+    said = flowing(call("plan", "--size", "528MB", "--clients", "20", "--storage", "express", "--region", "eu-central-1"))
 
     assert "S3 Express is not supported as a store yet" in said
-    assert "\nNo price of express_get, express_put, " in said
+    assert "No price of express_get, express_put, " in said
     assert " for eu-central-1; it is not in the list that is fetched: write it into " in said
 
 
@@ -1046,14 +1054,51 @@ def test_topologies_give_the_same_bytes(updates: list[str], call: Callable[..., 
         assert report["projected"][figure] >= report["observed"][figure] > 0
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in sorted(cli.commands))], ids=" ".join)
-def test_every_command_has_help(tmp_path: Path, command: list[str]) -> None:
-    """--help tells usage, options and examples, and reads no further."""
-    said = done(gradsharding(*command, "--help", cwd=tmp_path))
+OURS = {name: listed for rows in COMMANDS.values() for name, listed in rows.items()}
+LIGHT = {name: listed for name, listed in OURS.items() if name != "demo"}
+"""All commands but the one that imports Flower and torch."""
 
-    assert said.startswith(f"Usage: {' '.join(['gradsharding', *command])} ")
-    assert "Examples:\n    gradsharding " in said
-    assert "--help" in said
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_every_command_has_help(call: Callable[..., str], name: str) -> None:
+    """A command's help begins with its purpose, as ``gradsharding --help`` lists it; it has examples, and fits 80 columns."""
+    usage, purpose = call(name, "--help").split("\n\n", 2)[:2]
+    said = call(name, "--help")
+
+    assert usage.startswith(f"Usage: gradsharding {name} ")
+    assert f"  {LIGHT[name].purpose}" == purpose
+    assert "  Examples:\n    gradsharding " in said
+    assert [] == [line for line in said.splitlines() if len(line) > 80]
+
+
+def test_purposes_are_those_of_the_commands() -> None:
+    """The purpose of each listed command is the first line of its docstring, which is read here without importing it."""
+    for listed in OURS.values():
+        module, _, attribute = listed.target.partition(":")
+        file = next(path for root in (ROOT, ROOT / "strategies") if (path := root / f"{module.replace('.', '/')}.py").exists())
+        docstrings = {
+            node.name: ast.get_docstring(node) or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)
+        }
+
+        assert listed.purpose == docstrings[attribute].splitlines()[0]
+
+
+def test_help_lists_every_command_on_one_line(call: Callable[..., str]) -> None:
+    """``--help`` gives each command one line, with its purpose, within 80 columns."""
+    lines = call("--help").splitlines()
+
+    for name, listed in OURS.items():
+        assert 1 == sum(line.split() == [name, *listed.purpose.split()] for line in lines)
+    assert [] == [line for line in lines if len(line) > 80]
+
+
+def test_help_imports_no_command(tmp_path: Path) -> None:
+    """``--help`` imports none of the commands, and nothing that they need."""
+    script = "import sys; from gradsharding.cli.main import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    heavy = {"rich", "boto3", "flwr", "torch", "gradsharding.cli.plan", "gradsharding.cli.aggregate", "gradsharding.aws"}
+
+    assert set() == heavy & {*run.stderr.split()}
 
 
 def test_version(tmp_path: Path) -> None:
@@ -1087,7 +1132,7 @@ def contribute(site: Path, command: str, module: str, source: str) -> None:
     """Install a package that contributes one command, as pip would: a module and its metadata."""
     info = site / f"{module}-1.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\nSummary: Says hello.\n")
     (info / "entry_points.txt").write_text(f"[gradsharding.commands]\n{command} = {module}:main\n")
     (site / f"{module}.py").write_text(source)
 
@@ -1106,20 +1151,20 @@ def main(name: str) -> None:
 def test_other_packages_contribute_commands(tmp_path: Path) -> None:
     """A command of another package is listed without being imported, and runs with its own options and help."""
     contribute(tmp_path / "site", "hello", "hello_package", HELLO)
-    site = str(tmp_path / "site")
+    path = f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}"
 
-    assert "hello      Part of hello_package" in done(gradsharding("--help", cwd=tmp_path, PYTHONPATH=site))
+    assert "hello  Says hello. (hello_package)\n" in done(gradsharding("--help", cwd=tmp_path, PYTHONPATH=path))
     assert not (tmp_path / "imported").exists()
-    assert "hello you\n" == done(gradsharding("hello", "--name", "you", cwd=tmp_path, PYTHONPATH=site))
-    assert "Greet." in done(gradsharding("hello", "--help", cwd=tmp_path, PYTHONPATH=site))
+    assert "hello you\n" == done(gradsharding("hello", "--name", "you", cwd=tmp_path, PYTHONPATH=path))
+    assert "Greet." in done(gradsharding("hello", "--help", cwd=tmp_path, PYTHONPATH=path))
 
 
 def test_contributed_command_without_its_packages(tmp_path: Path) -> None:
     """A command whose packages are missing says which extra to install."""
     contribute(tmp_path, "show", "gradsharding_shows", "import package_that_nobody_has")
 
-    run = gradsharding("show", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    run = gradsharding("show", cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
 
     assert (2, "", 1) == (run.returncode, run.stdout, run.stderr.count("\n"))
     assert "package_that_nobody_has" in run.stderr
-    assert "install gradsharding[show]" in run.stderr
+    assert "install gradsharding_shows" in run.stderr

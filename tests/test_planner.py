@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, sharded_tree
-from gradsharding.advice.planner import NAMES, Advice, Needs, Option, flower_server, recommend
+from gradsharding.advice.planner import NAMES, Advice, Needs, Option, dollars_text, flower_server, recommend, time_text
 from gradsharding.advice.prices import load_prices
 from gradsharding.advice.timing import Speeds, unlucky
 from gradsharding.errors import UserError
@@ -34,15 +34,15 @@ def advise(nbytes: int, clients: int, **needs: object) -> Advice:
 
 
 def test_every_topology() -> None:
-    """Each topology is planned at its best, and one of those that fit is named, with the others' price and pace beside it."""
+    """Each topology is planned at its best, and one is recommended in three sentences: what, why, and what limits it."""
     advice = advise(528_000_000, 20)
+    take, why, limit = advice.sentences
 
     assert NAMES == tuple(option.name for option in advice.options)
     assert advice.best is by_name(advice)["sharded"]
-    assert "the fastest of those that cost at most 1.1 of the least" in advice.why
-    for name in {*NAMES} - {"sharded"}:
-        assert f"{name} costs" in advice.why
-    assert "What binds it: " in advice.why
+    assert f"Take sharded with {advice.best.shape}: about {time_text(advice.best.forecast.seconds.p50)} and $" in take
+    assert "It is the cheapest, and the fastest." == why
+    assert "Its speed is limited by CPU, which comes with memory." == limit
 
 
 def test_exact() -> None:
@@ -89,9 +89,9 @@ def test_impossible() -> None:
     advice = advise(6 * GB, 50, deadline=0.5)
 
     assert advice.best is None
-    assert "no topology keeps to what is asked" in advice.why
+    assert "No topology keeps to these limits." == advice.sentences[0]
     assert all(option.problem for option in advice.options)
-    assert "deadline: 95 rounds of 100 take up to" in (by_name(advice)["sharded"].problem or "")
+    assert "deadline: 95 of 100 rounds take up to" in (by_name(advice)["sharded"].problem or "")
 
 
 def test_memory() -> None:
@@ -114,7 +114,7 @@ def test_budget() -> None:
 
     assert enough.best == free.best
     assert too_little.best is None
-    assert all("and $0.001 is allowed" in (option.problem or "") for option in too_little.options)
+    assert all("; $0.001 is allowed" in (option.problem or "") for option in too_little.options)
 
 
 def test_concurrency_binds() -> None:
@@ -133,7 +133,7 @@ def test_time_limit() -> None:
     assert advice.best
 
     assert "sharded-tree" == advice.best.name
-    assert "Lambda ends it after 900 s" in (found["sharded"].problem or "")
+    assert "Lambda stops it after 900 s" in (found["sharded"].problem or "")
     assert unlucky(advice.best.forecast.seconds.longest, Speeds()) <= DEPLOYED_TIMEOUT
 
 
@@ -141,11 +141,11 @@ def test_time_limit_is_that_of_the_deployed_function() -> None:
     """A plan counts on what ``deploy`` gives a function; a function that is given more may take more, up to what Lambda allows."""
     usual, long = (by_name(advise(10**9, 72, memory=8 * GB, **more))["flat"] for more in ({}, {"timeout": 1_800}))
 
-    assert (usual.problem or "").endswith("Lambda ends it after 900 s; give it more by --timeout, in deploy and in plan")
+    assert (usual.problem or "").endswith("Lambda stops it after 900 s; raise it with --timeout, in deploy and in plan")
     assert long.problem is None
-    with pytest.raises(UserError, match=r"a function cannot take 1,801 s; Lambda gives it 1,800 s at most"):
+    with pytest.raises(UserError, match=r"a function cannot run for 1,801 s; Lambda offers 1,800 s at most"):
         advise(GB, 2, timeout=1_801)
-    with pytest.raises(UserError, match=r"a function cannot have 10241\.0 MiB; Lambda gives it 10240\.0 MiB at most"):
+    with pytest.raises(UserError, match=r"a function cannot have 10241\.0 MiB; Lambda offers 10240\.0 MiB at most"):
         advise(GB, 2, memory=10_241 << 20)
 
 
@@ -173,7 +173,7 @@ def test_refused_by_a_limit(limit: str, allowed: int | None, advice: Callable[[]
 
     assert option.bound
     assert (limit, False) == (option.bound.limit, option.bound.fits)
-    assert option.problem == option.binds == f"{limit}: {option.bound.says}"
+    assert option.problem == option.limited_by == f"{limit}: {option.bound.text}"
     assert allowed == (option.bound.figure and option.bound.figure.value)
 
 
@@ -195,8 +195,8 @@ def test_bound_by_a_limit(limit: str | None, advice: Callable[[], Advice]) -> No
 
     assert limit == (said.best.bound and said.best.bound.limit)
     assert said.best.problem is None
-    assert (said.best.bottleneck if limit is None else str(said.best.bound)) == said.best.binds
-    assert said.why.endswith(f"What binds it: {said.best.binds}")
+    assert (said.best.bottleneck if limit is None else str(said.best.bound)) == said.best.limited_by
+    assert (f"Its speed is limited by {said.best.bottleneck}." if limit is None else f"Watch the {said.best.bound}.") == said.sentences[-1]
 
 
 def test_says_what_s3_is_asked() -> None:
@@ -205,8 +205,8 @@ def test_says_what_s3_is_asked() -> None:
     requests = 1_000 * 20
 
     assert paced.rates.much
-    assert f"get rate: S3 would be asked for {paced.rates.gets:,.0f} GETs a second, and one prefix bears 5,500" in paced.binds
-    assert re.search(r": each of 1,000 functions keeps to 4\.4; \d+ at once would not have to wait$", paced.binds)
+    rate = f"get rate: its functions would make {paced.rates.gets:,.0f} GETs a second, and one prefix of S3 serves 5,500; so each of "
+    assert re.fullmatch(re.escape(rate) + r"1,000 functions is held to 4\.4, and \d+ at once would need no pacing", paced.limited_by)
     assert paced.forecast.seconds.p50 > (requests - 1_000) / (0.8 * 5_500)
 
 
@@ -223,7 +223,7 @@ def test_payload() -> None:
     found = by_name(advice)
     assert advice.best
 
-    assert (found["flat"].problem or "").startswith(("payload: an invocation would name its updates in", "time limit"))
+    assert (found["flat"].problem or "").startswith(("payload: the names of a function's updates take", "time limit"))
     assert max(kind.task.inputs for kind in advice.best.plan.kinds[0]) * 150 < PAYLOAD
 
 
@@ -232,6 +232,33 @@ def test_shards_may_be_fixed() -> None:
     found = by_name(recommend(manifest(528_000_000, 20), shards=7))
 
     assert (7, 7) == (len(found["sharded"].plan.slices), len(found["sharded-tree"].plan.slices))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "clients", "why"),
+    [
+        (MB // 4, 3, "It is the cheapest, and the fastest."),
+        (100 * MB, 8, r"It costs \d% more than flat, the cheapest, and is \d\.\d times as fast."),
+        (2 * GB, 50, r"It is the cheapest; sharded-tree is \d\.\d times as fast, but costs \d\.\d times as much."),
+    ],
+)
+def test_why(nbytes: int, clients: int, why: str) -> None:
+    """The reason compares the recommended option with the cheapest and the fastest, whichever they are."""
+    advice = advise(nbytes, clients)
+    assert advice.best
+
+    assert re.fullmatch(why, advice.sentences[1])
+
+
+def test_the_only_one_that_fits() -> None:
+    """Where one topology fits, that is the reason to take it."""
+    assert "No other topology fits." == recommend(manifest(GB, 20), topologies=["sharded"]).sentences[1]
+
+
+@pytest.mark.parametrize(("prices", "texts"), [(["0.00181", "2"], ["$0.00181", "$2.00000"]), (["15634", "20"], ["$15,634.00", "$20.00"])])
+def test_prices_that_are_compared_have_as_many_decimals(prices: list[str], texts: list[str]) -> None:
+    """Prices below each other have as many decimals as the least of them needs for three digits that count."""
+    assert texts == [dollars_text(Decimal(usd), map(Decimal, prices)) for usd in prices]
 
 
 def test_servers() -> None:
@@ -243,8 +270,8 @@ def test_servers() -> None:
 
     for server in advice.servers:
         rounds = server.hour / functions
-        assert pytest.approx(3600 / server.seconds) == server.most
-        assert (None if rounds > server.most else rounds) == server.worth_from
+        assert pytest.approx(3600 / server.seconds) == server.rounds_per_hour
+        assert (None if rounds > server.rounds_per_hour else rounds) == server.cheaper_from
     assert ("r7g.large", 22 * 528_000_000) == flower_server(manifest(528_000_000, 20), load_prices())
     assert flower_server(manifest(10**12, 20), load_prices()) is None
 

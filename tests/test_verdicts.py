@@ -104,12 +104,12 @@ def test_no_function_is_drawn_that_does_not_exist() -> None:
 
 
 def test_advice_for_a_tiny_model() -> None:
-    """The planner does not take sharding where it does not pay: the reason names it with its price and pace."""
+    """The planner does not take sharding where it does not pay, and says why."""
     advice = recommend(manifest(MB // 4, 3), Needs())
 
-    assert advice.best
-    assert "flat" == advice.best.name
-    assert "sharded costs" in advice.why
+    assert "flat" == min(advice.options, key=lambda option: option.usd).name
+    assert advice.sentences[0].startswith("Take flat: ")
+    assert "It is the cheapest, and the fastest." == advice.sentences[1]
 
 
 def test_embedded_where_we_lose() -> None:

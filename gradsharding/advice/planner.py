@@ -1,4 +1,4 @@
-"""Which topology, how many shards, how much memory: every way is planned and priced, and the one to take is named with its reason."""
+"""Which topology, how many shards, how much memory: the planner prices every choice, and recommends one with its reasons."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from gradsharding.advice.cost import GIB, Bill, Clients, Forecast, Storage, forecast
-from gradsharding.advice.prices import HOME_REGION, PACKAGED, Money, Prices, load_prices
+from gradsharding.advice.prices import PACKAGED, Money, Prices, load_prices
 from gradsharding.advice.timing import Rates, Speeds, at_once, borne, bottleneck, rates, suited, unlucky, working
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import UserError
@@ -40,90 +40,90 @@ from gradsharding.value import Value
 MIB = 1 << 20
 
 SIZES = tuple(size * MIB for size in (256, 384, 512, 640, 768, 1024, 1280, 1769, 2560, 3538, 5120, 7168, 10240))
-"""Memory sizes of a function that are tried, beside the least that does."""
+"""Memory sizes of a function that are tried, beside the smallest that suffices; bytes."""
 
 SMALLEST_SLICE = 1 << 20
-"""Bytes: smaller slices than this are not tried; each would be a request that is mostly latency."""
+"""Bytes. Smaller slices are not tried: their requests would be mostly latency."""
 
 DEEP = 10_000
-"""Clients beyond which a tree of three levels is tried, too."""
+"""With more clients than this, trees of three levels are tried too."""
 
-WORTH = Decimal("1.1")
-"""Up to so many times the least price is paid for the least time."""
+PRICE_TOLERANCE = Decimal("0.1")
+"""Prefer the fastest plan that costs at most this share more than the cheapest."""
 
 NEAR = 0.95
-"""What takes this share of a limit, or more, is bound by it."""
-
+"""Share of a limit from which on a plan is said to be close to it."""
 
 NAMES = ("flat", "sharded", "lambda-fl", "lifl", "sharded-tree")
-"""The topologies that are planned, as they are shown."""
+"""The topologies that are planned, in the order in which they are shown."""
 
 Maker = Callable[..., Plan]
 """A topology, with its parameters."""
 
 
 class Needs(Value):
-    """What a round must keep to, and where it would run."""
+    """The limits of a round, and where it would run."""
 
     deadline: float | None = None
-    """Seconds within which 95 rounds of 100 must be done."""
+    """Seconds within which 95 of 100 rounds must be finished."""
     budget: Money | None = None
-    """US dollars that a round may cost, all in all."""
+    """US dollars that a round may cost, the clients' transfers and the storage included."""
     memory: int = MEMORY[-1]
-    """Bytes that one function may have."""
+    """Bytes of memory that one function may have."""
     timeout: int = DEPLOYED_TIMEOUT
-    """Seconds that one function may take: those that it is deployed with."""
+    """Seconds that one function may run: the timeout that it is deployed with."""
     concurrency: int = ROUND_CONCURRENCY
     """Functions that may run at once."""
     architecture: Architecture = "arm64"
     storage: Storage = "standard"
     on_aws: bool = False
-    """Whether the clients are in the bucket's region; else their downloads are paid for."""
+    """Whether the clients are in the bucket's region; otherwise their downloads are charged."""
 
 
 class Bound(NamedTuple):
-    """A limit that a plan goes beyond, or comes next to."""
+    """A limit that a plan exceeds, or comes close to."""
 
     limit: str
     """Its name: one of ``FIGURES``, or "deadline" or "budget"."""
-    says: str
-    """What the plan takes, and what there is."""
+    text: str
+    """What the plan needs, and what is allowed."""
     fits: bool
-    """Whether the plan keeps to it."""
+    """Whether the plan keeps to the limit."""
 
     @property
     def figure(self) -> Figure | None:
-        """What the platform allows, whatever was asked for; None if the limit is not the platform's."""
+        """The platform's limit; None if the limit is the user's own."""
         return FIGURES.get(self.limit)
 
     def __str__(self) -> str:
         """For people."""
-        return f"{self.limit}: {self.says}"
+        return f"{self.limit}: {self.text}"
 
 
 class Option(NamedTuple):
-    """One way to do it, and what stands against it, if something does."""
+    """A topology with its parameters and memory size, and its forecast."""
 
     plan: Plan
     memory: int
     """Bytes that its functions should have."""
     forecast: Forecast
     waves: int
+    """How many times over the allowed number of functions must run, one after the other."""
     bound: Bound | None
-    """The limit that it goes beyond, or else the one that it comes next to; None where there is neither."""
+    """The limit that it exceeds, or else the one that it comes close to; None if there is neither."""
     bottleneck: str
     """What its functions wait for most."""
     rates: Rates
-    """Requests a second that its functions would make of S3 if they did not wait."""
+    """Requests a second that its functions would make to S3 if they were not paced."""
 
     @property
     def problem(self) -> str | None:
-        """The limit that it does not keep to, with the numbers."""
+        """The limit that it exceeds, with the numbers; None if it fits."""
         return str(self.bound) if self.bound and not self.bound.fits else None
 
     @property
-    def binds(self) -> str:
-        """What keeps it from being done, or from being faster or cheaper."""
+    def limited_by(self) -> str:
+        """The limit that it exceeds or comes close to, or else its bottleneck."""
         return str(self.bound or self.bottleneck)
 
     @property
@@ -138,37 +138,39 @@ class Option(NamedTuple):
 
     @property
     def shape(self) -> str:
-        """The topology's parameters, for people."""
-        fan_in = f"fan-in {self.plan.fan_ins[0]}" if len(self.plan.fan_ins) > 1 else ""
-        shards = f"{len(self.plan.slices)} shards" if len(self.plan.slices) > 1 else ""
+        """The topology's parameters, for people; empty if it has none."""
+        shards = f"{len(self.plan.slices):,} shards" if len(self.plan.slices) > 1 else ""
+        fan_in = f"fan-in {self.plan.fan_ins[0]:,}" if len(self.plan.fan_ins) > 1 else ""
         return ", ".join(filter(None, (shards, fan_in)))
 
 
 class Server(NamedTuple):
-    """An always-on machine that would do the same, by ``gradsharding aggregate`` on it."""
+    """An always-on machine that would do the same work with ``gradsharding aggregate``."""
 
     name: str
     hour: Decimal
+    """US dollars an hour."""
     seconds: float
-    """Of one round, reading from S3 at the rate that the machine may keep up."""
-    worth_from: Decimal | None
-    """Rounds an hour from which on it is cheaper than the functions; None if it cannot do so many."""
+    """Of one round, read from S3 at the machine's sustained network rate."""
+    cheaper_from: Decimal | None
+    """Rounds an hour from which on it is cheaper than the functions; None if it cannot run that many."""
 
     @property
-    def most(self) -> float:
-        """Rounds an hour that it can do."""
+    def rounds_per_hour(self) -> float:
+        """Rounds that it can run in an hour."""
         return 3600 / self.seconds
 
 
 class Advice(NamedTuple):
-    """Every topology at its best, and which to take."""
+    """Every topology at its best, and a recommendation."""
 
     options: tuple[Option, ...]
     best: Option | None
-    why: str
+    sentences: tuple[str, ...]
+    """What to take, why, and what limits it; or why nothing fits."""
     servers: tuple[Server, ...]
     missing: str | None
-    """Which prices the region lacks for the costs of these options, and where to get them; the options are then compared by another's."""
+    """Which prices the region lacks, and where to get them; the options are then compared at the prices of ``HOME_REGION``."""
 
 
 def recommend(
@@ -181,17 +183,17 @@ def recommend(
     topologies: Collection[str] = NAMES,
     arithmetic: Arithmetic = "float64",
 ) -> Advice:
-    """Plan every topology on Lambda and S3 at its best, and name the one to take: the fastest of those that cost next to the least.
+    """Plan every topology on Lambda and S3 at its best, and recommend the fastest of those that cost little more than the cheapest.
 
-    ``shards`` fixes their number; only ``topologies`` are considered. Nothing is read or run. What ``prices`` do not know of their region
-    is left out of the costs; to compare, the packaged ones of ``HOME_REGION`` take its place. Raise UserError for exact sums of F64, for
-    functions that Lambda does not offer, and for a budget where a price is missing.
+    ``shards`` fixes the number of slices; only ``topologies`` are considered. Nothing is read or run. Costs whose prices are missing from
+    ``prices`` are unknown; the options are then compared at the packaged prices of ``HOME_REGION``. Raise UserError for exact sums of F64,
+    for functions that Lambda does not offer, and for a budget if a price is missing.
     """
     needs = needs or Needs()
     if needs.memory > MEMORY[-1]:
-        raise UserError(f"a function cannot have {mib(needs.memory)}; Lambda gives it {mib(MEMORY[-1])} at most: allow no more")
+        raise UserError(f"a function cannot have {mib(needs.memory)}; Lambda offers {mib(MEMORY[-1])} at most: allow no more")
     if needs.timeout > TIMEOUT:
-        raise UserError(f"a function cannot take {needs.timeout:,} s; Lambda gives it {TIMEOUT:,} s at most: allow no more")
+        raise UserError(f"a function cannot run for {needs.timeout:,} s; Lambda offers {TIMEOUT:,} s at most: allow no more")
     prices = prices or load_prices()
     search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), arithmetic)
     ways = _ways(manifest, shards)
@@ -203,12 +205,12 @@ def recommend(
     missing = prices.lacking([name for option in shown for name in option.forecast.cost.round_trip.missing])
     if missing and needs.budget is not None:
         raise UserError(f"a budget cannot be kept without prices: {missing}")
-    why = _why(best, fit, search.needs, f", in list prices of {HOME_REGION}" if missing else "")
-    return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), why, servers, missing)
+    said = _reasons(best, fit, None if missing else best and best.usd)
+    return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), said, servers, missing)
 
 
 def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list[dict[str, int]]]]:
-    """Give each topology, with the parameters that are worth a try."""
+    """Return each topology with the parameters to try."""
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
     counts, few = ([shards] if shards else [*_ladder(1, most, step)] for step in (1.5, 1.8))
     clients = len(manifest.terms)
@@ -226,7 +228,7 @@ def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list
 
 
 def _ladder(least: int, most: int, step: float) -> Iterable[int]:
-    """Numbers from ``least`` to ``most``, each about ``step`` times the one before."""
+    """Yield numbers from ``least`` to ``most``, each about ``step`` times the one before."""
     rung = float(least)
     while rung < most:
         yield int(rung)
@@ -235,14 +237,14 @@ def _ladder(least: int, most: int, step: float) -> Iterable[int]:
 
 
 class _Search:
-    """What all options of one search share."""
+    """What all options of one search have in common."""
 
     def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds, arithmetic: Arithmetic) -> None:
         self.manifest, self.needs, self.prices, self.speeds, self.arithmetic = manifest, needs, prices, speeds, arithmetic
 
     @cached_property
     def setting(self) -> dict[str, Any]:
-        """All in S3, as by ``gradsharding aggregate`` of updates whose paths can be read in one way."""
+        """The setting of ``gradsharding aggregate`` with all objects in S3, and updates whose paths can be read in one way only."""
         record = self.manifest.json_bytes + RECORD
         headers = inspection(len(self.manifest.layout.header()), self.manifest.layout.nbytes) * len(self.manifest.terms)
         return {
@@ -258,25 +260,25 @@ class _Search:
 
     @cached_property
     def term_bytes(self) -> float:
-        """Bytes that a term takes in an invocation, in the mean of some."""
-        some = self.manifest.terms[:100]
-        return sum(len(term.model_dump_json()) + 1 for term in some) / len(some)
+        """Bytes of a term in an invocation: the mean of the first hundred."""
+        sample = self.manifest.terms[:100]
+        return sum(len(term.model_dump_json()) + 1 for term in sample) / len(sample)
 
     def best_of(self, make: Maker, shapes: Iterable[dict[str, int]]) -> Option:
-        """Give a topology at its best: the one that fits and is best to take, or the one that comes nearest to fitting."""
+        """Return the best option of a topology, or the one that comes closest to fitting if none fits."""
         limits = Limits(memory=self.needs.memory)
-        how = {"grain": GRAIN, "reading": READING, "arithmetic": self.arithmetic}
-        plans = [make(self.manifest, limits, **how, **shape).placed(**self.setting) for shape in shapes]
+        common = {"grain": GRAIN, "reading": READING, "arithmetic": self.arithmetic}
+        plans = [make(self.manifest, limits, **common, **shape).placed(**self.setting) for shape in shapes]
         options = [option for plan in plans for option in self.options(plan)]
         return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
 
     def distance(self, option: Option) -> tuple[bool, float, float]:
-        """How far an option is from fitting: memory first, then time."""
+        """Rank an option by how far it is from fitting: memory first, then time."""
         seconds = option.forecast.seconds
         return option.plan.memory > self.needs.memory - RUNTIME, max(seconds.longest, self.needs.timeout), seconds.p95
 
     def options(self, made: Plan) -> Iterator[Option]:
-        """Give the options of a plan: one for each size of function that is worth a try."""
+        """Yield the options of a plan: one for each memory size to try."""
         plans = {made.reading: made}
         needed = max(MEMORY[0], -(-(made.memory + RUNTIME) // MIB) * MIB)
         for memory in (needed, *(size for size in SIZES if needed < size <= self.needs.memory)):
@@ -286,10 +288,10 @@ class _Search:
             plan = plans[reading]
             expected = self.forecast(plan, memory, self.prices)
             waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))
-            asked = rates(plan, memory, self.needs.concurrency, self.speeds)
-            bound = min(self.bounds(plan, memory, expected, waves, asked), key=lambda bound: bound.fits, default=None)
+            wanted = rates(plan, memory, self.needs.concurrency, self.speeds)
+            bound = min(self.bounds(plan, memory, expected, waves, wanted), key=lambda bound: bound.fits, default=None)
             slowest = max((kind.task for kinds in plan.kinds for kind in kinds), key=lambda task: task.bytes_read)
-            yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds), asked)
+            yield Option(plan, memory, expected, waves, bound, bottleneck(slowest, memory, self.speeds), wanted)
 
     def forecast(self, plan: Plan, memory: int, prices: Prices) -> Forecast:
         """Forecast a plan by functions of ``memory`` bytes."""
@@ -304,88 +306,124 @@ class _Search:
             clients=Clients(on_aws=self.needs.on_aws),
         )
 
-    def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int, asked: Rates) -> Iterator[Bound]:
-        """Give the limits that a plan comes next to, or goes beyond."""
-        if waves > len(plan.fan_ins) and not asked.much:
+    def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int, wanted: Rates) -> Iterator[Bound]:
+        """Yield the limits that a plan exceeds, or comes close to."""
+        if waves > len(plan.fan_ins) and not wanted.much:
             yield Bound("concurrency", f"{plan.functions:,} functions run {self.needs.concurrency:,} at a time", fits=True)
-        for limit, taken, allowed, says in self.measured(plan, memory, expected):
-            if taken > NEAR * allowed:
-                yield Bound(limit, says, fits=taken <= allowed)
-        if asked.much:
-            yield requests(plan, memory, self.needs.concurrency, asked, self.speeds)
+        for limit, needed, allowed, text in self.measured(plan, memory, expected):
+            if needed > NEAR * allowed:
+                yield Bound(limit, text, fits=needed <= allowed)
+        if wanted.much:
+            yield request_rate(plan, memory, self.needs.concurrency, wanted, self.speeds)
 
     def measured(self, plan: Plan, memory: int, expected: Forecast) -> Iterator[tuple[str, float, float, str]]:
-        """Give each limit with what the plan takes of it, what there is, and the same in words."""
+        """Yield each limit as its name, what the plan needs, what is allowed, and both in words."""
         needs, seconds, cost = self.needs, expected.seconds, expected.cost.round_trip.usd
         yield "memory", memory, needs.memory, f"a function needs {mib(memory)}, and may have {mib(needs.memory)}"
         parts = len(plan.slices) + 1
-        yield "parts", parts, MAX_PARTS, f"{parts - 1:,} slices and a header are {parts:,} parts, and an object may have {MAX_PARTS:,}"
+        yield "parts", parts, MAX_PARTS, f"{parts - 1:,} slices and a header are {parts:,} parts; an object may have {MAX_PARTS:,}"
         largest, result = max(kind.task.nbytes for kind in plan.kinds[-1]), plan.result_bytes
-        yield "object size", result, LARGEST_OBJECT, f"the result takes {mib(result)}, and an object {mib(LARGEST_OBJECT)} at most"
-        yield "part size", largest, LARGEST_PUT, f"a slice takes {mib(largest)}, and a part of an object {mib(LARGEST_PUT)} at most"
+        yield "object size", result, LARGEST_OBJECT, f"the result has {mib(result)}; an object may have {mib(LARGEST_OBJECT)}"
+        yield "part size", largest, LARGEST_PUT, f"a slice has {mib(largest)}; a part of an object may have {mib(LARGEST_PUT)}"
         named = max(kind.task.inputs for kind in plan.kinds[0]) * self.term_bytes
-        yield "payload", named, PAYLOAD, f"an invocation would name its updates in {mib(int(named))}, and takes {mib(PAYLOAD)} at most"
+        yield "payload", named, PAYLOAD, f"the names of a function's updates take {mib(int(named))}; an invocation may have {mib(PAYLOAD)}"
         longest = unlucky(seconds.longest, self.speeds)
-        more = "; give it more by --timeout, in deploy and in plan" if needs.timeout < longest <= TIMEOUT else ""
-        says = f"on a slow day its slowest function takes {longest:,.0f} s, and Lambda ends it after {needs.timeout} s{more}"
-        yield "time limit", longest, needs.timeout, says
+        more = "; raise it with --timeout, in deploy and in plan" if needs.timeout < longest <= TIMEOUT else ""
+        text = f"the slowest function takes {longest:,.0f} s on a slow day; Lambda stops it after {needs.timeout:,} s{more}"
+        yield "time limit", longest, needs.timeout, text
         if (deadline := needs.deadline) is not None:
-            yield "deadline", seconds.p95, deadline, f"95 rounds of 100 take up to {seconds.p95:,.1f} s, and {deadline:g} s are allowed"
+            yield "deadline", seconds.p95, deadline, f"95 of 100 rounds take up to {seconds.p95:,.1f} s; {deadline:g} s are allowed"
         if (budget := needs.budget) is not None:
-            yield "budget", float(cost), float(budget), f"a round costs ${cost:.4f} all in all, and ${budget} is allowed"
+            yield "budget", float(cost), float(budget), f"a round costs ${cost:.4f} in total; ${budget} is allowed"
 
     def servers(self, best: Option | None) -> tuple[Server, ...]:
-        """Hold the machines of the price list against the functions."""
-        found = []
+        """Compare the machines of the price list with the functions."""
+        compared = []
         nbytes = self.manifest.layout.nbytes * len(self.manifest.terms)
         for name, box in self.prices.boxes.items():
             rate = min(float(box.network_gbit) * 1e9 / 8, working(box.vcpus, self.arithmetic, self.speeds))
             seconds = nbytes / rate + self.speeds.latency
-            alike = None
-            if best:  # what both pay S3 falls out
+            cheaper_from = None
+            if best:  # both pay S3 for the same requests, so only the functions count
                 items = best.forecast.cost.aggregation.items
                 functions = Bill(items=tuple(item for item in items if item.what in ("functions", "invocations"))).usd
                 rounds = box.hour / functions
-                alike = rounds if rounds <= Decimal(3600 / seconds) else None
-            found.append(Server(name, box.hour, seconds, alike))
-        return tuple(found)
+                cheaper_from = rounds if rounds <= Decimal(3600 / seconds) else None
+            compared.append(Server(name, box.hour, seconds, cheaper_from))
+        return tuple(compared)
 
 
-def requests(plan: Plan, memory: int, concurrency: int, asked: Rates, speeds: Speeds | None = None) -> Bound:
-    """Say how many requests S3 would be asked for a second, what one prefix bears, and what each function keeps to."""
+def request_rate(plan: Plan, memory: int, concurrency: int, wanted: Rates, speeds: Speeds | None = None) -> Bound:
+    """Compare the requests that a plan would make to S3 each second with what one prefix serves; a plan that would make more is paced."""
     count, free = max(at_once(plan, concurrency)), borne((kind.task for kinds in plan.kinds for kind in kinds), memory, speeds)
-    says = f"S3 would be asked for {asked.gets:,.0f} GETs a second, and one prefix bears {FIGURES['get rate'].value:,}"
-    kept = f": each of {count:,} functions keeps to {share(count).gets:,.1f}; {free:,} at once would not have to wait" if asked.much else ""
-    return Bound("get rate", says + kept, fits=True)
+    text = f"its functions would make {wanted.gets:,.0f} GETs a second, and one prefix of S3 serves {FIGURES['get rate'].value:,}"
+    paced = f"; so each of {count:,} functions is held to {share(count).gets:,.1f}, and {free:,} at once would need no pacing"
+    return Bound("get rate", text + (paced if wanted.much else ""), fits=True)
 
 
 def _choose(fit: Iterable[Option]) -> Option | None:
-    """The fastest of those that cost at most ``WORTH`` of the cheapest."""
+    """Return the fastest of those that cost at most ``PRICE_TOLERANCE`` more than the cheapest; None if there are none."""
     options = [*fit]
     if not options:
         return None
-    least = min(option.usd for option in options)
-    return min((o for o in options if o.usd <= WORTH * least), key=lambda o: (o.forecast.seconds.p50, o.usd, o.plan.functions))
+    most = (1 + PRICE_TOLERANCE) * min(option.usd for option in options)
+    return min((o for o in options if o.usd <= most), key=lambda o: (o.forecast.seconds.p50, o.usd, o.plan.functions))
 
 
-def _why(best: Option | None, fit: list[Option], needs: Needs, by: str) -> str:
+def _reasons(best: Option | None, fit: list[Option], usd: Decimal | None) -> tuple[str, ...]:
+    """Say in whole sentences what to take, why, and what limits it; ``usd`` is its price, if that is known."""
     if best is None:
-        return "no topology keeps to what is asked; allow more memory, concurrency, time or money"
-    others = [option for option in fit if option is not best]
-    pace = best.forecast.seconds.p50
-    rest = "; ".join(
-        f"{o.name} costs {o.usd / best.usd:.2f} times as much and takes {o.forecast.seconds.p50 / pace:.1f} times as long" for o in others
-    )
-    asked = f" within {needs.deadline:g} s" if needs.deadline else ""
-    return (
-        f"the fastest of those{asked} that cost at most {WORTH} of the least{by}"
-        + (f": {rest}" if rest else "; nothing else fits")
-        + f". What binds it: {best.binds}"
-    )
+        return ("No topology keeps to these limits.", "Allow more memory, concurrency, time or money.")
+    shape = f" with {best.shape}" if best.shape else ""
+    price = f" and {dollars_text(usd)}" if usd is not None else ""
+    take = f"Take {best.name}{shape}: about {time_text(best.forecast.seconds.p50)}{price} a round."
+    if best.bound:
+        return take, _why(best, fit), f"Watch the {best.bound.limit}: {best.bound.text}."
+    return take, _why(best, fit), f"Its speed is limited by {best.bottleneck}."
+
+
+def _why(best: Option, fit: list[Option]) -> str:
+    """Compare the best option with the cheapest and the fastest ones that fit."""
+    if len(fit) == 1:
+        return "No other topology fits."
+    cheapest = min(fit, key=lambda o: (o.usd, o is not best))
+    fastest = min(fit, key=lambda o: (o.forecast.seconds.p50, o is not best))
+    faster, dearer = _pace(best, fastest), best.usd / cheapest.usd - 1
+    but = f"; {fastest.name} is {faster:.1f} times as fast, but costs {fastest.usd / best.usd:.1f} times as much" if faster >= 1.05 else ""
+    if best is cheapest:
+        return f"It is the cheapest{but or ', and the fastest'}."
+    price = f"{dearer:.0%} more than" if round(dearer, 2) else "as much as"
+    return f"It costs {price} {cheapest.name}, the cheapest, and is {_pace(cheapest, best):.1f} times as fast{but}."
+
+
+def _pace(option: Option, other: Option) -> float:
+    """How many times as fast as ``option`` the other is."""
+    return option.forecast.seconds.p50 / other.forecast.seconds.p50
+
+
+def time_text(seconds: float) -> str:
+    """Write a time for people, in the unit that suits.
+
+    >>> time_text(11.04), time_text(148), time_text(1_583_640)
+    ('11.0 s', '2.5 min', '439.9 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:,.1f} h"
+
+
+def dollars_text(usd: Decimal, like: Iterable[Decimal] = ()) -> str:
+    """Write a price with three digits that count: of the least price among ``like``, if there are some, so that they compare.
+
+    >>> dollars_text(Decimal("0.0018123")), dollars_text(Decimal(15634)), dollars_text(Decimal(2), like=[Decimal("0.0018")])
+    ('$0.00181', '$15,634.00', '$2.00000')
+    """
+    least = min((price for price in (usd, *like) if price), default=Decimal(0))
+    return f"${usd:,.{max(2, 2 - least.adjusted())}f}"
 
 
 def flower_server(manifest: Manifest, prices: Prices) -> tuple[str, int] | None:
-    """The cheapest machine that holds what Flower's own server does, the updates and two models; and those bytes. None if none does."""
+    """Return the cheapest machine that holds the updates and two models, as Flower's own server does, and the bytes; None if none does."""
     nbytes = (len(manifest.terms) + 2) * manifest.layout.nbytes
     roomy = [(box.hour, name) for name, box in prices.boxes.items() if box.memory_gib * GIB >= nbytes]
     return (min(roomy)[1], nbytes) if roomy else None

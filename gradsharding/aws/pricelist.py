@@ -68,12 +68,20 @@ WANTED = (
 """The prices to fetch. S3 Express's usage types are not known for sure, and EC2's list takes hundreds of megabytes: those prices stay."""
 
 
-@click.command(short_help="Show the prices in use, or fetch AWS's own.")
+@click.command()
 @click.option("--region", default=HOME_REGION, show_default=True, help="AWS region.")
 @click.option("--refresh", is_flag=True, help="Fetch AWS's price list, show what changes, and save it in your own file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def prices(region: str, *, refresh: bool, as_json: bool) -> None:
-    """Show the list prices that plans and bills use, each with its source and date. Only --refresh fetches anything."""
+    """Show the prices in use, or fetch the current ones from AWS.
+
+    \b
+    Examples:
+      gradsharding prices
+      gradsharding prices --refresh --region eu-central-1
+
+    Plans and bills use these list prices; each has its source and date. Nothing is fetched without --refresh.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     if refresh:
         click.echo(refreshed(region))
         return

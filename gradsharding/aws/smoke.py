@@ -39,14 +39,19 @@ WAYS: Mapping[str, Topology] = {
 """Small slices, which are composed into the result's parts, and large ones, which are parts themselves; partial sums in between."""
 
 
-@click.command(short_help="Run two small real aggregations on what is deployed.")
+@click.command()
 @name_option
 def smoke(name: str) -> None:
-    """Average four updates of 16 MiB on the deployed stack, in slices and in a tree.
+    """Run two small aggregations on the deployed function.
 
-    Every element is held against numpy's. It prints time, memory and the bill of each, and deletes all that it has written, also when it
-    is interrupted or something fails.
-    """
+    \b
+    Examples:
+      gradsharding smoke
+      gradsharding smoke --name trial
+
+    Four updates of 16 MiB are averaged in slices, and then in a tree. Every element is compared with numpy's. The command prints the time,
+    the memory and the price of each aggregation, and deletes everything that it wrote, even if it fails or is interrupted.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     account = Account()
     up = checked(account, _found(account, name))
     with expecting(up.parameters.get("BucketOwner") or account.number):

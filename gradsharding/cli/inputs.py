@@ -110,8 +110,8 @@ def read_updates(texts: Sequence[str]) -> list[Given]:
     return list(given.values())
 
 
-def found(text: str) -> tuple[Layout, int]:
-    """Read the header of an update, or of the first one in a directory or below a remote prefix, and tell how many are there; 0 for one.
+def sample_layout(text: str) -> tuple[Layout, int | None]:
+    """Return the layout of one update, and how many updates there are: None for a single file, a number for a directory or a remote prefix.
 
     Raise UserError if there is none, InvalidUpdate.
     """
@@ -119,17 +119,17 @@ def found(text: str) -> tuple[Layout, int]:
     if place.path and place.path.is_dir():
         store: ObjectStore = DirectoryStore(place.path)
         keys = sorted(path.name for path in place.path.glob("*.safetensors"))
-    elif seen := place.inspect():
-        if isinstance(seen, InvalidUpdate):
-            raise seen
-        return seen.layout, 0
+    elif update := place.inspect():
+        if isinstance(update, InvalidUpdate):
+            raise update
+        return update.layout, None
     elif place.path:
         raise UserError(f"there is no file or directory {text}; check the path")
     else:
         store = open_store(place.reference.rstrip("/"))
         keys = [key for key, _ in store.list("") if key.endswith(".safetensors")]
     if not keys:
-        raise UserError(f"{text} has no update in it; updates are files or objects named *.safetensors")
+        raise UserError(f"{text} contains no updates; updates are files or objects named *.safetensors")
     return inspect(keys[0], store).layout, len(keys)
 
 

@@ -27,16 +27,22 @@ ALARMS = 2
 """CloudWatch alarms of the template."""
 
 
-@click.command(short_help="Put the bucket and the function up on AWS.")
+@click.command()
 @name_option
 @deploy_options
 def deploy(name: str, **options: Any) -> None:
-    """Put up a bucket and a function, or bring them up to date: what is not given stays as it is.
+    """Create or update the bucket and the function on AWS.
 
-    It shows what will be made, changed and deleted, and asks. An empty text, such as --kms-key "", takes an option back.
+    \b
+    Examples:
+      gradsharding deploy
+      gradsharding deploy --name trial --memory 1769 --expire-days 3
 
-    Endpoint, region and credentials are those of the usual AWS environment variables and profiles.
-    """
+    It shows what will be created, changed and deleted, and asks first. In an update, an option that is not given keeps its value; an empty
+    value, such as --kms-key "", resets it.
+
+    Endpoint, region and credentials come from the usual AWS environment variables and profiles.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     asked, account = chosen(options), Account()
     order = Order(
         name, asked.parameters, asked.tags, asked.service_role, asked.termination_protection, asked.code_bucket, adopt=asked.adopt
@@ -62,10 +68,19 @@ def deploy(name: str, **options: Any) -> None:
     )
 
 
-@click.command(short_help="Say what is deployed, and whether it is as it should be.")
+@click.command()
 @name_option
 def status(name: str) -> None:
-    """Show a stack's state, outputs and parameters, and look for each of its resources; exit with 1 if anything is wrong."""
+    """Show what is deployed, and whether it is intact.
+
+    \b
+    Examples:
+      gradsharding status
+      gradsharding status --name trial
+
+    It shows the stack's state, outputs and parameters, and compares each resource with what was deployed. If anything is missing or was
+    changed, it ends with status 1.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     account = Account()
     up = _found(account, name)
     click.echo(f"stack {name} in {account}: {up.status}{', protected against being deleted' if up.protected else ''}")
@@ -79,13 +94,21 @@ def status(name: str) -> None:
         raise click.exceptions.Exit(1)
 
 
-@click.command(short_help="Take a stack down again; its data stays unless you say otherwise.")
+@click.command()
 @name_option
 @click.option("--delete-data", is_flag=True, help="Delete the bucket, too, with all that is in it.")
 @SERVICE_ROLE.option()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool) -> None:
-    """Delete the stack, its log and the function's code. Its bucket stays, unless --delete-data is given. It asks first."""
+    """Delete the deployed stack; its data stays by default.
+
+    \b
+    Examples:
+      gradsharding destroy
+      gradsharding destroy --name trial --delete-data
+
+    It deletes the stack, its log and the function's code, and asks first. The bucket stays, with its data, unless --delete-data is given.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     account = Account()
     with _recoverable(account, name):
         what = doomed(account, name, _tell)

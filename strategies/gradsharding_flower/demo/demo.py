@@ -31,12 +31,18 @@ OnRound = Callable[[int, float], None]
 @click.option("--shards", default=4, show_default=True, type=click.IntRange(1, 1000), help="Slices of the model.")
 @click.option("--seed", default=7, show_default=True, help="Fixes the data's split, the first weights and the training.")
 def demo(rounds: int, clients: int, shards: int, seed: int) -> None:
-    """Train a small CNN in a federation, every update averaged slice by slice.
+    """Train a small model in a real federation on this machine.
 
-    Real Flower clients train on scikit-learn's images of digits (part of the package: nothing is downloaded). Their
-    updates go to a directory, and worker processes average one slice each; the Flower server sees receipts only.
-    At the end the same federation runs on plain Flower FedAvg, with the same seeds, for comparison.
-    """
+    \b
+    Examples:
+      gradsharding demo
+      gradsharding demo --rounds 3 --clients 8
+
+    Every update is averaged slice by slice. Real Flower clients train on scikit-learn's images of digits (part of the
+    package: nothing is downloaded). Their updates go to a directory, and worker processes average one slice each; the
+    Flower server sees receipts only. At the end the same federation runs on plain Flower FedAvg, with the same seeds,
+    for comparison.
+    """  # noqa: D301 - \b tells click to keep the lines that follow
     quiet()
     console = Console()
     parts, _ = split(clients, seed)

@@ -1,0 +1,58 @@
+"""Options that several commands have, and types of options that explain a wrong value."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+
+import click
+
+from gradsharding.cli.command import option
+from gradsharding.errors import UserError
+from gradsharding.planning.plan import MAX_PARTS
+from gradsharding.sizes import size, some
+
+SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+"""Seconds in each unit of time."""
+
+
+def any_size(text: str) -> int:
+    """Read a size, in bytes."""
+    with _as_usage():
+        return size(text)
+
+
+def memory_size(text: str) -> int:
+    """Read a size of memory, in bytes; it must not be 0."""
+    with _as_usage():
+        return some(size(text))
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    """Raise a UserError as an error in the option's value."""
+    try:
+        yield
+    except UserError as error:
+        raise click.BadParameter(f"{error.message}.") from None
+
+
+def duration(text: str) -> float:
+    """Read a time, in seconds."""
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|)", text)
+    if not parts or float(parts[1]) == 0:
+        raise click.BadParameter(f"{text!r} is not a time; write it like 60s, 5m or 1h.")
+    return float(parts[1]) * SECONDS[parts[2]]
+
+
+def dollars(text: str) -> Decimal:
+    """Read a sum in US dollars."""
+    if not re.fullmatch(r"\$?\d+(\.\d+)?", text):
+        raise click.BadParameter(f"{text!r} is not a sum of money; write it in US dollars, like 0.05.")
+    return Decimal(text.removeprefix("$"))
+
+
+SHARDS = click.IntRange(1, MAX_PARTS - 1)
+"""Slices of a model: an object has ``MAX_PARTS`` parts at most, and one is its header."""
+
+exact_option = option("--exact", is_flag=True, section="Result", help="Sum exactly: the same bits for every topology, executor and order.")
