@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gradsharding.advice import billing
 from gradsharding.arithmetic.fold import Arithmetic
-from gradsharding.cli.command import command, completed_as, option
+from gradsharding.cli.command import command, completed_as, completed_by, option
 from gradsharding.cli.inputs import asked_around, located, open_round, read_updates, writable
 from gradsharding.cli.options import SHARDS, exact_option, memory_size
 from gradsharding.cli.terminal import printable
@@ -100,7 +100,7 @@ DIVISION, EXECUTION, RESULT = "How the work is divided", "Where it runs", "Resul
     default="processes",
     show_default=True,
     section=EXECUTION,
-    shell_complete=completed_as("", "processes", "processes:", "threads", "threads:", "inline", "lambda:"),
+    shell_complete=completed_by("processes", "threads", "inline", "lambda:"),
     help="inline, processes[:N], threads[:N] or lambda:FUNCTION[:QUALIFIER].",
 )
 @option(

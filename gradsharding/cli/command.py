@@ -8,36 +8,35 @@ from click.shell_completion import CompletionItem
 
 
 class Option(click.Option):
-    """An option that is listed under a heading of its own choice."""
+    """An option that is listed below a heading."""
 
-    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, section: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
 
 
 class Command(click.Command):
-    """A command whose help lists its options under their headings, in the order of their declaration."""
+    """A command whose help lists its options below their headings, those without one last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options, each below its heading."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            if record := param.get_help_record(ctx):
-                sections.setdefault(getattr(param, "section", "Other options"), []).append(record)
-        for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+        """Write the options, heading by heading, in the order of their declaration."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        sections = [*dict.fromkeys(getattr(option, "section", "") for option in options)]
+        for section in sorted(sections, key=lambda title: not title):
+            records = [option.get_help_record(ctx) for option in options if getattr(option, "section", "") == section]
+            with formatter.section(section or ("Other options" if len(sections) > 1 else "Options")):
+                formatter.write_dl([record for record in records if record])
 
 
 command = partial(click.command, cls=Command)
 option = partial(click.option, cls=Option)
 
 
-def completed_as(kind: str, *texts: str) -> Any:
-    """Give the completion of an option or argument: ``texts``, or else the names of ``kind``, "file" or "dir", that the shell knows."""
+def completed_by(*texts: str) -> Any:
+    """Return the ``shell_complete`` of an option whose value is one of these texts, or begins with one."""
+    return lambda _ctx, _param, incomplete: [CompletionItem(text) for text in texts if text.startswith(incomplete)]
 
-    def complete(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        matching = [CompletionItem(text) for text in texts if text.startswith(incomplete)]
-        return matching if texts else [CompletionItem(incomplete, type=kind)]
 
-    return complete
+def completed_as(kind: str) -> Any:
+    """Return the ``shell_complete`` of a parameter that names a file ("file") or a directory ("dir"): the shell knows them."""
+    return lambda _ctx, _param, incomplete: [CompletionItem(incomplete, type=kind)]

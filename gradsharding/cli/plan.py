@@ -71,7 +71,7 @@ UPDATES, ALLOWED, PLACE, OUTPUT = "What to average", "What a round may take", "W
     section=ALLOWED,
     help="Functions that run at once. The default is half of what AWS grants an account.",
 )
-@option("--region", default=HOME_REGION, show_default=True, section=PLACE, help="AWS region whose prices apply.")
+@option("--region", default=HOME_REGION, show_default=True, section=PLACE, metavar="REGION", help="AWS region of the prices.")
 @option(
     "--arch",
     "architecture",
