@@ -137,6 +137,9 @@ def test_reports_tell_what_passed(tmp_path: Path) -> None:
         assert len(NODES) == len(updates)
         assert sum(path.stat().st_size for path in updates) == report.uploaded
         assert len(NODES) * data == report.read
+        assert report.uploaded == report.nodes_written
+        assert report.nodes_read is not None
+        assert len(NODES) * data < report.nodes_read < len(NODES) * (data + 2000)  # and the header
         assert data == report.written
         assert 3 == report.functions
         assert report.peak_memory is None  # its functions ran in this process

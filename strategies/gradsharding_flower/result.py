@@ -47,6 +47,10 @@ class RoundReport:
     nodes_puts: int | None
     projected_nodes_gets: int
     projected_nodes_puts: int
+    nodes_read: int | None
+    """Bytes of models that the nodes with ``upload_mod`` read from the store, as they report; None if none does."""
+    nodes_written: int | None
+    """Bytes of updates that they wrote to it."""
     evaluation_gets: int | None
     """Those of the evaluation that followed, of the server and of the nodes as they say; None until it is over."""
     evaluation_puts: int | None
@@ -82,6 +86,8 @@ class RoundReport:
             nodes_puts=books.nodes.puts if books.nodes else None,
             projected_nodes_gets=books.nodes_planned.gets,
             projected_nodes_puts=books.nodes_planned.puts,
+            nodes_read=books.nodes.bytes_read if books.nodes else None,
+            nodes_written=books.nodes.bytes_written if books.nodes else None,
             evaluation_gets=None,
             evaluation_puts=None,
             functions=len(observed),
