@@ -1,10 +1,16 @@
 """Real Flower processes: the simulation engine, ``flwr run``, a SuperLink with SuperNodes, and the demo."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from functools import cache
 from pathlib import Path
@@ -156,13 +162,63 @@ def test_a_failing_app_is_told_with_its_logs(tmp_path: Path) -> None:
     assert_ends(home)
 
 
+DEMO = [sys.executable, "-m", "gradsharding", "demo", "--clients", "3"]
+
+
+def demo_environment(directory: Path) -> dict[str, str]:
+    """Make an environment whose processes ``running`` finds, and whose temporary files lie in a directory."""
+    (directory / "tmp").mkdir()
+    own = {"FLWR_HOME": str(directory / "home"), "TMPDIR": str(directory / "tmp"), "TERM": "xterm-256color"}
+    return {**os.environ, **own, "RAY_TMPDIR": "/tmp"}  # noqa: S108 - where names of sockets are short enough
+
+
 def test_demo(tmp_path: Path) -> None:
-    """``gradsharding demo`` trains both ways and prints both accuracies, which agree; a column each for server and store."""
-    script = "from gradsharding_flower.demo.demo import demo; demo()"
-    printed = run_python(["-c", script, "--rounds", "2", "--clients", "3"], tmp_path / "home")
-    assert re.search(r"^ *round +accuracy", printed, re.MULTILINE)
-    last = re.search(r"accuracy after 2 rounds: gradsharding ([0-9.]+), plain Flower FedAvg ([0-9.]+)", printed)
-    assert last, printed
+    """In a terminal, ``gradsharding demo`` trains both ways and shows it; what passed plain Flower's server went past ours."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [*DEMO, "--rounds", "2", "--plot", str(tmp_path / "figure.png")]
+    with subprocess.Popen(command, env=demo_environment(tmp_path), stdin=theirs, stdout=theirs, stderr=theirs) as run:
+        os.close(theirs)
+        raw = b""
+        with contextlib.suppress(OSError):  # how a terminal says that nobody has it open any more
+            while came := os.read(ours, 1 << 16):
+                raw += came
+    os.close(ours)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw.decode())
+    assert 0 == run.returncode, shown
+    assert "gradsharding: round 2 of 2" in shown
+    assert "plain Flower: round 2 of 2" in shown
+    last = re.search(r"accuracy after 2 rounds: gradsharding ([0-9.]+), plain Flower ([0-9.]+)", shown)
+    assert last, shown
     sliced, plain = map(float, last.groups())
     assert 0.3 < sliced
     assert sliced == pytest.approx(plain, abs=0.01)
+    totals = dict(re.findall(r"^ (gradsharding|plain Flower) .* 0\.\d{4} +(.*?)\s*$", shown, re.MULTILINE))
+    through, past = re.split(" {2,}", totals["gradsharding"])
+    assert through.endswith(" kB")
+    assert past.endswith(" MB")
+    assert totals["plain Flower"].endswith(" MB")
+    assert float(past[:-3]) == pytest.approx(float(totals["plain Flower"][:-3]), rel=0.06)  # 3 clients × 2 rounds × 2 ways × 152 kB
+    assert shown.rstrip().endswith("gradsharding plan --size 528MB --clients 20")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
+    """Without a terminal each round is a line; Ctrl-C ends the demo after those it has shown, and leaves no process, file or traceback."""
+    environment = demo_environment(tmp_path)
+    command = [*DEMO, "--rounds", "100"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout
+        lines = [run.stdout.readline() for _ in range(3)]
+        assert 1 == len([*(tmp_path / "tmp").glob("gradsharding-demo-*")])
+        os.killpg(run.pid, signal.SIGINT)
+        said, complaint = run.communicate(timeout=120)
+
+    assert (130, "gradsharding: interrupted") == (run.returncode, complaint.strip())
+    assert re.fullmatch(r"3 clients with [0-9, ]+ images; 100 rounds, 4 slices\n", lines[0])
+    for number, text in enumerate([*lines[1:], *said.splitlines()], start=1):
+        assert re.match(rf"gradsharding, round +{number}: accuracy 0\.\d{{4}}, \d+\.\d s, ", text)
+    assert_ends(tmp_path / "home")
+    assert [] == [*(tmp_path / "tmp").glob("gradsharding-*")]
