@@ -58,8 +58,8 @@ def compose(sizes: Mapping[int, int], kept: Collection[int]) -> list[Composed]:
     >>> [(part.number, part.nbytes) for part in compose({1: 300, 2: 8 << 20, 3: 8 << 20, 4: 9}, kept={1, 2, 4})]
     [(1, 8388908), (4, 9)]
     """
-    found = []
-    for is_run, numbers in groupby(sorted(sizes), key=lambda number: number in kept):
+    found, held = [], frozenset(kept)
+    for is_run, numbers in groupby(sorted(sizes), key=held.__contains__):
         run = [*numbers]
         if is_run:
             groups = _groups([Span(number, 0, sizes[number]) for number in run], last=run[-1] == max(sizes))
