@@ -83,7 +83,7 @@ def _server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, nam
     return server
 
 
-@pytest.fixture(params=WORKING)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.rig) for name in WORKING])
 def working(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """Give each server that works, to which the environment leads."""
     return _server(request, monkeypatch, request.param)
@@ -101,7 +101,7 @@ class TestContract(StoreContract):
         """Write by boto3 alone."""
         store.client.put_object(Bucket=store.bucket, Key=store.prefix + key, Body=data)
 
-    @pytest.fixture(params=CONTRACT)
+    @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.rig) for name in CONTRACT])
     def store(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Give an empty store."""
         return S3Store(f"s3://{_server(request, monkeypatch, request.param).make_bucket()}/some prefix")
@@ -192,7 +192,7 @@ def _refused_server(request: pytest.FixtureRequest, name: str) -> Iterator[S3Ser
         yield S3Server(proxy.endpoint, moto.access_key, moto.secret_key, checks=False)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.rig) if name.startswith("rclone") else name for name in REFUSED])
 def test_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A server that would replace what is to be created once, or cannot say so, is refused in a sentence, and nothing stays there."""
     with _refused_server(request, name) as server:
@@ -211,7 +211,7 @@ def test_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     assert ["in/0.safetensors", "in/1.safetensors"] == left
 
 
-@pytest.mark.parametrize("name", ["moto, without conditions", "rclone serve s3"])
+@pytest.mark.parametrize("name", ["moto, without conditions", pytest.param("rclone serve s3", marks=pytest.mark.rig)])
 def test_flower_refuses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A federation does not begin on such a server: no node is asked, and nothing stays in the store."""
     with _refused_server(request, name) as server:
