@@ -18,6 +18,12 @@ from typing import Any
 
 import psutil
 
+RIGS = Path(__file__).parents[1] / "tests"
+"""Where the package ``rigs`` lies: whatever imports this module can import servers to run against, in a checkout without ``make``, too."""
+
+if str(RIGS) not in sys.path:
+    sys.path.append(str(RIGS))
+
 SAMPLE = 0.02
 """Seconds between two looks at a rival's memory."""
 

@@ -1,6 +1,7 @@
 """The benchmarks run, and what they report has the shape that readers of ``benchmarks/results`` rely on."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,18 @@ def test_failure_of_a_rival_ends_the_benchmark(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit, match="ended with status 3"):
         in_fresh_process([str(script)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCHMARKS.glob("*.py") if "argparse" in path.read_text()))
+def test_script_starts_from_a_checkout(tmp_path: Path, script: str) -> None:
+    """Each script starts where only the packages are installed, from any directory, and says what it measures."""
+    installed = os.pathsep.join(str(BENCHMARKS.parent / place) for place in (".", "strategies"))
+    command = [sys.executable, str(BENCHMARKS / script), "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": installed}, capture_output=True, text=True, check=False)
+
+    assert (0, "") == (ended.returncode, ended.stderr)
+    assert "--" in ended.stdout
 
 
 @pytest.mark.flower
