@@ -29,9 +29,9 @@ from flower_federation import (
     weight_of,
 )
 from gradsharding import DirectoryStore
-from gradsharding.aws.s3.direct import Offer, Piece
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import InvalidUpdate, StoreRefused, UserError
+from gradsharding.stores.lending import Offer, Piece
 from gradsharding.stores.updates import load
 from gradsharding.testing import assert_same
 from gradsharding_flower import refer, upload_mod

@@ -16,11 +16,12 @@ import urllib3
 
 from gradsharding.aws.patience import ATTEMPTS
 from gradsharding.aws.s3.demands import TRUST
-from gradsharding.aws.s3.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import etag, grant, readable, settle, try_out, withdraw
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidUpdate, MissingObject, StoreFailed, StoreRefused
 from gradsharding.format.encode import encode
+from gradsharding.stores.lending import Offer, Permit
 from gradsharding.stores.updates import FIRST_READ, load
 from gradsharding.testing import read
 from gradsharding.usage import counting

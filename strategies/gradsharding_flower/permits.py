@@ -10,17 +10,17 @@ import secrets
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from pydantic import Field, ValidationError
 
 from gradsharding import ObjectStore
-from gradsharding.aws.s3.direct import Offer, Permit, UrlSource, offer, write
+from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.errors import InvalidUpdate, UserError
 from gradsharding.format.encode import encode
 from gradsharding.planning.manifest import check_id
 from gradsharding.planning.plan import MAX_PARTS
+from gradsharding.stores.lending import EXPIRES, Grant, Lending, Offer, Permit
 from gradsharding.stores.private import private_directory
 from gradsharding.stores.protocol import Peeked
 from gradsharding.usage import Usage
@@ -28,9 +28,6 @@ from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
 from gradsharding_flower.reference import Reference, client_id
 from gradsharding_flower.trust import pinned
-
-if TYPE_CHECKING:
-    from gradsharding.aws.s3.presign import Grant
 
 SPOOL_KEY = "gradsharding-spool"
 """Key of a node's own ``--node-config``: the directory that its updates wait in; by default, one in the system's for temporary files."""
@@ -131,33 +128,25 @@ class Lender:
 
     def __init__(self, store: ObjectStore, seconds: int) -> None:
         """Lend for ``seconds``; raise UserError if the store knows no URLs."""
-        from gradsharding.aws.s3.presign import EXPIRES, PIECE  # noqa: PLC0415 - boto3, which nodes do without
-        from gradsharding.aws.s3.store import S3Store  # noqa: PLC0415
-
-        if not isinstance(store, S3Store):
+        if not isinstance(store, Lending):
             raise UserError(f"{store.url} can give no URLs; use an s3:// store, or nodes that reach the store by themselves")
         if not 1 <= seconds <= 7 * 86_400:
             raise UserError(f"URLs cannot be good for {seconds} seconds; use 1 to {7 * 86_400}, such as {EXPIRES}")
-        self._store = store
+        self._url, self._lender = store.url, store.lender
         self._seconds = seconds
-        self._piece = PIECE
         self._open: dict[str, Grant] = {}
 
     def orders(self, round_id: str, model: Reference) -> ConfigRecord:
         """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model, or as ``try_out`` does."""
-        from gradsharding.aws.s3.presign import readable, try_out  # noqa: PLC0415
-
         if "://" in model.source:
-            raise UserError(f"nodes cannot reach {model.source} by a URL of {self._store.url}; give the first model's arrays themselves")
-        try_out(self._store)
-        url = readable(self._store, model.source, self._seconds)
+            raise UserError(f"nodes cannot reach {model.source} by a URL of {self._url}; give the first model's arrays themselves")
+        self._lender.try_out()
+        url = self._lender.readable(model.source, self._seconds)
         return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
     def doubts(self, timeout: float) -> str | None:
         """Say why late updates of a round of ``timeout`` seconds cannot be permitted; None if they can, as far as is known."""
-        from gradsharding.aws.client import seconds_in_all  # noqa: PLC0415
-
-        left = seconds_in_all()
+        left = self._lender.seconds_left()
         if left is None or left - self._seconds / 2 >= timeout:
             return None
         return (
@@ -176,26 +165,20 @@ class Lender:
 
     def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
         """Permit what a node offers, under ``key``; raise InvalidUpdate if it may not be."""
-        from gradsharding.aws.s3.presign import grant  # noqa: PLC0415
-
         self.check(offered, model)
         self._withdraw(key)
-        self._open[key] = granted = grant(self._store, key, offered.update, self._seconds)
+        self._open[key] = granted = self._lender.grant(key, offered.update, self._seconds)
         return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
 
     def settle(self, key: str) -> Peeked:
         """See that what was permitted under ``key`` has arrived, and give its first bytes; raise InvalidUpdate if it has not."""
-        from gradsharding.aws.s3.presign import settle  # noqa: PLC0415
-
-        peeked = settle(self._store, self._open[key])
+        peeked = self._lender.settle(self._open[key])
         del self._open[key]
         return peeked
 
     def settling(self, offered: Offered, header_bytes: int) -> Usage:
         """What permitting and settling an offer asks of the store, at most."""
-        from gradsharding.aws.s3.presign import settling  # noqa: PLC0415
-
-        return settling(self._store, offered.update, header_bytes)
+        return self._lender.settling(offered.update, header_bytes)
 
     def close(self) -> None:
         """Withdraw what was permitted and has not arrived."""
@@ -203,13 +186,11 @@ class Lender:
             self._withdraw(key)
 
     def _withdraw(self, key: str) -> None:
-        from gradsharding.aws.s3.presign import withdraw  # noqa: PLC0415
-
         if granted := self._open.pop(key, None):
-            withdraw(self._store, granted)
+            self._lender.withdraw(granted)
 
     def _piece_for(self, model: Reference) -> int:
-        return max(self._piece, -(-most_bytes(model.nbytes) // MAX_PARTS))
+        return max(self._lender.piece, -(-most_bytes(model.nbytes) // MAX_PARTS))
 
 
 def most_bytes(nbytes: int) -> int:

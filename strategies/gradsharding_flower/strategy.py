@@ -24,6 +24,7 @@ from gradsharding.planning.topologies import Topology
 from gradsharding.rounds.round import try_out
 from gradsharding.running.executors import taken
 from gradsharding.sizes import mib
+from gradsharding.stores.lending import Lending
 from gradsharding.stores.updates import inspect, loading
 from gradsharding.stores.urls import locate
 from gradsharding.usage import counting
@@ -70,7 +71,7 @@ class GradSharding(Strategy):
         "mixed": both kinds in one federation; a node gets arrays until its first receipt, and references from then on.
     presigned : bool | None (default: None)
         Whether nodes with ``upload_mod`` read the model and write their updates by URLs that the server signs, for one object
-        each, and hold no credentials; by default with an s3:// store.
+        each, and hold no credentials; by default if the store can sign, as an s3:// store does.
     url_seconds : int (default: 900)
         Seconds that such a URL is good for: enough for a node to begin, and then to upload. It ends with the credentials that sign it;
         those that end in less than half of that, and cannot be renewed, lend none.
@@ -108,7 +109,7 @@ class GradSharding(Strategy):
         self.mode = mode
         self.min_replies = min_replies
         self.keep = keep
-        lends = self.store.url.startswith("s3://") if presigned is None else presigned
+        lends = isinstance(self.store, Lending) if presigned is None else presigned
         self._lender = Lender(self.store, url_seconds) if lends and mode != "relay" else None
         self.history: list[RoundReport] = []
         """One report a round of training, of the last ``start``."""

@@ -20,7 +20,6 @@ from typing import IO, Any, cast
 from urllib.parse import parse_qsl, urlencode
 
 import urllib3
-from pydantic import Field
 from urllib3.exceptions import HTTPError
 
 from gradsharding.aws.patience import BUSY, FAILURES, Patience, times
@@ -29,41 +28,12 @@ from gradsharding.aws.s3.ranged import Answer, first_of, stream
 from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import ChangedObject, GradShardingError, StoreFailed, StoreRefused
 from gradsharding.format.dtypes import Buffer
-from gradsharding.planning.plan import MAX_PARTS
+from gradsharding.stores.lending import Offer, Permit, Piece
 from gradsharding.stores.protocol import Peeked, Stat, changed, missing
 from gradsharding.usage import carried, count
-from gradsharding.value import Value
 
 PARALLEL = 4
 """Pieces that are sent at once."""
-
-
-class Piece(Value):
-    """Bytes to be written by one request: their number, and their MD5 as the header Content-MD5 has it (RFC 1864).
-
-    MD5, as S3 checks it on arrival and so do servers, such as Ceph 16, that pass checksums over; and a thief of the URL cannot find other
-    bytes of the same MD5, as he could of the same CRC.
-    """
-
-    size: int = Field(ge=0)
-    md5: str = Field(pattern=r"^[A-Za-z0-9+/]{22}==$")
-
-
-class Offer(Value):
-    """An object to be written, piece after piece; all but the last are of one size."""
-
-    pieces: tuple[Piece, ...] = Field(min_length=1, max_length=MAX_PARTS)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the object."""
-        return sum(piece.size for piece in self.pieces)
-
-
-class Permit(Value):
-    """A URL for each piece of an offer."""
-
-    urls: tuple[str, ...] = Field(repr=False)
 
 
 def offer(path: Path, piece: int) -> Offer:

@@ -22,20 +22,18 @@ from urllib.parse import quote
 import botocore.session
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4QueryAuth
 
-from gradsharding.aws.client import Environment, environment, explaining, s3_client, seconds_left
+from gradsharding.aws.client import Environment, environment, explaining, s3_client, seconds_in_all, seconds_left
 from gradsharding.aws.s3.demands import TRUST, demanded, headers_of
-from gradsharding.aws.s3.direct import Offer, Permit, Piece, attempt, with_headers
+from gradsharding.aws.s3.direct import attempt, with_headers
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import InvalidUpdate, MissingObject, ObjectExists, StoreRefused
+from gradsharding.stores.lending import Grant, Offer, Permit, Piece
 from gradsharding.stores.protocol import Peeked
 from gradsharding.stores.updates import FIRST_READ, inspection
 from gradsharding.usage import Usage
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-EXPIRES = 900
-"""Seconds that a URL is good for."""
 
 MINUTE = 60
 """Seconds for which it makes sense to lend a URL, at least."""
@@ -50,13 +48,43 @@ _TRYING = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Grant:
-    """What was permitted, and the upload that it goes into, if it is more than one piece."""
+class S3Lender:
+    """The functions of this module for one store: what ``S3Store.lender`` gives."""
 
-    key: str
-    offer: Offer
-    permit: Permit
-    upload: str | None
+    store: S3Store
+
+    @property
+    def piece(self) -> int:
+        """Bytes of a piece."""
+        return PIECE
+
+    def try_out(self) -> None:
+        """See that URLs let nobody do more than they say."""
+        try_out(self.store)
+
+    def readable(self, key: str, seconds: int) -> str:
+        """Sign a URL for reading an object."""
+        return readable(self.store, key, seconds)
+
+    def grant(self, key: str, offer: Offer, seconds: int) -> Grant:
+        """Sign URLs for writing what is offered."""
+        return grant(self.store, key, offer, seconds)
+
+    def settle(self, granted: Grant) -> Peeked:
+        """See that it has arrived, and publish it."""
+        return settle(self.store, granted)
+
+    def settling(self, offer: Offer, header_bytes: int) -> Usage:
+        """Requests and bytes of ``grant`` and ``settle``."""
+        return settling(self.store, offer, header_bytes)
+
+    def withdraw(self, granted: Grant) -> None:
+        """Forget a grant."""
+        withdraw(self.store, granted)
+
+    def seconds_left(self) -> float | None:
+        """Seconds for which the credentials in the environment can sign."""
+        return seconds_in_all()
 
 
 def readable(store: S3Store, key: str, seconds: int) -> str:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import PartTypeDef
 
+    from gradsharding.stores.lending import Lender
+
 BROKEN = (HTTPClientError, IncompleteReadError)
 """By what boto3 says that an answer broke off."""
 
@@ -104,6 +106,13 @@ class S3Store:
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
         """Another process opens it anew."""
         return S3Store, (self.url,)
+
+    @property
+    def lender(self) -> "Lender":
+        """What signs URLs for nodes without credentials."""
+        from gradsharding.aws.s3.presign import S3Lender  # noqa: PLC0415 - functions sign nothing
+
+        return S3Lender(self)
 
     @property
     def client(self) -> "S3Client":
