@@ -1,7 +1,7 @@
-"""What is asked of a store is counted where it is asked, by the store or its client, for the piece of work that asks.
+"""Requests to a store are counted by the store, or by its client, in the ledger of the piece of work that makes them.
 
-A piece of work opens a ledger (``counting``); stores write into the ledger that is open (``count``). Ledgers do not add up by
-themselves: what a task asks inside its own ledger is in its report, and not in its caller's.
+A piece of work opens a ledger (``counting``), and stores count in the ledger that is open (``count``). Ledgers do not nest: a task's
+requests are in its own ledger and report, and not in its caller's.
 """
 
 import threading
@@ -16,71 +16,71 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SHARED = "shm"
-"""The kind of store that is the memory of this machine: its bytes count, but nothing asked of it is a request."""
+"""The kind of store that is this machine's shared memory: its bytes are counted, but access to it is not a request."""
 
 
 class Usage(Value):
-    """Requests by the class that S3 bills them in (https://aws.amazon.com/s3/pricing/), and bytes of objects."""
+    """Requests by the class in which S3 bills them (https://aws.amazon.com/s3/pricing/), and bytes of objects."""
 
     gets: int = 0
     """GET and HEAD."""
     puts: int = 0
     """PUT, COPY, POST and LIST."""
     deletes: int = 0
-    """DELETE and the end of an upload without a result: free of charge."""
+    """DELETE, and AbortMultipartUpload: free of charge."""
     bytes_read: int = 0
     bytes_written: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Put two together."""
+        """Add, figure by figure."""
         return Usage(**{name: getattr(self, name) + getattr(other, name) for name in FIGURES})
 
     def __sub__(self, other: "Usage") -> "Usage":
-        """What came since ``other``."""
+        """Subtract, figure by figure."""
         return Usage(**{name: getattr(self, name) - getattr(other, name) for name in FIGURES})
 
     def __mul__(self, times: int) -> "Usage":
-        """Take the same several times."""
+        """Multiply each figure."""
         return Usage(**{name: getattr(self, name) * times for name in FIGURES})
 
 
 FIGURES = tuple(Usage.model_fields)
 
 Spent = Mapping[str, Usage]
-"""Usage by the kind of store: the scheme of its URL."""
+"""Usage by kind of store: the scheme of its URL."""
 
 
 def together(*spent: Spent) -> dict[str, Usage]:
     """Add up, kind by kind."""
-    found: dict[str, Usage] = {}
-    for one in spent:
-        for kind, usage in one.items():
-            found[kind] = found.get(kind, Usage()) + usage
-    return found
+    sums: dict[str, Usage] = {}
+    for part in spent:
+        for kind, usage in part.items():
+            sums[kind] = sums.get(kind, Usage()) + usage
+    return sums
 
 
 def since(before: Spent, now: Spent) -> dict[str, Usage]:
-    """What has been added to ``before``."""
+    """Usage between ``before`` and ``now``."""
     return {kind: usage - before.get(kind, Usage()) for kind, usage in now.items()}
 
 
 def total(spent: Spent) -> Usage:
-    """Add up all kinds of stores; what passes through shared memory counts in bytes only."""
-    found = Usage()
+    """Add up all kinds of stores; of shared memory, only the bytes count."""
+    sums = Usage()
     for kind, usage in spent.items():
-        found += Usage(bytes_read=usage.bytes_read, bytes_written=usage.bytes_written) if kind == SHARED else usage
-    return found
+        sums += Usage(bytes_read=usage.bytes_read, bytes_written=usage.bytes_written) if kind == SHARED else usage
+    return sums
 
 
 class Ledger:
-    """Counts for one piece of work; threads may share it."""
+    """Usage of one piece of work; threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, list[int]] = {}
 
     def add(self, kind: str, figures: tuple[int, ...]) -> None:
-        """Count, in the order of ``FIGURES``."""
+        """Add figures, in the order of ``FIGURES``."""
         with self._lock:
             counts = self._counts.setdefault(kind, [0] * len(FIGURES))
             for i, figure in enumerate(figures):
@@ -88,7 +88,7 @@ class Ledger:
 
     @property
     def spent(self) -> dict[str, Usage]:
-        """What has been counted so far."""
+        """Usage so far."""
         with self._lock:
             return {kind: Usage(**dict(zip(FIGURES, counts, strict=True))) for kind, counts in self._counts.items()}
 
@@ -98,7 +98,7 @@ _open = ContextVar[Ledger | None]("ledger", default=None)
 
 @contextmanager
 def counting() -> Iterator[Ledger]:
-    """Open a ledger for what is asked within, in this thread and in those that ``carried`` functions run in."""
+    """Open a ledger for the requests made within, in this thread and in threads that run ``carried`` functions."""
     ledger = Ledger()
     token = _open.set(ledger)
     try:
@@ -108,16 +108,16 @@ def counting() -> Iterator[Ledger]:
 
 
 def count(kind: str, *, gets: int = 0, puts: int = 0, deletes: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
-    """Count in the ledger that is open; nowhere, if none is."""
+    """Count in the open ledger, if there is one."""
     if ledger := _open.get():
         ledger.add(kind, (gets, puts, deletes, bytes_read, bytes_written))
 
 
 def carried(function: Callable[P, T]) -> Callable[P, T]:
-    """Give ``function``, to be run in other threads, with all that is open here, such as the ledger."""
+    """Return ``function`` bound to this thread's context, the open ledger above all, so that another thread can run it."""
     context = copy_context()
 
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return context.copy().run(function, *args, **kwargs)  # of one context, one thread at a time can run in it
+        return context.copy().run(function, *args, **kwargs)  # only one thread at a time can run in a context
 
     return run

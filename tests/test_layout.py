@@ -53,7 +53,7 @@ def test_parse_foreign_header() -> None:
     ("header", "says"),
     [
         (b"", "is not a JSON object"),
-        (b"\xff", "its bytes are no UTF-8"),
+        (b"\xff", "its bytes are not UTF-8"),
         (b"{", "is not JSON at byte 1"),
         (b"[" * 100_000, "is not a JSON object"),
         (b'{"a":%s}' % (b"[" * 100_000), "malformed"),
@@ -83,8 +83,8 @@ def test_parse_foreign_header() -> None:
         ({"a": entry(offsets=[8, 0])}, "hold -8"),
         ({"a": entry(shape=[1 << 62, 1 << 62])}, "is too large"),
         ({"a": entry(shape=[1 << 62, 4, 0], offsets=[0, 0]), "b": entry()}, "is too large"),
-        ({"a": entry(offsets=[8, 16])}, "tensor 'a' starts at byte 8, where byte 0 is due: tensors leave a gap"),
-        ({"a": entry(), "b": entry(offsets=[4, 12])}, "tensor 'b' starts at byte 4, where byte 8 is due: tensors overlap"),
+        ({"a": entry(offsets=[8, 16])}, "tensor 'a' starts at byte 8 instead of byte 0: tensors leave a gap"),
+        ({"a": entry(), "b": entry(offsets=[4, 12])}, "tensor 'b' starts at byte 4 instead of byte 8: tensors overlap"),
         ({}, "describes 0 bytes of data but the object holds 8"),
         ({"a": entry(), "b": entry(offsets=[8, 16])}, "describes 16 bytes of data but the object holds 8"),
     ],
@@ -126,7 +126,7 @@ def test_equal_headers_from_threads() -> None:
 @pytest.mark.parametrize(
     ("prefix", "size", "says"),
     [
-        (b"\2\0\0", 3, "has 3 bytes and a safetensors object at least 8"),
+        (b"\2\0\0", 3, "has 3 bytes and a safetensors object has at least 8"),
         (b"\3\0\0\0\0\0\0\0{}", 10, "claims 3 bytes but the object has 10"),
         (b"\xff" * 8, 1 << 40, f"claims 18446744073709551615 bytes and at most {MAX_HEADER} are read"),
     ],

@@ -149,7 +149,7 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 @pytest.mark.parametrize("memory", [0, -1, "0", "0B", "0.0 MiB", "0.9B"])
 def test_no_memory(memory: str | int) -> None:
     """No function runs in no memory."""
-    with pytest.raises(UserError, match=r"bytes of memory are not enough for anything; allow more, like 512MiB or 2GB$"):
+    with pytest.raises(UserError, match=r"bytes of memory are too few; allow more, like 512MiB or 2GB$"):
         Limits(memory=memory)
 
 

@@ -296,7 +296,7 @@ def test_foreign_receipt(round_: Round) -> None:
     round_.submit("ann", W, 1)
     round_.store.put("rounds/r/receipts/b.json", [b'{"client":"b","later":"field"}'])
 
-    with pytest.raises(InvalidRecord, match=r"^'rounds/r/receipts/b.json' in memory://.* is not a Receipt of gradsharding: .*take it away"):
+    with pytest.raises(InvalidRecord, match=r"^'rounds/r/receipts/b.json' in memory://.* is not a Receipt of gradsharding: .*delete it"):
         round_.seal()
 
 

@@ -112,7 +112,7 @@ def test_refuses(array: Any, says: str) -> None:
         encode({"w": array})
 
 
-@pytest.mark.parametrize(("name", "says"), [("__metadata__", "which the format keeps for itself"), ("\ud800", "half a surrogate pair")])
+@pytest.mark.parametrize(("name", "says"), [("__metadata__", "which the format reserves"), ("\ud800", "half a surrogate pair")])
 def test_refuses_a_name(name: str, says: str) -> None:
     """A name that a header cannot hold raises InvalidUpdate before anything is written."""
     with pytest.raises(InvalidUpdate, match=says):

@@ -10,7 +10,7 @@ import click
 from gradsharding.cli.command import option
 from gradsharding.errors import UserError
 from gradsharding.planning.plan import MAX_PARTS
-from gradsharding.sizes import size, some
+from gradsharding.sizes import positive, size
 
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 """Seconds in each unit of time."""
@@ -25,7 +25,7 @@ def any_size(text: str) -> int:
 def memory_size(text: str) -> int:
     """Read a size of memory, in bytes; it must not be 0."""
     with _as_usage():
-        return some(size(text))
+        return positive(size(text))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the elements of each dtype are in numpy's terms: their names, their bits, and how to round to them once."""
+"""Each safetensors dtype in numpy's terms: its name, its bits, and how to round float64 to it in a single rounding."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -15,18 +15,18 @@ ITEM_SIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Supported dtypes, by their safetensors names, with the bytes of one element."""
+"""Bytes of one element of each supported dtype, by its safetensors name."""
 
 NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-"""numpy's names of the dtypes; BF16, which numpy lacks, as its bits."""
+"""numpy's name of each dtype. BF16, which numpy lacks, is handled as its bits."""
 
 
 class Run(NamedTuple):
-    """``length`` neighbouring elements of one ``dtype``: all that arithmetic needs to know of a layout."""
+    """``length`` consecutive elements of one ``dtype``: all that arithmetic needs to know about a layout."""
 
     dtype: str
     length: int
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
-    """Join neighbours of one dtype and drop empty runs."""
+    """Join adjacent runs of equal dtype, and drop empty ones."""
     joined: list[Run] = []
     for run in runs:
         if joined and joined[-1].dtype == run.dtype:
@@ -49,17 +49,17 @@ def join_runs(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 class Format(NamedTuple):
-    """A binary float: a sign, an exponent, ``mantissa`` bits; its finite values are multiples of ``2**least`` below ``2**greatest``."""
+    """A binary float with a sign, an exponent and ``mantissa`` bits; finite values are multiples of ``2**least`` below ``2**greatest``."""
 
     bits: str
-    """numpy's name of its bits, an unsigned integer."""
+    """numpy's name of the unsigned integer that holds its bits."""
     mantissa: int
     least: int
     greatest: int
 
 
 FORMATS = {"F32": Format("<u4", 23, -149, 128), "F16": Format("<u2", 10, -24, 16), "BF16": Format("<u2", 7, -133, 128)}
-"""The floats narrower than float64 (IEEE 754; bfloat16 alike)."""
+"""The floats narrower than float64 (IEEE 754, and bfloat16)."""
 
 
 def is_float(dtype: str) -> bool:
@@ -68,7 +68,7 @@ def is_float(dtype: str) -> bool:
 
 
 def widen(elements: Array, dtype: str) -> Array:
-    """Give elements as numpy computes with them: bfloat16, which it lacks, and float16, which it converts slowly, as the equal float32."""
+    """Return elements in a dtype that numpy computes with: bfloat16, which it lacks, and float16, which it converts slowly, as float32."""
     if dtype == "BF16":
         bits = elements.astype(np.uint32)
         bits <<= 16
@@ -78,21 +78,21 @@ def widen(elements: Array, dtype: str) -> Array:
 
 @cache
 def _halves() -> npt.NDArray[np.float32]:
-    """Every float16 as float32, by its bits: 256 KiB, which stay in the second-level cache."""
+    """Table of every float16 as float32, indexed by its bits: 256 KiB, which fit in the second-level cache."""
     with np.errstate(invalid="ignore"):
         return np.arange(1 << 16, dtype="<u2").view("<f2").astype(np.float32)
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """Round float64 to the nearest element of a float ``dtype``, ties to even, in one rounding; bfloat16 comes as its bits."""
+    """Round float64 to the nearest value of a float ``dtype``, ties to even, in a single rounding; bfloat16 is returned as its bits."""
     return _to_bfloat16(values) if dtype == "BF16" else values.astype(NUMPY[dtype])
 
 
 def _to_bfloat16(values: Array) -> Array:
     """Round float64 to bfloat16 bits.
 
-    Going through float32 would round twice. Rounding to float32 *to odd* first keeps what the second
-    rounding must know (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
+    Going through float32 would round twice. Rounding to float32 *to odd* first keeps the information that the second
+    rounding needs (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", 2008).
     """
     near = values.astype(np.float32)
     bits = near.view(np.uint32)

@@ -1,4 +1,4 @@
-"""Named arrays become one safetensors object, as buffers: no byte is copied where none must change."""
+"""Named arrays are encoded as one safetensors object, in buffers; bytes are copied only where they must change."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _DTYPES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16
 
 
 class Raw(NamedTuple):
-    """An array as its bytes (C order, little-endian), for dtypes that numpy does not have."""
+    """An array given as its bytes (C order, little-endian), for dtypes that numpy lacks."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -24,7 +24,7 @@ class Raw(NamedTuple):
 
 
 def encode(arrays: Mapping[str, "npt.NDArray[Any] | Raw"]) -> tuple[Layout, list[Buffer]]:
-    """Lay out named arrays as one safetensors object: its buffers, in order, without a copy where bytes allow.
+    """Encode named arrays as one safetensors object; return its layout and its buffers in order, without a copy where possible.
 
     Raise InvalidUpdate for a dtype that is not supported (complex, strings, objects).
     """

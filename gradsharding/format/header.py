@@ -1,16 +1,16 @@
-"""A header is read as the reference implementation reads it: what that accepts is accepted, and nothing else.
+"""A header is accepted if and only if the reference implementation of safetensors accepts it.
 
 Its rules (https://github.com/huggingface/safetensors, ``safetensors/src/tensor.rs``) are those of Rust's serde and serde_json:
 
-- UTF-8, JSON, at most 127 levels deep; half a surrogate pair, or a number beyond float64, is refused wherever it stands.
-- Of a name that occurs twice, the last entry holds. ``__metadata__`` occurs once at most: a map of strings, or null.
-- A tensor's entry is ``{"dtype": …, "shape": …, "data_offsets": …}`` in any order, each once, and what else is in it is passed over; or
+- The text is UTF-8 and JSON, at most 127 levels deep. Half a surrogate pair, or a number beyond float64, is refused wherever it stands.
+- If a name occurs twice, the last entry counts. ``__metadata__`` occurs at most once: a map of strings, or null.
+- A tensor's entry is ``{"dtype": …, "shape": …, "data_offsets": …}``, each field once and in any order, and other fields are skipped; or
   the three values alone, ``[…, …, …]``. ``{"F32": null}`` means ``"F32"``.
 - Extents and offsets are whole numbers below 2**64, written without sign, point or exponent; extents multiplied from left to right, and
   then by the bits of an element, stay below 2**64. Tensors tile the data: sorted by their offsets, they leave no gap and no overlap.
 
-One thing differs: dtypes that cannot be averaged here are refused by name. Nothing is built of values that are passed over, and of tensors
-only columns, so that a header takes a few times its own bytes of memory, whoever wrote it.
+One thing differs: dtypes that cannot be averaged here are refused by name. Skipped values build no objects, and tensors are columns, so
+that reading a header takes a few times its own bytes of memory, whoever wrote it.
 """
 
 import codecs
@@ -27,10 +27,10 @@ from gradsharding.errors import InvalidUpdate, quoted
 from gradsharding.format.dtypes import ITEM_SIZE, Array
 
 MOST = (1 << 64) - 1
-"""Extents, elements and bits of a tensor are at most this: what the reference implementation counts with."""
+"""Upper bound of a tensor's extents, elements and bits: the reference implementation counts in 64 bits."""
 
 DEPTH = 127
-"""Levels that JSON may have, the header's own included: serde_json reads no more."""
+"""Levels that the JSON may have, the header's own included: serde_json reads no more."""
 
 _HEX = rb"[0-9a-fA-F]"
 _SPACE = rb"[ \t\n\r]*+"
@@ -63,7 +63,7 @@ _USUAL = _pattern(
     rb'"([^"\\\x00-\x1f]*+)"~:~\{~"dtype"~:~"([A-Z0-9_]*+)"~,~"shape"~:~(\[[0-9, \t\n\r]*+\])~,'
     rb'~"data_offsets"~:~\[~(' + _WHOLE + rb")~,~(" + _WHOLE + rb")~\]~\}~([,}])~"
 )
-"""A tensor as nearly everybody writes it, and what comes after it."""
+"""A tensor's entry as nearly every writer spells it, and the character that follows it."""
 _MAP, _LIST = _pattern(rb"\{~"), _pattern(rb"\[~")
 _COMMA, _LIST_END = _pattern(rb"~,~"), _pattern(rb"~\]")
 _DTYPE = _pattern(rb"(" + _STRING + rb")|\{~(" + _STRING + rb")~:~null~\}")
@@ -76,7 +76,7 @@ _CLOSE = {b"[": _pattern(rb"~\]"), b"{": _pattern(rb"~\}")}
 
 
 def _runs(value: bytes) -> dict[bytes, re.Pattern[bytes]]:
-    """Patterns for values one after another, by what holds them: the header, a list, or a map."""
+    """Patterns for consecutive values, by their container: the header, a list, or a map."""
     pair = _STRING + rb"~:~" + value
     return {b"": _pattern(value), b"[": _pattern(_several(value)), b"{": _pattern(value + rb"(?:~,~" + pair + rb")*+")}
 
@@ -86,15 +86,15 @@ _FIELDS = {"dtype": _DTYPE, "shape": _SHAPE, "data_offsets": _OFFSETS}
 _DTYPES = {name.encode(): name for name in ITEM_SIZE}
 
 
-_KNOWN = 4_096
-"""Shapes that are remembered while a header is read: most tensors have one of a few."""
+_CACHED = 4_096
+"""Shapes that are cached while a header is read: most tensors have one of a few."""
 
 _TOO_LARGE = MOST
-"""In place of a tensor's bytes, where they are 2**61 or more: no tensor has just so many."""
+"""Stands for a tensor's bytes where they are 2**61 or more: no tensor has exactly this number."""
 
 
 class Columns(NamedTuple):
-    """The tensors of a header in the order of their bytes."""
+    """The tensors of a header, in the order of their bytes."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
@@ -106,11 +106,11 @@ def read(header: bytes) -> Columns:
     _check_text(header)
     names, dtypes, shapes = list[str](), list[str](), list[tuple[int, ...]]()
     places = array("Q")
-    known = dict[bytes, _Shape]()
+    cached = dict[bytes, _Shape]()
     for name, dtype, text, start, stop in _Reader(header).tensors():
-        shape = known.get(text) or _Shape.read(name, text)
-        if len(known) < _KNOWN:
-            known[text] = shape
+        shape = cached.get(text) or _Shape.read(name, text)
+        if len(cached) < _CACHED:
+            cached[text] = shape
         if dtype not in ITEM_SIZE:
             raise unsupported(name, dtype)
         if start > MOST or stop > MOST:
@@ -127,7 +127,7 @@ def read(header: bytes) -> Columns:
 
 
 def nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor; raise InvalidUpdate for a dtype that is not supported, or where the reference implementation cannot count."""
+    """Bytes of a tensor; raise InvalidUpdate for an unsupported dtype, or for a size beyond the reference implementation's 64 bits."""
     if dtype not in ITEM_SIZE:
         raise unsupported(name, dtype)
     if any(not 0 <= extent <= MOST for extent in shape):
@@ -141,12 +141,12 @@ def nbytes(name: str, dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def unsupported(name: str, dtype: object) -> InvalidUpdate:
-    """Give the error for a dtype that cannot be averaged."""
+    """The error for a dtype that cannot be averaged."""
     return InvalidUpdate(f"tensor {quoted(name)} has dtype {quoted(dtype)}; supported are {', '.join(ITEM_SIZE)}")
 
 
 def _elements(shape: tuple[int, ...]) -> int:
-    """Multiply extents as the reference implementation does, which stops where the product so far is 2**64 or more; give that."""
+    """Multiply extents as the reference implementation does: it stops once the product is 2**64 or more, and returns that."""
     product = 1
     for extent in shape:
         product *= extent
@@ -170,20 +170,20 @@ class _Shape(NamedTuple):
 
 
 class _Reader:
-    """A place in a header, from which patterns take what is due."""
+    """A position in a header, and the patterns that advance it."""
 
     def __init__(self, text: bytes) -> None:
         self._text, self._at = text, 0
 
     def tensors(self) -> Iterator[tuple[str, str, bytes, int, int]]:
-        """Give each tensor's name, dtype, shape as text, start and stop, as they come; of ``__metadata__`` nothing."""
+        """Yield each tensor's name, dtype, shape as text, start and stop, in the order of the text; ``__metadata__`` is skipped."""
         if not self._take(_BEGIN):
             raise InvalidUpdate("the header is not a JSON object; is this a safetensors object?")
-        described, after = False, b"," if not self._take(_CLOSE[b"{"]) else b"}"
-        while after == b",":
+        described, delimiter = False, b"," if not self._take(_CLOSE[b"{"]) else b"}"
+        while delimiter == b",":
             if (usual := self._take(_USUAL)) and usual[1] != b"__metadata__":
                 yield usual[1].decode(), _DTYPES.get(usual[2]) or usual[2].decode(), usual[3], int(usual[4]), int(usual[5])
-                after = usual[6]
+                delimiter = usual[6]
                 continue
             name = "__metadata__" if usual else self._name()
             if name != "__metadata__":
@@ -194,11 +194,11 @@ class _Reader:
                 )
             else:
                 described = True
-            after = self._need(_NEXT)[1]
+            delimiter = self._need(_NEXT)[1]
         self._need(_END)
 
     def _tensor(self, name: str) -> tuple[str, bytes, int, int]:
-        """Read an unusual entry."""
+        """Read an entry that is spelled in an unusual way."""
         found = dict[str, re.Match[bytes]]()
         if self._take(_LIST):
             for i, (field, pattern) in enumerate(_FIELDS.items()):
@@ -224,7 +224,7 @@ class _Reader:
         return json.loads(dtype[1] or dtype[2]), found["shape"][0], int(offsets[1]), int(offsets[2])
 
     def _pass_over(self) -> None:
-        """Pass over a value of an entry, whatever it is."""
+        """Skip a value of an entry, of whatever kind."""
         opened = b""
         while True:
             if not self._flat(opened):
@@ -245,7 +245,7 @@ class _Reader:
                 self._name()
 
     def _flat(self, opened: bytes) -> bool:
-        """Pass over a value without depth, and over all that follow it in its list or map."""
+        """Skip a value that nests nothing, and all such values after it in the same list or map."""
         if self._take((_FLAT if len(opened) + 3 <= DEPTH else _SCALARS)[opened[-1:]]):
             return True
         number = self._take(_ANY_NUMBER)
@@ -263,24 +263,24 @@ class _Reader:
         return found
 
     def _need(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
-        return self._take(pattern) or self._fail("something else is due")
+        return self._take(pattern) or self._fail("something else was expected")
 
     def _fail(self, why: str) -> NoReturn:
         raise InvalidUpdate(f"the header is not JSON at byte {self._at} ({why}); is this a safetensors object?")
 
 
 def _check_text(header: bytes) -> None:
-    """Raise InvalidUpdate unless a header is UTF-8; piece by piece, as a text takes up to four times its bytes."""
+    """Raise InvalidUpdate unless a header is UTF-8. It is decoded in pieces, as a str takes up to four times its bytes."""
     decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
         for start in range(0, len(header) + 1, 1 << 16):
             decode(header[start : start + (1 << 16)], start + (1 << 16) > len(header))
     except UnicodeDecodeError:
-        raise InvalidUpdate("the header is not JSON: its bytes are no UTF-8; is this a safetensors object?") from None
+        raise InvalidUpdate("the header is not JSON: its bytes are not UTF-8; is this a safetensors object?") from None
 
 
 def _in_range(number: re.Match[bytes]) -> bool:
-    """Whether serde_json holds a number in float64: it takes as many digits as fit into 64 bits, times a power of ten."""
+    """Whether serde_json can hold a number in float64: it reads the digits that fit into 64 bits, times a power of ten."""
     whole, fraction, sign, exponent = number.groups(b"")
     significand, used = _digits(whole, 0)
     power = len(whole) - used
@@ -297,7 +297,7 @@ def _in_range(number: re.Match[bytes]) -> bool:
 
 
 def _digits(text: bytes, significand: int) -> tuple[int, int]:
-    """Append digits to a number while it stays below 2**64; give it, and how many they were."""
+    """Append digits to a number while it stays below 2**64; return it, and the number of digits used."""
     zeros = 0 if significand else len(text) - len(text.lstrip(b"0"))
     for i in range(zeros, len(text)):
         longer = significand * 10 + text[i] - ord("0")
@@ -308,7 +308,7 @@ def _digits(text: bytes, significand: int) -> tuple[int, int]:
 
 
 def _in_order(names: list[str], places: Array) -> tuple[list[int], Array, Array, Array]:
-    """Order tensors by their offsets, of equal names the last; give their rows, and of each the start, stop and bytes."""
+    """Order tensors by their offsets, keeping the last of equal names; return their rows, starts, stops and bytes."""
     rows = np.arange(len(names))
     if len(set(names)) < len(names):
         rows = np.array([*{name: i for i, name in enumerate(names)}.values()])
@@ -317,7 +317,7 @@ def _in_order(names: list[str], places: Array) -> tuple[list[int], Array, Array,
 
 
 def _check_tiles(columns: Columns, starts: Array, stops: Array, sizes: Array) -> None:
-    """Raise InvalidUpdate unless each tensor has the bytes that it needs, and begins where the one before it ends."""
+    """Raise InvalidUpdate unless each tensor has the bytes it needs, and begins where the previous one ends."""
     due = np.concatenate([np.zeros(1, np.uint64), stops])[:-1]
     wrong = (sizes == _TOO_LARGE) | (starts != due) | (stops - starts != sizes)
     if not wrong.any():
@@ -331,7 +331,7 @@ def _check_tiles(columns: Columns, starts: Array, stops: Array, sizes: Array) ->
             f"{stop - start}; save the update again with the safetensors library"
         )
     raise InvalidUpdate(
-        f"tensor {quoted(name)} starts at byte {start}, where byte {end} is due: tensors {'overlap' if start < end else 'leave a gap'}; "
+        f"tensor {quoted(name)} starts at byte {start} instead of byte {end}: tensors {'overlap' if start < end else 'leave a gap'}; "
         "save the update again with the safetensors library"
     )
 

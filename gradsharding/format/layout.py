@@ -1,7 +1,7 @@
 """A layout says where each tensor's bytes lie in one safetensors object. It reads headers, never data.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes, little-endian: the header's length;
-the header, JSON: name → dtype, shape, data_offsets; then the data section. Offsets count from its first byte.
+The format (https://github.com/huggingface/safetensors#format) is the header's length in eight bytes, little-endian; the header, a JSON
+object of name → dtype, shape, data_offsets; and the data section. Offsets count from the first byte of the data section.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from gradsharding.format import header
 from gradsharding.format.dtypes import ITEM_SIZE, Run, join_runs
 
 MAX_HEADER = 100_000_000
-"""Bytes: the reference implementation reads no longer header."""
+"""Bytes of a header, at most: the reference implementation reads no longer one."""
 
 
 class Tensor(NamedTuple):
@@ -40,9 +40,9 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors of an update in the order of their bytes: as each begins where the one before it ends, offsets need not be kept.
+    """The tensors of an update in the order of their bytes. Each begins where the previous one ends, so that no offsets are stored.
 
-    Made by ``of`` and ``parse`` alone. In a record it is the text of its header.
+    Create it by ``of`` or ``parse``. In a record it is stored as the text of its header.
 
     >>> layout = Layout.of({"w": ("F32", (2, 3)), "steps": ("I64", ())})
     >>> [(t.name, t.start, t.stop) for t in layout.tensors], layout.nbytes
@@ -66,7 +66,7 @@ class Layout:
     def parse(cls, text: bytes, data_size: int | None = None) -> "Layout":
         """Read the JSON header of an object whose data section has ``data_size`` bytes, if that is known; raise InvalidUpdate.
 
-        While a layout is in use, equal headers give the same one, and are read once. One header is read at a time: that takes memory.
+        While a layout is in use, equal headers share it, and are read once. Headers are read one at a time, as reading takes memory.
         """
         key = hashlib.sha256(text).digest()
         with _reading:
@@ -86,7 +86,7 @@ class Layout:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors, made when they are asked for."""
+        """The tensors, built on each access."""
         return tuple(map(Tensor, self.names, self.dtypes, self.shapes, self._edges, self._edges[1:]))
 
     @cached_property
@@ -96,7 +96,7 @@ class Layout:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The vector as runs of one dtype; neighbours of equal dtype are joined."""
+        """The data section as runs of one dtype; adjacent tensors of equal dtype are joined."""
         return join_runs(Run(dtype, math.prod(shape)) for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
 
     @cached_property
@@ -106,7 +106,7 @@ class Layout:
 
     @cached_property
     def elements(self) -> int:
-        """Number of elements of all tensors."""
+        """Number of elements in all tensors."""
         return sum(run.length for run in self.runs)
 
     def header(self) -> bytes:
@@ -114,7 +114,7 @@ class Layout:
         return self._header
 
     def locate(self, byte: int) -> tuple[Tensor, tuple[int, ...]]:
-        """Find the tensor, and the index within it, whose element holds ``byte`` of the data section."""
+        """Find the element that holds ``byte`` of the data section; return its tensor and its index."""
         i = bisect_right(self._edges, byte) - 1
         tensor = Tensor(self.names[i], self.dtypes[i], self.shapes[i], self._edges[i], self._edges[i + 1])
         flat, index = (byte - tensor.start) // ITEM_SIZE[tensor.dtype], []
@@ -129,7 +129,7 @@ class Layout:
             return
         ours, others = ({tensor.name: tensor for tensor in layout.tensors} for layout in (self, other))
         differing = [name for name in sorted(ours.keys() | others.keys()) if ours.get(name) != others.get(name)]
-        if differing:  # one other dtype or shape moves the tensors after it: those that only moved come last
+        if differing:  # a different dtype or shape moves all tensors after it: those that only moved are named last
             name = min(differing, key=lambda n: _form(ours.get(n)) == _form(others.get(n)))
             raise LayoutMismatch(
                 f"tensor {quoted(name)} is {_describe(ours.get(name))} in {mine} but {_describe(others.get(name))} in {theirs}; "
@@ -139,13 +139,13 @@ class Layout:
 
     @cached_property
     def _edges(self) -> tuple[int, ...]:
-        """Where each tensor begins, and where the last one ends."""
+        """The byte at which each tensor begins, and at which the last one ends."""
         sizes = (math.prod(shape) * ITEM_SIZE[dtype] for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
         return tuple(accumulate(sizes, initial=0))
 
     @cached_property
     def _header(self) -> bytes:
-        text = bytearray(8) + b"{"  # one entry after another: a list of all would take several times their bytes
+        text = bytearray(8) + b"{"  # entries are appended one by one: a list of them would take several times their bytes
         for name, dtype, shape, start, stop in zip(self.names, self.dtypes, self.shapes, self._edges, self._edges[1:], strict=False):
             extents = str([*shape]).replace(" ", "")
             entry = f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":{extents},"data_offsets":[{start},{stop}]}},'
@@ -157,7 +157,7 @@ class Layout:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """In JSON a layout is the text of its header."""
+        """In JSON, a layout is the text of its header."""
         return core_schema.json_or_python_schema(
             json_schema=core_schema.no_info_plain_validator_function(_of_record),
             python_schema=core_schema.is_instance_schema(cls),
@@ -168,28 +168,28 @@ class Layout:
 
 
 _in_use = WeakValueDictionary[bytes | str, Layout]()
-"""Layouts by the SHA-256 of each header that was read for them, and by their own digest."""
+"""Layouts by their digest, and by the SHA-256 of each header from which they were read."""
 
 _reading = threading.Lock()
 
 
-def _of_record(said: Any) -> Layout:
-    """Read what a record says of a layout: the text of its header, or, in records of the first releases, a list of tensors."""
-    if isinstance(said, str):
-        return Layout.parse(said.encode())
+def _of_record(value: Any) -> Layout:
+    """Read a layout from a record: the text of its header, or, in records of the first releases, a list of tensors."""
+    if isinstance(value, str):
+        return Layout.parse(value.encode())
     try:
-        tensors = [Tensor(**tensor) for tensor in said["tensors"]]
+        tensors = [Tensor(**tensor) for tensor in value["tensors"]]
         entries = {t.name + "": {"dtype": t.dtype, "shape": t.shape, "data_offsets": [t.start, t.stop]} for t in tensors}
         return Layout.parse(json.dumps(entries).encode())
     except (TypeError, KeyError):
-        raise InvalidUpdate("a layout is the text of a header") from None
+        raise InvalidUpdate("the record's layout is not the text of a header") from None
 
 
 def header_length(prefix: bytes, size: int, largest: int = MAX_HEADER) -> int:
-    """Read a header's length from the first bytes of an object of ``size`` bytes; raise InvalidUpdate if it lies, or passes ``largest``."""
+    """Read a header's length from the first bytes of an object of ``size`` bytes; raise InvalidUpdate beyond that, or ``largest``."""
     length, largest = int.from_bytes(prefix[:8], "little"), min(largest, MAX_HEADER)
     if size < 8:
-        problem = f"the object has {size} bytes and a safetensors object at least 8: it was cut short"
+        problem = f"the object has {size} bytes and a safetensors object has at least 8: it was cut short"
     elif length > largest:
         problem = f"the header claims {length} bytes and at most {largest} are read"
     elif length > size - 8:
@@ -201,7 +201,7 @@ def header_length(prefix: bytes, size: int, largest: int = MAX_HEADER) -> int:
 
 def _check_name(name: str) -> None:
     if name == "__metadata__":
-        raise InvalidUpdate("a tensor is named __metadata__, which the format keeps for itself; rename the tensor")
+        raise InvalidUpdate("a tensor is named __metadata__, which the format reserves; rename the tensor")
     if any("\ud800" <= letter <= "\udfff" for letter in name):
         raise InvalidUpdate(f"tensor {quoted(name)} has half a surrogate pair in its name, which UTF-8 cannot hold; rename the tensor")
 

@@ -1,4 +1,4 @@
-"""A record says in which format it is; a release reads the formats it knows, and says of any other what to do."""
+"""A record states its format; a release reads the formats that it knows, and refuses any other with the remedy."""
 
 from typing import Literal, TypeVar
 
@@ -8,21 +8,21 @@ from gradsharding.errors import InvalidRecord, quoted
 from gradsharding.value import Value
 
 FORMAT = 1
-"""The newest format that this release reads, and the one it writes."""
+"""The newest format that this release reads, and the one that it writes."""
 
 
 class Record(Value):
     """A small object in a store, which other processes and other releases read."""
 
     format: Literal[1] = 1
-    """Raised whenever a field comes, goes, or changes its meaning. The first releases wrote none, and meant 1."""
+    """Increased whenever a field is added or removed, or changes its meaning. The first releases left it out, and meant 1."""
 
 
 R = TypeVar("R", bound=Record)
 
 
 def read_record(kind: type[R], data: bytes, place: str) -> R:
-    """Read the record that lies at ``place``; raise InvalidRecord, which names the place, what was found, and what to do."""
+    """Read the record at ``place``; raise InvalidRecord, which names the place, the fault and the remedy."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -38,6 +38,6 @@ def read_record(kind: type[R], data: bytes, place: str) -> R:
     field = f" (at {quoted('.'.join(map(str, where)))})" if where else ""
     raise InvalidRecord(
         f"{place} is not a {kind.__name__} of gradsharding: {fault['msg']:.120}{field}; something else wrote it, or it is damaged: "
-        "take it away, or use another id for the round",
+        "delete it, or use another id for the round",
         place=place,
     )

@@ -20,7 +20,7 @@ from gradsharding.planning.platform import FIGURES
 from gradsharding.planning.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.planning.slices import Slice, cut
 from gradsharding.planning.task import PARTIAL, Task, Term
-from gradsharding.sizes import mib, size, some
+from gradsharding.sizes import mib, positive, size
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
@@ -44,7 +44,7 @@ class Limits(Value):
 
     def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
         BaseModel.__init__(self, memory=size(memory) if isinstance(memory, str) else memory, concurrency=concurrency)
-        some(self.memory)
+        positive(self.memory)
 
 
 class Stage(NamedTuple):
