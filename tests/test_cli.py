@@ -928,7 +928,7 @@ def test_plan_in_detail(call: Callable[..., str]) -> None:
     brief, detail, figures = call(*plan), call(*plan, "--detail"), json.loads(call(*plan, "--json"))
 
     assert [] == [line for line in brief.splitlines() if line not in detail]
-    assert "AWS allows memory of a function: 10240.0 MiB at most" in detail
+    assert "AWS's limit for the memory of a function: 10240.0 MiB (" in detail
     assert "https://docs.aws.amazon.com/lambda/" in detail
     assert "https:" not in brief
     table = [line[2:] for line in detail.partition("Requests and bytes")[2].splitlines()]

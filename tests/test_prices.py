@@ -290,7 +290,8 @@ def test_shown_of_another_region(capsys: pytest.CaptureFixture[str]) -> None:
     """Another region's prices are its own, with their sources; of one of which nothing is known, that is an error."""
     assert 0 == cli.main(["prices", "--region", "eu-central-1"])
     said = capsys.readouterr().out
-    assert re.search(r"s3_put +0\.0000054 +AWS's list, quoted in .* 2026-08-31", said)
+    assert re.search(r"s3_put +0\.0000054 +2026-08-31 +\[2\]\n", said)
+    assert re.search(r"  \[2\]  AWS.s list, quoted in ", said)
     assert "list prices of eu-central-1, 2026-08-31 or later" in said
     assert 2 == cli.main(["prices", "--region", "mars-1"])
     assert "no price for mars-1; fetch it with: gradsharding prices --refresh --region mars-1\n" in capsys.readouterr().err

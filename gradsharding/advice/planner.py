@@ -141,7 +141,7 @@ class Option(NamedTuple):
         """The topology's parameters, for people; empty if it has none."""
         shards = f"{len(self.plan.slices):,} shards" if len(self.plan.slices) > 1 else ""
         fan_in = f"fan-in {self.plan.fan_ins[0]:,}" if len(self.plan.fan_ins) > 1 else ""
-        return ", ".join(filter(None, (shards, fan_in)))
+        return " and ".join(filter(None, (shards, fan_in)))
 
 
 class Server(NamedTuple):

@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 
 import click
 import urllib3
-from rich.console import Console
-from rich.table import Table
 
 from gradsharding.advice.prices import (
     HOME_REGION,
@@ -29,6 +27,7 @@ from gradsharding.advice.prices import (
 )
 from gradsharding.errors import StoreFailed, UserError
 from gradsharding.stores.files import replace
+from gradsharding.text import labelled, paragraph, table
 
 LIST = "https://pricing.us-east-1.amazonaws.com"
 """AWS's bulk price list, for which no credentials are needed
@@ -91,15 +90,16 @@ def prices(region: str, *, refresh: bool, as_json: bool) -> None:
     if as_json:
         click.echo(found.model_dump_json(indent=2))
         return
-    table = Table("price", "US dollars", "source", "date", box=None)
-    for name, price in found.figures.items():
-        source = found.sources[price.source]
-        table.add_row(name, f"{price.usd:f}", source.name, str(source.date))
-    for name, box in found.boxes.items():
-        source = found.sources[box.source]
-        table.add_row(f"{name}, an hour", f"{box.hour:f}", source.name, str(source.date))
-    Console(width=120).print(table)
-    click.echo(found.origin)
+    priced = [(name, price.usd, price.source) for name, price in found.figures.items()]
+    priced += [(f"{name}, an hour", box.hour, box.source) for name, box in found.boxes.items()]
+    used = [*dict.fromkeys(source for *_, source in priced)]
+    notes = {name: f"[{number}]" for number, name in enumerate(used, 1)}
+    rows = [(name, f"{usd:f}", str(found.sources[source].date), notes[source]) for name, usd, source in priced]
+    for line in table(("price", "US dollars", "date", "source"), rows, "<<<<"):
+        click.echo(line)
+    sources = [(note, f"{found.sources[name].name}: {found.sources[name].page}") for name, note in notes.items()]
+    click.echo(f"\n{labelled(sources)}\n")
+    click.echo(paragraph(found.origin))
 
 
 def refreshed(region: str) -> str:

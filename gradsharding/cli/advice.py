@@ -9,10 +9,10 @@ from pydantic import ByteSize
 
 from gradsharding.advice.planner import Advice, Needs, Option, dollars_text, flower_server, request_rate, time_text
 from gradsharding.advice.prices import HOME_REGION, Prices
-from gradsharding.cli.text import paragraph, table
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.platform import DIRECTORY_BUCKETS, Figure
+from gradsharding.planning.platform import DIRECTORY_BUCKETS
 from gradsharding.sizes import mib
+from gradsharding.text import paragraph, table
 
 NONE = "-"
 """What a cell holds that does not apply."""
@@ -127,7 +127,7 @@ def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         if server.cheaper_from is None:
             yield f"Lambda is cheaper than {machine} at every rate that this machine can sustain."
         else:
-            most = f"{server.rounds_per_hour:,.1f} is the most it can run"
+            most = f"it can run {server.rounds_per_hour:,.1f} at most"
             yield f"{_capital(machine)} is cheaper than Lambda from {server.cheaper_from:,.1f} rounds an hour on; {most}."
     if flower := flower_server(manifest, prices):
         name, nbytes = flower
@@ -153,12 +153,8 @@ def _figures(advice: Advice) -> Iterator[str]:
     """State the limits of AWS that matter here, with their sources."""
     shown = [option.bound for option in advice.options if option.bound and (option is advice.best or option.problem)]
     for figure in dict.fromkeys(bound.figure for bound in shown if bound.figure):
-        yield f"AWS allows {_figure(figure)}."
-
-
-def _figure(figure: Figure) -> str:
-    most = {"bytes": mib, "seconds": "{:,} s".format}.get(figure.unit, "{:,}".format)(figure.value)
-    return f"{figure.of}: {most} at most ({figure.source} , {figure.date}{figure.note and f'; {figure.note}'})"
+        most = {"bytes": mib, "seconds": "{:,} s".format}.get(figure.unit, "{:,}".format)(figure.value)
+        yield f"AWS's limit for the {figure.of}: {most}{figure.note and f' ({figure.note})'}. Source, of {figure.date}: {figure.source}"
 
 
 def _price(usd: Decimal | None, others: Sequence[Decimal]) -> str:

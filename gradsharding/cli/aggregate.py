@@ -18,7 +18,6 @@ from gradsharding.cli.command import command, completed_as, completed_by, option
 from gradsharding.cli.inputs import asked_around, located, open_round, read_updates, writable
 from gradsharding.cli.options import SHARDS, exact_option, memory_size
 from gradsharding.cli.terminal import printable
-from gradsharding.cli.text import labelled
 from gradsharding.errors import NonFinite
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.platform import CHARGES
@@ -29,6 +28,7 @@ from gradsharding.rounds.result import Result, observed_memory
 from gradsharding.running import executors
 from gradsharding.sizes import mib
 from gradsharding.stores.files import replace
+from gradsharding.text import labelled
 from gradsharding.usage import counting
 
 TOPOLOGIES: dict[str, Callable[..., Plan]] = {

@@ -3,12 +3,12 @@
 import click
 
 from gradsharding.cli.command import command, completed_as, option
-from gradsharding.cli.text import labelled, paragraph
 from gradsharding.planning.manifest import check_id
 from gradsharding.rounds.round import Round
 from gradsharding.rounds.verify import verify
 from gradsharding.sizes import mib
 from gradsharding.stores.urls import open_store
+from gradsharding.text import labelled, paragraph
 
 
 @command("verify")

@@ -18,6 +18,7 @@ from gradsharding.aws.deploy.stack import Change, Order, interrupted, put_up
 from gradsharding.aws.deploy.teardown import Bucket, Cleared, Doomed, doomed, take_down
 from gradsharding.errors import UserError
 from gradsharding.sizes import mib
+from gradsharding.text import columns, paragraph
 
 name_option = click.option(
     "--name", default="gradsharding", show_default=True, callback=lambda _, __, name: _checked(name), help="Name of the stack."
@@ -60,11 +61,12 @@ def deploy(name: str, **options: Any) -> None:
     click.echo(
         f"store:    {store}\nexecutor: {executor}\n\n"
         f"Try it:       gradsharding smoke{_named(name)}\n"
-        f"Use it:       gradsharding aggregate {store}/in/a.safetensors:120 {store}/in/b.safetensors:80 "
-        f"-o {store}/results/mean.safetensors --executor {executor}\n"
+        f"Use it:       gradsharding aggregate {store}/in/a.safetensors:120 \\\n"
+        f"                {store}/in/b.safetensors:80 \\\n"
+        f"                -o {store}/results/mean.safetensors \\\n"
+        f"                --executor {executor}\n"
         f"              GradSharding(FedAvg(), store={store!r}, executor=open_executor({executor!r}))\n"
-        f"Take it down: gradsharding destroy{_named(name)}\n\n"
-        f"Left up and unused, {standing(account.region)}; {_kept(up)}."
+        f"Take it down: gradsharding destroy{_named(name)}\n\n" + paragraph(f"Left up and unused, {standing(account.region)}; {_kept(up)}.")
     )
 
 
@@ -173,8 +175,14 @@ def _table(changes: list[Change]) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Lay out rows in columns; if they are wider than the terminal, the last column goes below the others."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    below = f"\n{' ' * (widths[0] + 4)}" if sum(widths) + 2 * len(widths) > columns() else "  "
+    lines = []
+    for *cells, last in rows:
+        line = "  ".join(f"{text:<{width}}" for text, width in zip(cells, widths, strict=False)).rstrip(" " if below[0] == "\n" else "")
+        lines.append(f"  {line}{below if last else ''}{last}".rstrip())
+    return "\n".join(lines)
 
 
 def _agree(what: str, question: str, *, yes: bool) -> bool:

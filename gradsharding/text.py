@@ -14,12 +14,14 @@ MAX_WIDTH = 100
 
 def columns() -> int:
     """Return the number of columns to write in."""
-    return min(MAX_WIDTH, shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns) if sys.stdout.isatty() else PLAIN_WIDTH
+    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if sys.stdout.isatty() else PLAIN_WIDTH
 
 
 def paragraph(text: str, indent: str = "", first: str = "") -> str:
     """Wrap text at spaces; a longer word, such as a path, has a line of its own. ``first`` begins the first line, ``indent`` the others."""
-    return textwrap.fill(text, columns(), initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        text, min(MAX_WIDTH, columns()), initial_indent=first, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def labelled(rows: Collection[tuple[str, str]]) -> str:
@@ -28,9 +30,9 @@ def labelled(rows: Collection[tuple[str, str]]) -> str:
     return "\n".join(paragraph(text, " " * (wide + 4), f"  {label:<{wide}}  ") for label, text in rows)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> Iterator[str]:
-    """Lay out a table, one line for each row below the header; the first ``left`` columns are aligned left, the others right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "<") -> Iterator[str]:
+    """Lay out a table, one line for each row below the header. ``align`` has "<" or ">" for each column; the columns after them are ">"."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for i, row in enumerate((header, ["-" * width for width in widths], *rows)):
-        cells = [f"{cell:{'<' if j < left else '>'}{width}}" for j, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align.ljust(len(widths), ">"), widths, strict=True)]
         yield ("--" if i == 1 else "  ").join(cells).rstrip()
