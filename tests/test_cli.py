@@ -708,9 +708,9 @@ MISTAKES = {
     "output is a pipe": Mistake("aggregate good.safetensors -o pipe", ["pipe is a directory or special file", "name a regular file"]),
     "output is a circle": Mistake("aggregate good.safetensors -o circle", ["circle is a link that leads to itself", "name a file"]),
     "output is a link to an update": Mistake("aggregate good.safetensors -o link", ["link is one of this command's", "another place"]),
-    "output with a backslash": Mistake("aggregate good.safetensors -o out/a\\b", ["out/a\\b", "no backslash", "rename it"]),
-    "update with a backslash": Mistake(f"aggregate x=back\\slash {OUT}", ["back\\slash", "no backslash", "rename it"]),
-    "output that is ours": Mistake("aggregate good.safetensors -o out/.gradsharding", ["not be .gradsharding", "rename it"]),
+    "output with a backslash": Mistake("aggregate good.safetensors -o out/a\\b", ["out/a\\b", "may not contain a backslash", "rename it"]),
+    "update with a backslash": Mistake(f"aggregate x=back\\slash {OUT}", ["back\\slash", "may not contain a backslash", "rename it"]),
+    "output that is ours": Mistake("aggregate good.safetensors -o out/.gradsharding", ["nor be .gradsharding", "rename it"]),
     "output is a device": Mistake("aggregate good.safetensors -o /dev/null", ["/dev/null", "name a regular file"]),
     "output cannot be written": Mistake("aggregate good.safetensors -o /proc/mean", ["/proc/mean cannot be", "choose another"]),
     "output is an update": Mistake("aggregate good.safetensors -o good.safetensors", ["good.safetensors", "another place"]),
@@ -842,7 +842,7 @@ def test_overflow_beside_nan(tmp_path: Path) -> None:
     run = gradsharding("aggregate", "a.safetensors:2", "b.safetensors", "-o", "out", "--shards", "2", cwd=tmp_path)
 
     assert (2, 1) == (run.returncode, run.stderr.count("\n"))
-    assert "NaN or infinity in b.safetensors at 'w'[1]; mend or leave out the update" in run.stderr
+    assert "NaN or infinity in b.safetensors at 'w'[1]; correct or leave out the update" in run.stderr
     assert "finite values overflow when summed, in a.safetensors at 'w'[0]; scale them down" in run.stderr
 
 

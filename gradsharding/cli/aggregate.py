@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gradsharding.advice import billing
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.cli.command import command, completed_as, completed_by, option
-from gradsharding.cli.inputs import asked_around, located, open_round, read_updates, writable
+from gradsharding.cli.inputs import located, open_round, read_updates, requests_around, writable
 from gradsharding.cli.options import SHARDS, exact_option, memory_size
 from gradsharding.cli.terminal import printable
 from gradsharding.errors import NonFinite
@@ -188,7 +188,7 @@ def aggregate_command(
             except NonFinite as error:
                 located_error = located(error, given)
                 raise NonFinite(f"{located_error.message}, or pass --nonfinite propagate", **error.details) from error
-    around_it = asked_around(given, round_, emptied=not (store or out.path))
+    around_it = requests_around(given, round_, emptied=not (store or out.path))
     result = result.within(around.spent, around_it, time.perf_counter() - started)
     if report_path:
         replace(report_path, json.dumps(billing.report(result), indent=2) + "\n")

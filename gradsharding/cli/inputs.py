@@ -1,4 +1,4 @@
-"""What a user names, by paths and URLs, becomes a round. Nothing here parses options or prints."""
+"""Paths and URLs become a round: nothing here parses options or prints."""
 
 import contextlib
 import hashlib
@@ -29,41 +29,40 @@ from gradsharding.stores.urls import file_path, file_reference, locate, open_sto
 from gradsharding.usage import Usage, carried, together
 
 NOWHERE = MemoryStore()
-"""The store at hand, where there are only URLs."""
+"""The store against which URLs are resolved: none of them lies in it."""
 
-
-UNNAMEABLE = "a file's name here may hold no backslash, and not be .gradsharding; rename it"
+BAD_NAME = "a file's name may not contain a backslash, nor be .gradsharding; rename it"
 
 
 class Given(NamedTuple):
-    """An update as a user named it, its header read."""
+    """An update as the user named it, with its header."""
 
     client: str
     place: "Place"
     weight: float
     header: Update
 
-    looks: int
-    """Objects in remote stores that were looked for until it was found."""
+    lookups: int
+    """Remote objects that were asked for until this one was found."""
 
     @property
     def contribution(self) -> Contribution:
-        """The same, for a round."""
+        """The update as a round takes it."""
         return Contribution(self.client, self.place.reference, self.header, self.weight)
 
 
 class Place(NamedTuple):
-    """An object as a user named it: a local file, or an object in a remote store."""
+    """An object as the user named it: a local file, or an object in a remote store."""
 
     text: str
     reference: str
-    """The same, for any store."""
+    """The object as every store names it: a URL."""
     path: Path | None
-    """The file, if it is one of this machine."""
+    """The file, if it is on this machine."""
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """Read a local path, a ``file://`` URL, or the URL of an object in a store."""
+        """Parse a local path, a ``file://`` URL, or the URL of an object in a store."""
         if re.match("[a-z][a-z0-9+.-]*://", text) and not text.startswith("file://"):
             return cls(text, text, None)
         path = Path(file_path(text) if text.startswith("file://") else text)
@@ -71,21 +70,21 @@ class Place(NamedTuple):
 
     @property
     def beside(self) -> str:
-        """URL of the store that it lies in."""
+        """URL of the directory or prefix that contains the object."""
         return self.reference.rpartition("/")[0]
 
     def inspect(self) -> Update | InvalidUpdate | None:
-        """Read the header of an update, in one request, or two if it is long; None if there is nothing, or what is wrong with it."""
+        """Read the header of an update, in one request, or two if it is long. Return None if nothing is there, or why it is no update."""
         if not locate(self.reference, NOWHERE)[1] or (self.path and not os.path.exists(self.path)):  # noqa: PTH110 - Path.exists raises for a name too long
             return None
         if self.path and not self.path.is_file():
             return InvalidUpdate(f"{self.text} is a directory or special file; name a safetensors file")
         if self.path and not _is_key(self.path.name):
-            return InvalidUpdate(f"{self.text}: {UNNAMEABLE}")
+            return InvalidUpdate(f"{self.text}: {BAD_NAME}")
         try:
             return inspect(self.reference, NOWHERE)
         except MissingObject:
-            if self.path:  # it is there, and cannot be read
+            if self.path:  # the file exists, but cannot be read
                 raise
             return None
         except InvalidUpdate as error:
@@ -95,11 +94,11 @@ class Place(NamedTuple):
 def read_updates(texts: Sequence[str]) -> list[Given]:
     """Read updates written as ``[id=]path[:weight]``.
 
-    A path may itself hold ":" and "=": of all ways to read a text, the one whose file exists is meant.
-    Raise UserError for no such file, or several; InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient.
+    A path may itself contain ":" and "=": of all readings of a text, the one whose file exists is taken.
+    Raise UserError if there is no such file, or several; InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient.
     """
     given: dict[str, Given] = {}
-    with ThreadPoolExecutor(16) as pool:  # remote ones take some round trips each
+    with ThreadPoolExecutor(16) as pool:  # each remote update takes a few round trips
         updates = [*(pool.map if any("://" in text for text in texts) else map)(carried(_read_update), texts)]
     for update in updates:
         if other := given.get(update.client):
@@ -134,18 +133,18 @@ def sample_layout(text: str) -> tuple[Layout, int | None]:
 
 
 def writable(text: str, taken: Sequence[Place]) -> Place:
-    """Read the place of an object to write; raise UserError, before any work is done, if that cannot be done.
+    """Parse the place of an object to write; raise UserError, before any work is done, if it cannot be written.
 
-    ``taken`` are the objects that it must not be. A link leads to the file that is written; the link stays.
+    ``taken`` are the command's other objects, which it must not replace. Through a link, the link's target is written; the link stays.
     """
     if text == "-":
-        raise UserError("- is not a place to write to: results are not streamed; name a file (./- if it should have that name)")
+        raise UserError("- is not a place to write to, because results are not streamed; name a file (./- for a file of that name)")
     place = Place.of(text)
     if place.path:
         target = _followed(place.path)
         place = Place(place.text, file_reference(target), target)
     if not place.path and not locate(place.reference, NOWHERE)[1]:
-        raise UserError(f"{text} names no object; write {text}mean.safetensors, say")
+        raise UserError(f"{text} names a store, not an object; name an object, such as {text}mean.safetensors")
     if place.reference in (other.reference for other in taken):
         raise UserError(f"{text} is one of this command's other files; write to another place")
     if path := place.path:
@@ -154,11 +153,11 @@ def writable(text: str, taken: Sequence[Place]) -> Place:
 
 
 def _followed(path: Path) -> Path:
-    """Give the file that a link leads to, which may not be there yet; raise UserError if it leads nowhere, or to this process's streams."""
+    """Return the target of a link, which need not exist yet; raise UserError if it leads to itself, or to a stream of this process."""
     target = path
     for _ in range(40):  # as many as Linux follows
         if target.parent.resolve().is_relative_to("/proc"):  # such as /dev/stdout
-            raise UserError(f"{path} cannot be replaced; it is a stream, or a file of the system's: choose another place")
+            raise UserError(f"{path} cannot be replaced: it is a stream, or a file of the system; choose another place")
         if not target.is_symlink():
             return target
         target = target.parent.resolve() / target.readlink()
@@ -176,7 +175,7 @@ def _check_writable(path: Path, taken: Sequence[Path]) -> None:
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a directory or special file; name a regular file, new or to be replaced")
     if not _is_key(path.name):
-        raise UserError(f"{path}: {UNNAMEABLE}")
+        raise UserError(f"{path}: {BAD_NAME}")
     if not path.parent.is_dir():
         raise UserError(f"there is no directory {path.parent} for {path.name}; make it first")
     if path.resolve() in (other.resolve() for other in taken):
@@ -191,9 +190,9 @@ def _check_writable(path: Path, taken: Sequence[Path]) -> None:
 def open_round(
     store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic
 ) -> Iterator[Round]:
-    """Give the one round of these inputs and this output: in ``store``, where it can be resumed, or in a temporary place.
+    """Open the round of these inputs and this output: in ``store``, where it can be resumed, or in a temporary place.
 
-    A round that nobody can or should resume leaves nothing behind.
+    If the round cannot or should not be resumed, nothing of it remains after an error.
     """
     with contextlib.ExitStack() as stack:
         home = open_store(store) if store else stack.enter_context(_store_near(output))
@@ -207,28 +206,30 @@ def open_round(
             raise
 
 
-def asked_around(given: Sequence[Given], round_: Round, *, emptied: bool) -> dict[str, Usage]:
-    """What a command asks of stores around the aggregation of its updates; ``emptied`` says that it empties a store of its own."""
+def requests_around(given: Sequence[Given], round_: Round, *, emptied: bool) -> dict[str, Usage]:
+    """Return what a command asks of stores before and after the aggregation; ``emptied``: it empties a temporary store of its own."""
     headers = dict[str, Usage]()
-    for one in given:
-        kind = one.place.reference.partition("://")[0]
-        headers = together(headers, {kind: inspection(one.header.base, one.header.layout.nbytes) + Usage(gets=max(0, one.looks - 1))})
-    manifest = round_.seal()  # as this handle knows it
+    for update in given:
+        kind = update.place.reference.partition("://")[0]
+        header = inspection(update.header.base, update.header.layout.nbytes)
+        headers = together(headers, {kind: header + Usage(gets=max(0, update.lookups - 1))})
+    manifest = round_.seal()  # this handle knows it already
     return commanded(headers, round_.store.charges, manifest.json_bytes + RECORD + len(round_.output), found=round_.found, emptied=emptied)
 
 
 def located(error: NonFinite, given: Sequence[Given]) -> NonFinite:
-    """Say in which file, tensor and element the values are."""
+    """Name the file, tensor and element of each value in the error."""
     found, finite = error.details["found"], {*error.details.get("overflowing", ())}
-    bad, overflowing = (_places([one for one in found if (one[0] in finite) is which], given) for which in (False, True))
-    said = [f"NaN or infinity in {bad}; mend or leave out the update"] if bad else []
+    bad = _places([(client, byte) for client, byte in found if client not in finite], given)
+    overflowing = _places([(client, byte) for client, byte in found if client in finite], given)
+    sentences = [f"NaN or infinity in {bad}; correct or leave out the update"] if bad else []
     if overflowing:
-        said.append(f"finite values overflow when summed, in {overflowing}; scale them down")
-    return NonFinite("; ".join(said), **error.details) if said else error
+        sentences.append(f"finite values overflow when summed, in {overflowing}; scale them down")
+    return NonFinite("; ".join(sentences), **error.details) if sentences else error
 
 
 def _places(found: Sequence[tuple[str, int]], given: Sequence[Given]) -> str:
-    """Name the files and elements of the first values, and say how many more files there are."""
+    """Name the files and elements of the first three values, and count the other files."""
     updates, places = {update.client: update for update in given}, []
     for client, byte in found[:3]:
         tensor, index = updates[client].header.layout.locate(byte)
@@ -243,7 +244,7 @@ def _read_update(text: str) -> Given:
         raise UserError(f"there is no file for {text!r}; an update is [ID=]PATH[:WEIGHT], its PATH a local path or a file:// or s3:// URL")
     if len(found) > 1:
         paths = " and ".join(repr(place.text) for _, place, *_ in found)
-        raise UserError(f"{text!r} can be read in several ways, for {paths} exist; rename one of them")
+        raise UserError(f"{text!r} can be read in several ways, because {paths} exist; rename one of them")
     client, place, weight, header = found[0]
     if isinstance(header, InvalidUpdate):
         raise header
@@ -256,7 +257,7 @@ def _read_update(text: str) -> Given:
 
 
 def _readings(text: str) -> Iterator[tuple[str | None, Place, str]]:
-    """All ways to read an update, as (id, place, weight)."""
+    """Yield all readings of an update, as (id, place, weight)."""
     client, equals, rest = text.partition("=")
     for name, place in [(None, text), (client, rest)][: 1 + bool(equals)]:
         head, colon, weight = place.rpartition(":")
@@ -279,7 +280,7 @@ def _weight(text: str, client: str) -> float:
 
 @contextlib.contextmanager
 def _store_near(output: Place) -> Iterator[ObjectStore]:
-    """Give a store for one round, near the output, of which nothing stays."""
+    """Open a temporary store for one round, beside the output."""
     if output.path:
         with tempfile.TemporaryDirectory(prefix=".gradsharding-", dir=output.path.parent, ignore_cleanup_errors=True) as directory:
             yield DirectoryStore(directory)
@@ -292,6 +293,6 @@ def _store_near(output: Place) -> Iterator[ObjectStore]:
 
 
 def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic) -> str:
-    """Derive an id from all that decides the result, so that the same call finds its round again."""
+    """Derive an id from everything that determines the result, so that the same command finds its round again."""
     inputs = sorted([u.client, u.place.reference, u.header.stat.version, u.weight] for u in given)
     return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite, arithmetic]).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""What surrounds a command costs none of its work, and leaves no files behind: closed streams, readers that leave, signals."""
+"""Closed streams, readers that leave and signals neither spoil a command's work nor leave files behind."""
 
 import io
 import os
@@ -7,16 +7,16 @@ import sys
 from typing import Any, TextIO
 
 ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")
-"""Signals that end a command as Ctrl-C does: it cleans up."""
+"""Signals that end a command as Ctrl-C does, after it has cleaned up."""
 
 
 class _Outlet(io.RawIOBase):
-    """A stream whose reader may leave: what nobody reads goes nowhere. Another failure is raised, once."""
+    """A stream whose reader may leave: what is written after that is dropped. Any other failure is raised once."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._lost = False
-        """An error was raised for it, once."""
+        """Whether the reader has left, or a failure was raised."""
 
     def fileno(self) -> int:
         return self._descriptor
@@ -43,10 +43,10 @@ class _Outlet(io.RawIOBase):
 
 
 def settle() -> None:
-    """Make this process, which is a command, fit to run in any surroundings; where others have set these up, they stay.
+    """Prepare the standard streams and the signals of this process for a command; streams that somebody else has replaced stay.
 
-    Standard streams that are closed lead nowhere, before a file of the command's could take their place. A signal that is ignored,
-    as under ``nohup``, stays so.
+    Closed standard streams are opened on the null device, before a file of the command could take their number. A signal that is ignored,
+    as under ``nohup``, stays ignored.
     """
     for descriptor in range(3):
         try:
@@ -61,12 +61,12 @@ def settle() -> None:
 
 
 def printable(text: str) -> str:
-    """Give text for one line of a terminal or a log: names in foreign files, and of them, may hold anything."""
+    """Make text fit for one line of a terminal or a log: foreign names may contain any character."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _outlet(now: TextIO | None, first: TextIO | None, descriptor: int) -> TextIO:
-    """Give a stream that bears a reader who leaves, in the place of the process's own; others have their own ways."""
+    """Wrap the process's own stream, so that its reader may leave; return any other stream as it is."""
     if now is not None and (now is not first or now.fileno() != descriptor):
         return now
     if now is not None:
@@ -74,13 +74,13 @@ def _outlet(now: TextIO | None, first: TextIO | None, descriptor: int) -> TextIO
     return io.TextIOWrapper(
         io.BufferedWriter(_Outlet(descriptor)),
         encoding=now.encoding if now is not None else "utf-8",
-        errors=now.errors if now is not None else "replace",
+        errors="replace" if now is None or now.errors == "strict" else now.errors,  # a character that the terminal lacks is no failure
         line_buffering=True,
     )
 
 
 def _end(number: int, _: object) -> None:
-    """End this process as an error would; the same signal again, as a closing terminal may send it, does not interrupt the cleaning up."""
+    """End this process as an error would; a second signal, as a closing terminal may send, does not interrupt the cleanup."""
     for name in ENDING:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     sys.exit(128 + number)
