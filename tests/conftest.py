@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY
 pytest.register_assert_rewrite("gradsharding.testing")
 
 from gradsharding.aws.s3.store import S3Store  # noqa: E402 - its asserts are rewritten first
+from rigs import processes  # noqa: E402
 from rigs.endpoints import rclone_server, seaweed_server, server_missing  # noqa: E402
 from rigs.lambdas import emulator_missing  # noqa: E402
 from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
@@ -52,6 +53,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in {MARKS[name] for name in getattr(item, "fixturenames", ()) if name in MARKS}:
             item.add_marker(mark)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let only tests that are marked so start programs: ``make test`` needs none."""
+    marked = any(item.get_closest_marker(mark) for mark in ("rig", "flower"))
+    processes.refusal = "" if marked else "a test that starts programs is marked rig, or uses a fixture that marks it (tests/conftest.py)"
+    try:
+        return (yield)
+    finally:
+        processes.refusal = ""
 
 
 @pytest.fixture

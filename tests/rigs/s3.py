@@ -1,16 +1,13 @@
-"""S3 servers for tests, on loopback: moto in this process, and Ceph's RADOS Gateway, a production server, as three processes."""
+"""S3 servers on loopback: moto in this process; Ceph's RADOS Gateway, a production server, as three processes."""
 
-import atexit
 import contextlib
 import http.client
-import itertools
 import logging
 import os
 import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,9 +15,11 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from rigs.processes import check_allowed, free_port, listens, wait_until
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -28,22 +27,19 @@ if TYPE_CHECKING:
 CEPH_PACKAGES = "ceph-mon ceph-osd radosgw ceph-common"
 """Debian's packages that ``ceph_server`` needs."""
 
-BLOCK = 250
-"""Ports that one process may give to servers, in turn."""
-
 
 class Request(NamedTuple):
-    """A request as a server has seen it."""
+    """A request as the server received it."""
 
     method: str
     target: str
     """Path and query."""
     headers: Mapping[str, str] = {}
-    """In small letters, where the server tells them: moto does."""
+    """Names in lower case. Empty where the server does not record headers: only moto does."""
 
     @property
     def billed(self) -> Literal["gets", "puts", "deletes"]:
-        """The class that it is billed in, told from HTTP alone: a LIST is a GET of a bucket's keys, or of an upload's parts."""
+        """The class that S3 bills it in, by HTTP alone: a LIST is a GET of a bucket's keys or of an upload's parts, and billed as a PUT."""
         query = "&" + self.target.partition("?")[2]
         if self.method == "DELETE" or (self.method == "POST" and "&delete" in query):
             return "deletes"
@@ -63,17 +59,17 @@ class S3Server:
     checks: bool = True
     """Whether it checks signatures."""
     seen: Callable[[], list[Request]] = field(default=list, repr=False, compare=False)
-    """What the server has been asked since its start, by whomever, in its own words."""
+    """Gives all requests since the server's start, whoever made them, by its own log."""
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Counter[str]]:
-        """Count, by the class that they are billed in, the requests that reach the server within; told at the end."""
+        """Count the requests that reach the server within the context, by billed class; the counts are complete once it is left."""
         counts, before = Counter[str](gets=0, puts=0, deletes=0), len(self.seen())
         yield counts
         counts.update(request.billed for request in self.seen()[before:])
 
     def environment(self) -> dict[str, str]:
-        """The AWS environment that leads every client here, and to no profile of this machine's user."""
+        """Give the AWS environment that leads every client here and hides the profiles of this machine's user."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -87,7 +83,7 @@ class S3Server:
 
     def client(self) -> "S3Client":
         """Give a client of this user."""
-        import boto3  # noqa: PLC0415 - the rest of gradsharding.testing does without
+        import boto3  # noqa: PLC0415 - many tests need no boto3
         from botocore.config import Config  # noqa: PLC0415
 
         return boto3.session.Session().client(
@@ -116,7 +112,7 @@ def moto_server() -> Iterator[S3Server]:
     from moto.server import ThreadedMotoServer  # noqa: PLC0415
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells each request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs each request
     server.start()
     seen: list[Request] = []
     app = server._server.app  # type: ignore[union-attr]
@@ -135,7 +131,7 @@ def moto_server() -> Iterator[S3Server]:
 
 
 def ceph_missing() -> str | None:
-    """Why Ceph cannot be started here; None if it can."""
+    """Say why Ceph cannot be started here; None if it can."""
     programs = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "monmaptool", "ceph-authtool", "ceph")
     absent = [program for program in programs if not shutil.which(program)]
     return f"{', '.join(absent)} not found: apt-get install --no-install-recommends {CEPH_PACKAGES}" if absent else None
@@ -152,7 +148,7 @@ class Ceph:
     """The TLS endpoint, if it has one."""
 
     def user(self, name: str, tenant: str = "") -> S3Server:
-        """Make another user, maybe of a tenant, who owns nothing and may do what bucket policies allow."""
+        """Make another user, of a tenant if one is named, who owns nothing and may do what bucket policies allow."""
         keys = replace(self.server, access_key=_key(), secret_key=secrets.token_urlsafe(24))
         _add_user(self.configuration, f"{tenant}${name}" if tenant else name, keys)
         return keys
@@ -160,10 +156,11 @@ class Ceph:
 
 @contextlib.contextmanager
 def ceph_server(*, day: int | None = None, certificate: tuple[Path, Path] | None = None) -> Iterator[Ceph]:
-    """Start Ceph, in a second or two, with all its state in memory; raise RuntimeError if it does not come up.
+    """Start Ceph, in a second or two, with all its state in memory; raise RuntimeError if it does not start.
 
-    ``day`` is how many seconds a lifecycle rule counts as a day; ``certificate``, a chain and its key, adds TLS.
+    ``day`` is the number of seconds that a lifecycle rule counts as a day; ``certificate``, a chain and its key, adds TLS.
     """
+    check_allowed("Ceph")
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - sockets' paths must be short, too
     with tempfile.TemporaryDirectory(prefix="ceph-", dir=base, ignore_cleanup_errors=True) as name, contextlib.ExitStack() as stack:
         directory, port, tls = Path(name), free_port(), free_port()
@@ -194,30 +191,26 @@ def _start(directory: Path, configuration: Path, settings: dict[str, object], se
         _run(configuration, command)
     _add_user(configuration, "tester", server)
     _run(configuration, ["radosgw", "-n", "client.rgw"])
-    port, end = int(server.endpoint.rpartition(":")[2]), time.monotonic() + 60
-    while time.monotonic() < end:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"radosgw did not answer on port {port}")
+    port = int(server.endpoint.rpartition(":")[2])
+    wait_until(lambda: listens(port), f"radosgw on port {port}", directory / "client.rgw.log")
 
 
 def _stop(directory: Path) -> None:
-    # In this order, and at once: a store waits for ever for a monitor that is gone.
+    # In this order, by SIGKILL: a store that ends in order waits for ever for a monitor that is gone.
     for name in ("client.rgw", "osd.0", "mon.a"):
         with contextlib.suppress(OSError, ValueError):
             os.kill(int((directory / f"{name}.pid").read_text()), signal.SIGKILL)
 
 
 def _seen_by_ceph(log: Path, port: int) -> list[Request]:
-    """Read the gateway's own log, once it has in it a request that was made for that."""
+    """Read the gateway's log, once it holds a request that is made here to mark its end."""
     mark = uuid.uuid4().hex
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request("GET", f"/mark-{mark}")
     connection.getresponse().read()
     connection.close()
     text, before, end = log.read_text(), "", time.monotonic() + 30
-    while mark not in text or text != before:  # what was answered at the same time may be logged a moment later
+    while mark not in text or text != before:  # a request answered at the same time may be logged a moment later
         if time.monotonic() > end:
             raise RuntimeError(f"the gateway has not logged a request for 30 s: {log}")
         time.sleep(0.02)
@@ -240,31 +233,6 @@ def _run(configuration: Path, command: list[str]) -> None:
 
 def _key() -> str:
     return secrets.token_hex(10).upper()
-
-
-def free_port() -> int:
-    """A port that no other process which asks here is given, below those that the kernel gives to clients.
-
-    A server binds it seconds later, and several processes may start servers at once.
-    """
-    _, ports = _block()
-    for port in itertools.islice(ports, BLOCK):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError(f"none of the {BLOCK} ports of this process is free")
-
-
-@cache
-def _block() -> tuple[socket.socket, Iterator[int]]:
-    """This process's ports, again and again, and the socket whose name says so: the kernel frees the name when the process ends."""
-    owner = socket.socket(socket.AF_UNIX)
-    for first in range(20_000, 32_000, BLOCK):
-        with contextlib.suppress(OSError):
-            owner.bind(f"\0gradsharding-ports-{first}")
-            atexit.register(owner.close)
-            return owner, itertools.cycle(range(first, first + BLOCK))
-    raise RuntimeError(f"{12_000 // BLOCK} processes have all the ports from 20000 to 32000")
 
 
 def _settings(directory: Path, port: int, tls: int, day: int | None, certificate: tuple[Path, Path] | None) -> dict[str, object]:

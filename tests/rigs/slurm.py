@@ -1,4 +1,4 @@
-"""A real Slurm of one node, on loopback, for tests: its daemons run in the foreground of this process and end with it."""
+"""A Slurm cluster of one node, on loopback. Its daemons run in the foreground and end with the context."""
 
 import contextlib
 import os
@@ -11,12 +11,9 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rigs.s3 import free_port
+from rigs.processes import free_port, running, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo")
-
-START = 30.0
-"""Seconds within which the node must be idle."""
 
 CONFIG = """
 ClusterName=one
@@ -48,8 +45,8 @@ CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 RealMemory={memory} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:8
 """
-"""Of Slurm (https://slurm.schedmd.com/slurm.conf.html): no accounting and no cgroups, so that it runs in a container; and 8 CPUs,
-whatever the machine has."""
+"""Slurm's configuration (https://slurm.schedmd.com/slurm.conf.html): without accounting and cgroups, so that it runs in a container; with
+8 CPUs, whatever the machine has."""
 
 
 def slurm_missing() -> str | None:
@@ -62,7 +59,7 @@ def slurm_missing() -> str | None:
 
 @contextlib.contextmanager
 def slurm() -> Iterator[Mapping[str, str]]:
-    """Run a cluster of this machine; give the environment in which ``sbatch`` and its like find it. Jobs are cancelled at the end."""
+    """Start a cluster; give the environment in which Slurm's commands find it. At the end its jobs are cancelled."""
     with tempfile.TemporaryDirectory(prefix="slurm-") as name, contextlib.ExitStack() as stack:
         place = Path(name)
         place.chmod(0o755)
@@ -72,14 +69,14 @@ def slurm() -> Iterator[Mapping[str, str]]:
         _configure(place)
         stack.enter_context(_munge(place / "munge"))
         for daemon in ("slurmctld", "slurmd"):
-            stack.enter_context(_running([daemon, "-D"], place / f"{daemon}.log", environment))
+            process = stack.enter_context(running([daemon, "-D"], place / f"{daemon}.log", environment))
         stack.callback(_cancel_all, environment)
-        _wait_until_idle(environment, place)
+        wait_until(lambda: _is_idle(environment), "an idle node of Slurm", place / "slurmd.log", process)
         yield environment
 
 
 def finish(job: str, environment: Mapping[str, str], *, seconds: float = 120) -> str:
-    """Wait until a job has ended; give its state and exit status, as ``scontrol`` writes them: ``COMPLETED 0:0``."""
+    """Wait until a job has ended; give its state and exit status as ``scontrol`` prints them, such as ``COMPLETED 0:0``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         shown = subprocess.run(["scontrol", "show", "job", job], env=environment, capture_output=True, text=True, check=True).stdout
@@ -98,7 +95,7 @@ def _configure(place: Path) -> None:
 
 @contextlib.contextmanager
 def _munge(place: Path) -> Iterator[None]:
-    """Run munged, by which the parts of Slurm know each other, as the user that its package makes."""
+    """Run munged, which authenticates Slurm's daemons to each other, as the user that its package creates."""
     (place / "key").write_bytes(secrets.token_bytes(1024))
     for path in (place / "key", place):
         shutil.chown(path, "munge", "munge")
@@ -106,45 +103,19 @@ def _munge(place: Path) -> Iterator[None]:
     place.chmod(0o711)
     files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     command = ["munged", "--foreground", "--force", *(f"--{option}={place / file}" for option, file in files.items())]
-    with _running(command, place.parent / "munged.log", {**os.environ, "PATH": _path()}, user="munge"):
-        deadline = time.monotonic() + START
-        while not (place / "socket").exists():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"munged has not begun: {(place.parent / 'munged.log').read_text()}")
-            time.sleep(0.05)
+    log = place.parent / "munged.log"
+    with running(command, log, {**os.environ, "PATH": _path()}, user="munge") as process:
+        wait_until((place / "socket").exists, "munged's socket", log, process)
         yield
 
 
-@contextlib.contextmanager
-def _running(command: list[str], log: Path, environment: Mapping[str, str], user: str | None = None) -> Iterator[None]:
-    """Run a daemon in the foreground of a process of ours, and end it."""
-    with log.open("wb") as file:
-        who = {"user": user, "group": user} if user else {}
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, **who)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_idle(environment: Mapping[str, str], place: Path) -> None:
-    deadline = time.monotonic() + START
-    while time.monotonic() < deadline:
-        shown = subprocess.run(["sinfo", "--noheader", "--format=%t"], env=environment, capture_output=True, text=True, check=False)
-        if shown.stdout.strip() == "idle":
-            return
-        time.sleep(0.1)
-    logs = "\n".join((place / f"{daemon}.log").read_text()[-2000:] for daemon in ("slurmctld", "slurmd"))
-    raise RuntimeError(f"Slurm's node is not idle after {START:g} s:\n{logs}")
+def _is_idle(environment: Mapping[str, str]) -> bool:
+    shown = subprocess.run(["sinfo", "--noheader", "--format=%t"], env=environment, capture_output=True, text=True, check=False)
+    return shown.stdout.strip() == "idle"
 
 
 def _cancel_all(environment: Mapping[str, str]) -> None:
-    """Cancel what still runs, and wait until it is gone: its processes are not ours."""
+    """Cancel all jobs, and wait until they are gone: their processes are not our children."""
     subprocess.run(["scancel", "--me"], env=environment, check=False, capture_output=True)
     for _ in range(100):
         if not subprocess.run(["squeue", "--noheader"], env=environment, check=False, capture_output=True).stdout.strip():
@@ -153,5 +124,5 @@ def _cancel_all(environment: Mapping[str, str]) -> None:
 
 
 def _path() -> str:
-    """Where daemons are, which Debian keeps off an ordinary user's path."""
+    """Give the PATH with the directories of daemons, which Debian leaves out for ordinary users."""
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
