@@ -1,4 +1,4 @@
-"""The README's figures, written from the committed result files and from nothing else: ``python benchmarks/readme.py``."""
+"""The figures of the documents, written from the committed result files and from nothing else: ``python benchmarks/readme.py``."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,10 @@ from measure import shown
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "explanation" / "benchmarks.md"
+RESULTS = "../../benchmarks/results"
+"""Of PAGE."""
+
 LAYOUT, ENGINE = "model, paper's layout", "model, this engine"
 ALIKE = 0.05
 """Peaks within this of each other are alike."""
@@ -18,8 +22,30 @@ NEARLY = 0.85
 BEGIN, END = "<!-- from benchmarks/results: python benchmarks/readme.py -->\n", "<!-- end -->\n"
 
 
+def beside_flower() -> str:
+    """Give the README's one table: time and memory beside Flower's."""
+    alone, whole = _results("embedded"), _results("flower_round")
+    own, flower = (alone["rivals"][name] for name in ("ours", "flower"))
+    plain, direct = (whole["figures"][name] for name in ("plain", "direct"))
+    peak = "server_app_peak_while_training"
+
+    def row(title: str, theirs: float, ours: float, form: str, unit: str) -> str:
+        return f"| {title} | {theirs:{form}} {unit} | {ours:{form}} {unit} | {ours / theirs:.3f} |\n"
+
+    memory = (one["memory"]["own"]["median"] / 2**20 for one in (flower, own))
+    return (
+        "| | Flower's FedAvg | gradsharding | ratio |\n|---|---|---|---|\n"
+        + row("aggregation alone: time", flower["seconds"]["median"], own["seconds"]["median"], ".2f", "s")
+        + row("aggregation alone: peak memory", *memory, ",.0f", "MiB")
+        + row("a whole round: time", plain["round_seconds"], direct["round_seconds"], ".1f", "s")
+        + row("a whole round: peak memory of the server", plain[peak] / 2**20, direct[peak] / 2**20, ",.0f", "MiB")
+        + f"\nAggregation: {alone['setup']['title']}, files in the page cache. "
+        f"Round: a model of {whole['model_bytes'] / 1e6:.0f} MB, two nodes on one machine, direct mode.\n"
+    )
+
+
 def section() -> str:
-    """Give the README's tables as Markdown."""
+    """Give the page's tables as Markdown."""
     return "\n".join(
         (
             embedded(_results("embedded")),
@@ -55,16 +81,17 @@ def embedded(found: dict[str, Any]) -> str:
     saved = (setup["workers"] - 1) * sum(taken[name] for name in ("read", "fold", "write"))  # beside one process that does it all
     ours = "; ".join(f"{name} {seconds:.2f} s" for seconds, name in phases)
     return (
-        f"**Aggregation alone**: {found['setup']['title']}, on local disk, cache warm. {_origin(found)}\n\n"
+        f"## Aggregation alone\n\n![Bars: time and memory beside Flower's]({RESULTS}/embedded.svg)\n\n"
+        f"The input is {found['setup']['title']}, on a local disk, in the page cache. {_origin(found)}\n\n"
         "| | time, median (range) | of Flower's | peak memory, all processes | of Flower's |\n|---|---|---|---|---|\n"
         + row("ours", f"gradsharding, {setup['workers']} processes")
         + row("exact", "the same, exact")
         + row("flower", "Flower: read files, then `FedAvg.aggregate_train`")
         + row("numpy", "one numpy loop, the same arithmetic")
         + row("read", "reading the files, one process")
-        + f"\nWhere our time goes (medians): {ours}.\n"
-        f"The exact mean differs from ours in {unlike:,} of {found['setup']['elements']:,} elements; its time has its digest in it.\n"
-        f"Beside `aggregate_train` alone, all replies already in Flower's memory, our time is {alone:.2f} of it.\n"
+        + f"\nOur time by phase (medians): {ours}.\n"
+        f"The exact mean differs from ours in {unlike:,} of {found['setup']['elements']:,} elements; its time includes its digest.\n"
+        f"With all replies already in Flower's memory, our time is {alone:.2f} of that of `aggregate_train` alone.\n"
         f"A single numpy loop that does the arithmetic and nothing else takes {loop:.2f} of our time and {lean:.2f} of our memory.\n"
         + (pays(setup, taken["worker start"] / saved) if saved else "")
     )
@@ -74,8 +101,8 @@ def pays(setup: dict[str, Any], of_the_model: float) -> str:
     """Say from which size of a model on workers are worth their start: such a part of this one."""
     size = 4e-6 * setup["elements"] * of_the_model
     return (
-        f"Reckoned from these phases, to start {setup['workers']} workers takes as long as they save on {setup['clients']} updates of "
-        f"{size:,.0f} MB; for less, one process should do.\n"
+        f"By these phases, to start {setup['workers']} workers takes as long as they save on {setup['clients']} updates of "
+        f"{size:,.0f} MB; below that size, use one process.\n"
     )
 
 
@@ -88,8 +115,9 @@ def flower_round(found: dict[str, Any]) -> str:
 
     peak = "server_app_peak_while_training"
     return (
-        f"**A whole round**: a model of {found['model_bytes'] / 1e6:.0f} MB, SuperLink and 2 SuperNodes on one machine's loopback,\n"
-        f"the store a directory on its disk. {_origin(found)}\n\n"
+        f"## A whole round\n\n![Bars: time, memory and traffic of a round]({RESULTS}/flower_round.svg)\n\n"
+        f"The model has {found['model_bytes'] / 1e6:.0f} MB. A SuperLink and 2 SuperNodes run on one machine, over loopback; the store "
+        f"is a directory on its disk. {_origin(found)}\n\n"
         "| | plain FedAvg | direct mode | ratio |\n|---|---|---|---|\n"
         + row("round time, median", "round_seconds", 1, "s")
         + row("messages through the SuperLink", "messages_bytes_per_round", 1e6, "MB")
@@ -97,7 +125,7 @@ def flower_round(found: dict[str, Any]) -> str:
         + row("peak memory of the ServerApp", peak, 1e6, "MB")
         + f"\nWith a model of {found['small_model_bytes'] / 1e6:.0f} MB the ServerApp peaks at {small[peak] / 1e6:.1f} MB in direct mode:\n"
         f"{growth(direct[peak], small[peak], found['model_bytes'])}.\n"
-        "A directory in the page cache is not S3, and two nodes are not two hundred.\n"
+        "A directory in the page cache is faster than S3, and a federation has more than two nodes.\n"
     )
 
 
@@ -118,8 +146,8 @@ def same_bits(found: dict[str, Any]) -> str:
         return f"| {kind} | {one['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
 
     return (
-        f"**The same bits**: {paths:,} paths to each mean of {found['setup']['clients']} updates: orders, topologies, slices, reads, "
-        f"executors, sizes of a step. {_origin(found)}\n\n"
+        f"## The same bits\n\nThe mean of {found['setup']['clients']} updates is computed along {paths:,} paths, which differ in order, "
+        f"topology, slices, reads, executor and chunk size. {_origin(found)}\n\n"
         "| updates | digests, exact | digests, float64 | float32 elements that float64 does not round correctly |\n"
         "|---|---|---|---|\n" + "".join(row(kind, one) for kind, one in found["data"].items()) + f"\n{advice(found['data'])}\n"
     )
@@ -149,13 +177,15 @@ def kernel_speed(found: dict[str, Any]) -> str:
 
     ends = {name: one["median"] for name, one in found["ends"].items()}
     return (
-        f"**One core**: GB/s of input that is added to the sums, beside reading and copying memory. {_origin(found)}\n\n"
+        f"## One core\n\nThe table shows GB/s of input that one core adds to its sums, beside reading and copying memory. "
+        f"{_origin(found)}\n\n"
         f"| input | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}\n"
         + "".join(row(size, rates) for size, rates in found["rates"].items())
-        + f"\nOnce a slice: its exact mean is rounded at {ends['exact, mean'] / 1e9:.1f} GB/s of float32, float64's at "
-        f"{ends['float64, mean'] / 1e9:.1f}; exact partial sums take {ends['exact, bytes written an element']:.1f} bytes an element, "
-        f"float64's {ends['float64, bytes written an element']:.0f};\n"
-        f"they are written at {ends['exact, write'] / 1e9:.1f} GB/s of float32.\n"
+        + f"\nEach slice is rounded once: at {ends['exact, mean'] / 1e9:.1f} GB/s of float32 from exact sums, at "
+        f"{ends['float64, mean'] / 1e9:.1f} from float64.\n"
+        f"Partial sums take {ends['exact, bytes written an element']:.1f} bytes an element if exact, "
+        f"{ends['float64, bytes written an element']:.0f} in float64. "
+        f"Exact ones are serialized at {ends['exact, write'] / 1e9:.1f} GB/s of float32.\n"
     )
 
 
@@ -169,9 +199,9 @@ def s3_worker(found: dict[str, Any]) -> str:
     setup, routes = found["setup"], found["routes"]
     ours, serial = (max(route["rivals"][name]["grown_slices"] for route in routes.values()) for name in ("ours", "serial"))
     return (
-        f"**A function on S3**: {setup['title']}, on this machine; latency and rates are injected.\n{_origin(found)}\n\n"
-        "| MB/s read, median | gradsharding | the same requests, thrown away | serial loop | obstore "
-        "| ours of the requests | ours of the loop's speed |\n|---|---|---|---|---|---|---|\n"
+        f"## A function on S3\n\nThe setup is {setup['title']}, on one machine; latency and rates are injected.\n{_origin(found)}\n\n"
+        "| MB/s read, median | gradsharding | the same requests, bytes dropped | serial loop | obstore "
+        "| ours ÷ requests | ours ÷ loop |\n|---|---|---|---|---|---|---|\n"
         + "".join(row(name, route) for name, route in routes.items())
         + f"\nWe read {setup['chunk'] >> 20} MiB a request, {setup['parallel']} at once, and fold in float64. The serial loop is "
         "`get_object().read()`\nand `np.add` in float32. Memory beside the idle client, in slices: "
@@ -210,13 +240,14 @@ def topologies(found: dict[str, Any]) -> str:
 
     setup = found["setup"]
     return (
-        f"**Topologies**: {setup['clients']} updates of {setup['bytes'] / 1e6:.0f} MB in a directory, {setup['at_once']} worker processes, "
-        f"{setup['repetitions']} repetitions in turn;\nall results are the same bytes. {_origin(found)}\n\n"
+        f"## Topologies\n\n![Bars: time and memory of each topology]({RESULTS}/topologies.svg)\n\n"
+        f"The input is {setup['clients']} updates of {setup['bytes'] / 1e6:.0f} MB in a directory; {setup['at_once']} worker processes "
+        f"run the tasks, {setup['repetitions']} times in turn.\nAll results are the same bytes. {_origin(found)}\n\n"
         "| | functions | time, median | of the fastest | CPU | peak of projected memory | GETs | PUTs | read |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
         + "".join(row(name, one) for name, one in found["topologies"].items())
-        + f"\nFastest: {fastest(found['topologies'])}. GETs, PUTs and bytes are the whole call's, counted by the store.\n"
-        + f"At most {setup['at_once']} functions run at once: what many more gain is not in these times.\n"
+        + f"\nFastest: {fastest(found['topologies'])}. The store counted GETs, PUTs and bytes, over the whole call.\n"
+        + f"At most {setup['at_once']} functions run at once, so these times do not show the gain of many.\n"
     )
 
 
@@ -236,14 +267,15 @@ def request_counts(found: dict[str, Any]) -> str:
     def told(name: str, one: dict[str, Any]) -> str:
         most = {kind: one["planned_of_reported"][kind]["most"] for kind in ("gets", "puts")}
         return (
-            f"{name}: {one['rounds']} random rounds, {one['reported_as_seen']} reported just as the server saw them, "
-            f"{one['planned_at_least_reported']} within their plan, which said at most {most['gets']:.2f} times the GETs and "
+            f"On {name}, {one['reported_as_seen']} of {one['rounds']} random rounds were reported as the server saw them, and "
+            f"{one['planned_at_least_reported']} stayed within their plan, which counted at most {most['gets']:.2f} times the GETs and "
             f"{most['puts']:.2f} times the PUTs where sizes do not vary."
         )
 
     servers = found["servers"]
     return (
-        "**Requests**: GET and HEAD + PUT, COPY, POST and LIST, as Ceph's own log, the report and the plan have them, of whole commands.\n"
+        "## Requests\n\nEach cell is GET and HEAD + PUT, COPY, POST and LIST of a whole command: in Ceph's own log, in the report, "
+        "in the plan.\n"
         f"{_origin(found)}\n\n| round | at the server | reported | planned |\n|---|---|---|---|\n"
         + "".join(row(name, one) for name, one in servers["ceph"]["fixed"].items())
         + "\n"
@@ -261,9 +293,9 @@ def memory_wall(found: dict[str, Any]) -> str:
         return f"| {name} | {ran} | {planned} |\n"
 
     return (
-        f"**The memory wall**: the largest model that ran in functions of {setup['memory'] / 2**20:.0f} MiB, {setup['clients']} updates; "
-        f"no larger ones than {most / 2**20:,.0f} MiB were tried.\n{_origin(found)}\n\n"
-        "| | ran | the plan lets through |\n|---|---|---|\n" + "".join(row(name, one) for name, one in found["topologies"].items())
+        f"## The memory wall\n\nThe table shows the largest model that ran in functions of {setup['memory'] / 2**20:.0f} MiB, with "
+        f"{setup['clients']} updates; the largest tried was {most / 2**20:,.0f} MiB.\n{_origin(found)}\n\n"
+        "| | ran | the plan allows |\n|---|---|---|\n" + "".join(row(name, one) for name, one in found["topologies"].items())
     )
 
 
@@ -275,12 +307,12 @@ def crossover(found: dict[str, Any], calibrated: dict[str, Any]) -> str:
         for i, c in enumerate(claims, 1)
     )
     return (
-        "**Where does sharding win?** Modelled, not run: list prices, and a time model that meets the "
+        "## Where sharding wins\n\nThese figures are modelled, not run. They use list prices, and a time model that predicts the "
         f"{len(calibrated['points'])} wall times published with\n[arXiv:2604.22072](https://arxiv.org/abs/2604.22072) within "
         f"{calibrated['largest_residual']:.1%}, with one bandwidth for each of their campaigns (within "
         f"{calibrated['largest_residual_by_default']:.0%} with one for all).\n{_origin(found)} The paper's three claims:\n\n"
         + lines
-        + "\n![US dollars for 1,000 rounds by model size, in both accountings](benchmarks/results/crossover.svg)\n"
+        + f"\n![US dollars for 1,000 rounds by model size, in both accountings]({RESULTS}/crossover.svg)\n"
     )
 
 
@@ -291,18 +323,21 @@ def scale(found: dict[str, Any]) -> str:
     plans = "; ".join(f"{name} in {seconds:.2f} s" for name, seconds in found["planning_seconds"].items() if "made" not in name)
     clients, nbytes = max(r["clients"] for r in rounds), max(r["bytes"] for r in rounds)
     return (
-        f"**How far it goes**: modelled for up to {clients:,} clients and {nbytes / 1e12:g} TB, "
+        f"## How far it goes\n\nThese figures are modelled, not run, for up to {clients:,} clients and {nbytes / 1e12:g} TB, with "
         f"{found['config']['concurrency']:,} functions at once. {_origin(found)}\n"
         f"Largest: {largest['clients']:,} clients of {largest['bytes'] / 1e9:,g} GB, {largest['topology']}, "
         f"{largest['functions']:,} functions, {largest['p50'] / 3600:,.1f} hours, "
         f"${float(largest['usd_aggregation']):,.0f} for the aggregation.\n"
-        f"The planner: {plans}. [The figure](benchmarks/results/scale.svg).\n"
+        f"The planner: {plans}. \n\n![Time, functions and price by model size and number of clients]({RESULTS}/scale.svg)\n"
     )
 
 
 def _origin(found: dict[str, Any]) -> str:
     machine = found["machine"]
-    return f"{machine['cores']} cores ({machine['cpu']}), {machine['date'][:10]}, commit `{machine['commit']}`, `{machine['command']}`."
+    return (
+        f"It ran on {machine['cores']} cores ({machine['cpu']}) on {machine['date'][:10]}, at commit `{machine['commit']}`: "
+        f"`{machine['command']}`."
+    )
 
 
 def _results(name: str) -> dict[str, Any]:
@@ -310,6 +345,12 @@ def _results(name: str) -> dict[str, Any]:
     return loaded
 
 
+def fill(document: Path, text: str) -> None:
+    """Put the generated part of a document anew."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    document.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+
+
 if __name__ == "__main__":
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + section() + END + rest.partition(END)[2])
+    fill(README, beside_flower())
+    fill(PAGE, section())

@@ -113,7 +113,7 @@ def test_advice_for_a_tiny_model() -> None:
 
 
 def test_embedded_where_we_lose() -> None:
-    """The README's sentences beside Flower follow its figures."""
+    """The sentences beside Flower follow its figures."""
     found = results("embedded")
     ours, loop = (found["rivals"][name] for name in ("ours", "numpy"))
     ours["seconds"]["median"], ours["memory"]["own"]["median"] = 10 * loop["seconds"]["median"], 4 * loop["memory"]["own"]["median"]
@@ -169,11 +169,13 @@ def test_routes_on_which_we_lose() -> None:
 
 
 def test_what_an_unused_stack_costs() -> None:
-    """The README's price of a stack that nobody uses is that of the packaged price list."""
+    """The page's price of a stack that nobody uses is that of the packaged price list."""
     prices = load_prices(path=PACKAGED)
     alarms, stored = ALARMS * prices.usd("alarm_month"), prices.usd("s3_gigabyte_month")
+    page = (readme.HERE.parent / "deploy" / "README.md").read_text()
 
-    assert f"it costs ${alarms} a month, for two alarms, and ${stored} a month for each GB" in readme.README.read_text()
+    assert f"| two alarms | ${alarms} |" in page
+    assert f"| bucket | ${stored} for each GB |" in page
 
 
 def test_a_topology_that_is_faster() -> None:
