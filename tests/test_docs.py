@@ -20,10 +20,21 @@ import torch
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from pydantic import BaseModel
 
 import pictures
 import readme
+from gradsharding.aws.functions.call import Event
+from gradsharding.aws.s3.direct import Offer, Permit, Piece
 from gradsharding.errors import GradShardingError
+from gradsharding.planning.manifest import Manifest
+from gradsharding.planning.task import Invocation, Job, Task, TaskReport, Term
+from gradsharding.rounds.records import PlanRecord, Receipt, ResultRecord, RoundRecord
+from gradsharding.running.pace import Share
+from gradsharding.stores.reading import Reading
+from gradsharding.usage import Usage
+from gradsharding_flower.permits import Offered
+from gradsharding_flower.reference import Reference
 from gradsharding_flower.testing import LocalGrid
 from rigs.s3 import S3Server
 
@@ -244,3 +255,19 @@ def test_flower_quickstart_with_the_diff(tmp_path: Path) -> None:
     assert [*tmp_path.glob("results/*.safetensors")]
     for expected, actual in zip(plain, wrapped, strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+RECORDS: tuple[type[BaseModel], ...] = (
+    RoundRecord, Receipt, Manifest, Term, PlanRecord, ResultRecord, Event, Share, Job, Task, Reading, TaskReport, Usage, Invocation,
+    Reference, Offered, Offer, Piece, Permit,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_formats_are_documented(record: type[BaseModel]) -> None:
+    """The page of formats has each field of each record and message, and no other."""
+    page = (ROOT / "docs/reference/formats.md").read_text()
+    (section,) = re.findall(rf"^### {record.__name__}\n(.*?)(?=^##|\Z)", page, re.DOTALL | re.MULTILINE)
+    described = [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+
+    assert sorted(record.model_fields) == sorted(described)
