@@ -33,6 +33,9 @@ WRITTEN = {"README.md", "ARCHITECTURE.md"}
 FILES = "files"
 """Folder of the site for other files of the repository that a page links to."""
 
+WORKER = "https://unpkg.com/iframe-worker/shim"
+"""What the theme loads for the search in pages opened from a disk; docs/worker.js does the same without a network."""
+
 LINK = re.compile(r"(?P<before>\]\()(?P<target>(?!https?:|mailto:|#)[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 GENERATED = re.compile(r"^<!-- generated: (?P<name>\S+) ?(?P<argument>\S*) -->$", re.MULTILINE)
 
@@ -61,6 +64,16 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{found['before']}{posixpath.relpath(place, here or '.')}{found['anchor'] or ''})"
 
     return LINK.sub(turned, filled)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001
+    """Load nothing from the network."""
+    return output.replace(WORKER, posixpath.relpath("worker.js", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:  # noqa: ARG001
+    """Do the same for pages that are not written in Markdown."""
+    return output_content.replace(WORKER, "/worker.js")
 
 
 def decisions(_: str = "") -> str:
