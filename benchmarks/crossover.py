@@ -24,7 +24,7 @@ from gradsharding.advice.prices import load_prices
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, GRAIN, LARGEST_OBJECT, MEMORY, READING, RUNTIME
-from gradsharding.planning.topologies import lambda_fl, sharded
+from gradsharding.planning.topologies import LambdaFLTree, Sharded
 from measure import machine, save
 from modelled import MB, manifest
 from paper.model import PaperPlan
@@ -244,7 +244,7 @@ def deployable(config: dict[str, Any]) -> dict[str, str]:
     made, shards = partial(manifest, clients=20), config["paper_shards"]
 
     def tree(nbytes: int, _: int) -> Plan:
-        return lambda_fl(made(nbytes), Limits(), grain=GRAIN, reading=READING)
+        return LambdaFLTree().plan(made(nbytes), Limits(), grain=GRAIN, reading=READING)
 
     def slices(nbytes: int, memory: int) -> Plan | None:
         return _in_slices(made(nbytes), memory, config.get("engine_shards"))
@@ -301,7 +301,7 @@ def _by(one: Decimal | None, other: Decimal | None) -> float:
 
 def _in_slices(round_: Manifest, memory: int, shards: int | None) -> Plan | None:
     """Cut into so many slices, or as many as it takes; None where that cannot be done."""
-    plan = sharded(round_, Limits(), grain=GRAIN, reading=READING, shards=1)
+    plan = Sharded(shards=1).plan(round_, Limits(), grain=GRAIN, reading=READING)
     return plan.recut(shards) if shards else plan.fitting(memory - RUNTIME)
 
 

@@ -6,19 +6,18 @@ the memory. A size stands if all functions of a round end well. Beside it, the l
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding import DirectoryStore, Limits, ProcessExecutor, Round, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding import DirectoryStore, Flat, LambdaFLTree, LIFLTree, Limits, ProcessExecutor, Round, Sharded, ShardedTree
 from gradsharding.errors import OutOfMemory
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job, Term
+from gradsharding.planning.topologies import Topology
 from gradsharding.sizes import size
 from gradsharding.stores.reading import STREAM
 from gradsharding.stores.urls import file_reference
@@ -31,12 +30,12 @@ RESULTS = Path(__file__).parent / "results" / "memory_wall.json"
 
 MIB = 1 << 20
 
-TOPOLOGIES: dict[str, Callable[..., Plan]] = {
-    "flat": flat,
-    "lambda-fl": lambda_fl,
-    "lifl": lifl,
-    "sharded, 8 shards": partial(sharded, shards=8),
-    "sharded-tree, 8 shards": partial(sharded_tree, shards=8),
+TOPOLOGIES: dict[str, Topology] = {
+    "flat": Flat(),
+    "lambda-fl": LambdaFLTree(),
+    "lifl": LIFLTree(),
+    "sharded, 8 shards": Sharded(shards=8),
+    "sharded-tree, 8 shards": ShardedTree(shards=8),
 }
 
 IN_PAPER = {"flat, paper's loop": "flat", "lambda-fl, paper's loop": "lambda-fl"}
@@ -59,7 +58,7 @@ def projected(name: str, nbytes: int, clients: int) -> int:
     round_ = sealed(nbytes, clients)
     if name in IN_PAPER:
         return planned(IN_PAPER[name], round_).memory
-    return TOPOLOGIES[name](round_, Limits(), grain=8 * MIB, reading=STREAM).memory
+    return TOPOLOGIES[name].plan(round_, grain=8 * MIB, reading=STREAM).memory
 
 
 def stands(name: str, nbytes: int, clients: int, memory: int, store: DirectoryStore) -> bool:
@@ -76,8 +75,8 @@ def stands(name: str, nbytes: int, clients: int, memory: int, store: DirectorySt
         path.unlink()
 
 
-def _stands(make: Callable[..., Plan], round_: Manifest, memory: int, store: DirectoryStore) -> bool:
-    plan, records = make(round_, Limits(), grain=8 * MIB, reading=STREAM), Round.create(store, "r")
+def _stands(topology: Topology, round_: Manifest, memory: int, store: DirectoryStore) -> bool:
+    plan, records = topology.plan(round_, grain=8 * MIB, reading=STREAM), Round.create(store, "r")
     upload = records.begin(plan)[0]
     job = Job(store=store.url, output=records.output, upload=upload, terms=plan.terms, partials=records.partials(upload))
     try:

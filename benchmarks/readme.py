@@ -32,11 +32,11 @@ def beside_flower() -> str:
     def row(title: str, theirs: float, ours: float, form: str, unit: str) -> str:
         return f"| {title} | {theirs:{form}} {unit} | {ours:{form}} {unit} | {ours / theirs:.3f} |\n"
 
-    memory = (one["memory"]["own"]["median"] / 2**20 for one in (flower, own))
+    theirs, ours = (rival["memory"]["own"]["median"] / 2**20 for rival in (flower, own))
     return (
         "| | Flower's FedAvg | gradsharding | ratio |\n|---|---|---|---|\n"
         + row("aggregation alone: time", flower["seconds"]["median"], own["seconds"]["median"], ".2f", "s")
-        + row("aggregation alone: peak memory", *memory, ",.0f", "MiB")
+        + row("aggregation alone: peak memory", theirs, ours, ",.0f", "MiB")
         + row("a whole round: time", plain["round_seconds"], direct["round_seconds"], ".1f", "s")
         + row("a whole round: peak memory of the server", plain[peak] / 2**20, direct[peak] / 2**20, ",.0f", "MiB")
         + f"\nAggregation: {alone['setup']['title']}, files in the page cache. "

@@ -17,7 +17,6 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +29,11 @@ from flwr.serverapp.strategy import FedAdam, FedAvg
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding import InlineExecutor, Limits, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding import Flat, InlineExecutor, Limits, Round, aggregate
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.cli.main import cli
 from gradsharding.format.encode import encode
+from gradsharding.planning.topologies import TOPOLOGIES, make_topology
 from gradsharding.rounds.records import PlanRecord
 from gradsharding.usage import Usage
 from gradsharding_flower import LIFL, GradSharding, LambdaFL, upload_mod
@@ -51,12 +51,6 @@ ROUNDS = {"moto": 200, "ceph": 50}
 SLACK, UNKNOWN = 1.1, 1
 """A plan may say so many times what is counted, where sizes do not vary; or so many requests more, which matters in the smallest
 rounds: no plan knows whether the server will tell the version of what was completed, or has to be asked."""
-
-TOPOLOGIES: dict[str, Callable[..., Any]] = {
-    "flat": flat, "sharded": sharded, "lambda-fl": lambda_fl, "lifl": lifl, "sharded-tree": sharded_tree,
-}  # fmt: skip
-
-TREES = ("lambda-fl", "lifl", "sharded-tree")
 
 Arrays = dict[str, Any]
 
@@ -112,9 +106,15 @@ def updates(draw: random.Random, *, exact: bool) -> list[Arrays]:
 
 
 def parameters(draw: random.Random, name: str) -> dict[str, int]:
-    """Draw what a topology takes."""
-    shards = {"shards": draw.randint(1, 5)} if name in ("sharded", "sharded-tree") else {}
-    return shards | ({"fan_in": draw.randint(2, 3)} if name in TREES else {})
+    """Draw a topology's options."""
+    options = TOPOLOGIES[name].model_fields
+    shards = {"shards": draw.randint(1, 5)} if "shards" in options else {}
+    return shards | ({"fan_in": draw.randint(2, 3)} if "fan_in" in options else {})
+
+
+def is_tree(name: str) -> bool:
+    """Whether functions of a topology pass partial sums on."""
+    return "fan_in" in TOPOLOGIES[name].model_fields
 
 
 def command(draw: random.Random, store: S3Store, server: S3Server) -> Counted:
@@ -137,7 +137,7 @@ def command(draw: random.Random, store: S3Store, server: S3Server) -> Counted:
         report = json.loads(Path(place, "report.json").read_text())
     observed, planned = (Usage(**report[which]["stores"]["s3"]) for which in ("observed", "projected"))
     what = f"{name}{', exact' * exact}{', its output here' * here}"
-    return Counted("command", what, dict(seen), observed, planned, exact and name in TREES)
+    return Counted("command", what, dict(seen), observed, planned, exact and is_tree(name))
 
 
 class Dying(InlineExecutor):
@@ -160,7 +160,7 @@ def leave(draw: random.Random, round_: Round, topology: Any, how: dict[str, Any]
         if "gone" in what:
             round_.store.delete([done.record.source])
         return
-    first = flat if "other" in what else topology
+    first = Flat() if "other" in what else topology
     with contextlib.suppress(KeyboardInterrupt):
         aggregate(round_, topology=first, executor=Dying(draw.randint(0, 3)), **how)
     if "lost" in what:
@@ -179,14 +179,14 @@ def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = 
     state = draw.choice(["receipts", "sealed", "known"])
     if state != "receipts":
         round_.seal()
-    chosen = parameters(draw, name)
+    topology = make_topology(name, **parameters(draw, name))
     if dies:
-        leave(draw, round_, partial(TOPOLOGIES[name], **chosen), how)
+        leave(draw, round_, topology, how)
     with server.counting() as seen:
         handle = round_ if state == "known" else Round(store, round_.id)
-        report = aggregate(handle, topology=partial(TOPOLOGIES[name], **chosen), **how).report()
+        report = aggregate(handle, topology=topology, **how).report()
     observed, planned = (Usage(**(report[which] or report["observed"])["stores"]["s3"]) for which in ("observed", "projected"))
-    varies = dies or (exact and name in TREES)  # of what was left, a plan knows less
+    varies = dies or (exact and is_tree(name))  # of what was left, a plan knows less
     return Counted("resumed" if dies else "call", f"{name}{', exact' * exact}, {state}", dict(seen), observed, planned, varies)
 
 

@@ -28,7 +28,7 @@ from gradsharding import Limits, Round
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job
-from gradsharding.planning.topologies import flat
+from gradsharding.planning.topologies import Flat
 from measure import Range, in_fresh_process, machine, save, verdict
 from rigs.proxy import slow_path
 from rigs.s3 import ceph_missing, ceph_server
@@ -69,7 +69,7 @@ def prepare(clients: int, nbytes: int) -> tuple[Round, Plan]:
     round_, draw = Round.create(S3Store(f"s3://{os.environ['BUCKET']}/bench"), "r"), np.random.default_rng(0)
     for i in range(clients):
         round_.submit(f"client-{i:02d}", {"w": draw.standard_normal(nbytes // 4, np.float32)}, i + 1)
-    return round_, flat(round_.seal(), Limits(memory=4 << 30), reading=round_.store.reading)
+    return round_, Flat().plan(round_.seal(), Limits(memory=4 << 30), reading=round_.store.reading)
 
 
 def compete(round_: Round, plan: Plan, directory: Path, repetitions: int) -> dict[str, dict[str, list[Figures]]]:

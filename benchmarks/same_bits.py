@@ -10,9 +10,7 @@ import argparse
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -25,9 +23,7 @@ from gradsharding import DirectoryStore, MemoryStore, ObjectStore, Round, aggreg
 from gradsharding.arithmetic import exact, fold, sums
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.format.encode import Raw
-from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import Limits, Plan
-from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.verify import verify
 from gradsharding.stores.reading import Reading
 
@@ -44,8 +40,7 @@ class Way(NamedTuple):
 
     order: int
     """Seed of the clients' order."""
-    topology: str
-    make: Callable[..., Plan]
+    topology: Topology
     reading: Reading
     executor: str
     block: int
@@ -75,26 +70,23 @@ def draw_updates(kind: str, clients: int = 12, elements: int = 1_000) -> Updates
 def draw_way(draw: random.Random) -> Way:
     """Draw a path."""
     shards, fan_in = draw.randint(1, 9), draw.randint(1, 5)
-    makes: dict[str, Callable[..., Plan]] = {
-        "flat": flat,
-        "sharded": partial(sharded, shards=shards),
-        "lambda-fl": partial(lambda_fl, fan_in=fan_in, levels=draw.randint(1, 4)),
-        "lifl": partial(lifl, fan_in=fan_in, shared_memory=draw.random() < 0.5),
-        "sharded-tree": partial(sharded_tree, shards=shards, fan_in=fan_in, levels=draw.randint(1, 4)),
-    }
-    topology = draw.choice([*makes])
+    topologies: list[Topology] = [
+        Flat(),
+        Sharded(shards=shards),
+        LambdaFLTree(fan_in=fan_in, levels=draw.randint(1, 4)),
+        LIFLTree(fan_in=fan_in, shared_memory=draw.random() < 0.5),
+        ShardedTree(shards=shards, fan_in=fan_in, levels=draw.randint(1, 4)),
+    ]
+    topology = draw.choice(topologies)
     executor = draw.choices(["inline", "threads:3", "processes:2"], [70, 25, 5])[0]
     reading = Reading(chunk=draw.choice([0, 640, 5_000]), parallel=draw.randint(1, 3))
-    return Way(draw.randrange(1 << 30), topology, makes[topology], reading, executor, draw.choice([64, 500, 4_096, exact.BLOCK]))
+    return Way(draw.randrange(1 << 30), topology, reading, executor, draw.choice([64, 500, 4_096, exact.BLOCK]))
 
 
 def walk(updates: Updates, way: Way, arithmetic: Arithmetic, *, check: bool = False) -> tuple[str, npt.NDArray[np.uint32]]:
     """Take a path: give the result's digest, and the bits of its float32. ``check`` computes all of it again by Python's integers."""
     names = [f"c{i:02d}" for i in range(len(updates))]
     random.Random(way.order).shuffle(names)
-
-    def topology(manifest: Manifest, limits: Limits, **how: Any) -> Plan:
-        return way.make(manifest, limits, **{**how, "reading": way.reading})
 
     with ExitStack() as stack:
         if way.executor == "processes:2":
@@ -103,10 +95,11 @@ def walk(updates: Updates, way: Way, arithmetic: Arithmetic, *, check: bool = Fa
             store = MemoryStore()
             for module, block in ((exact, way.block), (sums, 2 * way.block), (fold, 2 * way.block)):
                 stack.enter_context(patch.object(module, "BLOCK", block))
+        store.reading = way.reading
         round_ = Round.create(store, "r")
         for name, (arrays, weight) in zip(names, updates, strict=True):
             round_.submit(name, arrays, weight)
-        result = aggregate(round_, topology=topology, arithmetic=arithmetic, executor=open_executor(way.executor))
+        result = aggregate(round_, topology=way.topology, arithmetic=arithmetic, executor=open_executor(way.executor))
         if check:
             verify(round_, sample=1 << 30)
         return result.digest(), result.arrays()["f32"].view("<u4")

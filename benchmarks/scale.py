@@ -14,7 +14,7 @@ import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding import Limits, Plan, sharded, sharded_tree
+from gradsharding import Limits, Plan, Sharded, ShardedTree
 from gradsharding.advice.planner import Needs, recommend
 from gradsharding.advice.prices import load_prices
 from gradsharding.planning.platform import READING
@@ -66,8 +66,8 @@ def planning() -> dict[str, float]:
     found = {}
     one, many = manifest(10**12, 100), manifest(10**11, 2_000)
     makers: dict[str, Callable[[], Plan]] = {
-        "sharded, 9,999 functions": lambda: sharded(one, Limits(), reading=READING, shards=9_999),
-        "sharded-tree, 10,010 functions": lambda: sharded_tree(many, Limits(), reading=READING, shards=910, fan_in=200),
+        "sharded, 9,999 functions": lambda: Sharded(shards=9_999).plan(one, Limits(), reading=READING),
+        "sharded-tree, 10,010 functions": lambda: ShardedTree(shards=910, fan_in=200).plan(many, Limits(), reading=READING),
     }
     for name, make in makers.items():
         started = time.perf_counter()

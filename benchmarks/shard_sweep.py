@@ -5,13 +5,12 @@ would do to the time is for ``crossover.py`` and ``scale.py``, which model it: a
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from gradsharding import Limits, sharded
+from gradsharding import Limits, Sharded
 from gradsharding.sizes import size
 from measure import Range, machine, save, shown
 from topologies import TOPOLOGIES, contribute, executor_of, observed, place, run
@@ -34,7 +33,7 @@ def main() -> None:
     with executor_of(options.pool) as (executor, at_once), place(None) as store:
         weights, limits = contribute(store, options.size, options.clients), Limits(memory=1 << 34)
         for i, shards in enumerate(options.shards):
-            TOPOLOGIES["sweep"] = partial(sharded, shards=shards)
+            TOPOLOGIES["sweep"] = Sharded(shards=shards)
             runs = [
                 run("sweep", i * (1 + options.repetitions) + j, store, weights, executor, limits) for j in range(1 + options.repetitions)
             ][1:]

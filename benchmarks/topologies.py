@@ -10,8 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,18 @@ from rich.table import Table
 from gradsharding import (
     DirectoryStore,
     Executor,
+    Flat,
     FuturesExecutor,
+    LambdaFLTree,
+    LIFLTree,
     Limits,
     ProcessExecutor,
     Round,
+    Sharded,
+    ShardedTree,
     aggregate,
-    flat,
-    lambda_fl,
-    lifl,
-    sharded,
-    sharded_tree,
 )
-from gradsharding.planning.plan import Plan
+from gradsharding.planning.topologies import Topology
 from gradsharding.sizes import size
 from gradsharding.usage import total
 from measure import Range, machine, save, shown
@@ -41,13 +40,13 @@ from pools import KINDS, pool, workers
 
 RESULTS = Path(__file__).parent / "results" / "topologies.json"
 
-TOPOLOGIES: dict[str, Callable[..., Plan]] = {
-    "flat": flat,
-    "sharded": sharded,
-    "lambda-fl": lambda_fl,
-    "lifl, through the store": lifl,
-    "lifl, through shared memory": partial(lifl, shared_memory=True),
-    "sharded-tree": sharded_tree,
+TOPOLOGIES: dict[str, Topology] = {
+    "flat": Flat(),
+    "sharded": Sharded(),
+    "lambda-fl": LambdaFLTree(),
+    "lifl, through the store": LIFLTree(),
+    "lifl, through shared memory": LIFLTree(shared_memory=True),
+    "sharded-tree": ShardedTree(),
 }
 
 Figures = dict[str, Any]

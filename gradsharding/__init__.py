@@ -11,9 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "DirectoryStore": "gradsharding.stores.directory",
     "Executor": "gradsharding.running.executors",
+    "Flat": "gradsharding.planning.topologies",
     "FuturesExecutor": "gradsharding.running.executors",
     "GradShardingError": "gradsharding.errors",
     "InlineExecutor": "gradsharding.running.executors",
+    "LIFLTree": "gradsharding.planning.topologies",
+    "LambdaFLTree": "gradsharding.planning.topologies",
     "Limits": "gradsharding.planning.plan",
     "MemoryStore": "gradsharding.stores.memory",
     "ObjectStore": "gradsharding.stores.protocol",
@@ -22,14 +25,12 @@ _HOMES = {
     "Raw": "gradsharding.format.encode",
     "Result": "gradsharding.rounds.result",
     "Round": "gradsharding.rounds.round",
+    "Sharded": "gradsharding.planning.topologies",
+    "ShardedTree": "gradsharding.planning.topologies",
+    "Topology": "gradsharding.planning.topologies",
     "aggregate": "gradsharding.rounds.aggregate",
-    "flat": "gradsharding.planning.topologies",
-    "lambda_fl": "gradsharding.planning.topologies",
-    "lifl": "gradsharding.planning.topologies",
     "open_executor": "gradsharding.running.executors",
     "open_store": "gradsharding.stores.urls",
-    "sharded": "gradsharding.planning.topologies",
-    "sharded_tree": "gradsharding.planning.topologies",
 }
 """The module that defines each public name."""
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:  # the same table, as type checkers and editors read it
     from gradsharding.errors import GradShardingError
     from gradsharding.format.encode import Raw
     from gradsharding.planning.plan import Limits, Plan
-    from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+    from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
     from gradsharding.rounds.aggregate import aggregate
     from gradsharding.rounds.result import Result
     from gradsharding.rounds.round import Round
@@ -64,9 +65,12 @@ else:  # a type checker that saw __getattr__ would accept any name
 __all__ = [
     "DirectoryStore",
     "Executor",
+    "Flat",
     "FuturesExecutor",
     "GradShardingError",
     "InlineExecutor",
+    "LIFLTree",
+    "LambdaFLTree",
     "Limits",
     "MemoryStore",
     "ObjectStore",
@@ -75,12 +79,10 @@ __all__ = [
     "Raw",
     "Result",
     "Round",
+    "Sharded",
+    "ShardedTree",
+    "Topology",
     "aggregate",
-    "flat",
-    "lambda_fl",
-    "lifl",
     "open_executor",
     "open_store",
-    "sharded",
-    "sharded_tree",
 ]

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from gradsharding.errors import (
 )
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import TaskReport
-from gradsharding.planning.topologies import Topology, flat, lambda_fl, sharded
+from gradsharding.planning.topologies import Flat, LambdaFLTree, Sharded, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.records import PlanRecord
 from gradsharding.rounds.result import Result
@@ -54,7 +53,7 @@ def submitted(store: ObjectStore, updates: Any, *, output: str | None = None) ->
 
 def into(shards: int) -> Topology:
     """Cut into so many slices."""
-    return partial(sharded, shards=shards)
+    return Sharded(shards=shards)
 
 
 @pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
@@ -126,7 +125,7 @@ def test_done_round_asked_again(asked: str) -> None:
     ways: dict[str, dict[str, Any]] = {
         "less memory": {"limits": Limits(memory="1MiB")},
         "other shards": {"topology": into(1)},
-        "another topology": {"topology": lambda_fl},
+        "another topology": {"topology": LambdaFLTree()},
     }
     again = aggregate(Round(round_.store, "r"), **ways[asked])
     report = again.report()
@@ -206,11 +205,11 @@ def test_refused_before_any_data() -> None:
     round_ = submitted(store, SMALL)
     puts, gets = store.puts, store.gets
     with pytest.raises(PlanTooLarge, match="allow more memory"):
-        aggregate(round_, topology=flat, limits=Limits(memory=64 << 20))
+        aggregate(round_, topology=Flat(), limits=Limits(memory=64 << 20))
 
     # headers at most: the first one is the layout's
     assert (puts, gets + 1) == (store.puts, store.gets)
-    assert_same(reference_mean(SMALL), aggregate(round_, topology=flat).arrays())
+    assert_same(reference_mean(SMALL), aggregate(round_, topology=Flat()).arrays())
 
 
 @pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(2)], ids=["inline", "processes"])
@@ -418,7 +417,7 @@ def test_lost_upload() -> None:
     """A round whose upload was aborted, by a lifecycle rule say, begins again."""
     store = MemoryStore()
     round_ = submitted(store, SMALL)
-    upload, *_ = round_.begin(into(3)(round_.seal(), Limits(), grain=store.grain, reading=store.reading))
+    upload, *_ = round_.begin(into(3).plan(round_.seal(), grain=store.grain, reading=store.reading))
     store.abort(round_.output, upload)
 
     result: Result = aggregate(round_, topology=into(3))

@@ -15,7 +15,7 @@ from gradsharding.arithmetic.fold import Fold, size
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
-from gradsharding.planning.topologies import lambda_fl, sharded
+from gradsharding.planning.topologies import LambdaFLTree, Sharded
 from gradsharding.rounds.records import ResultRecord
 from gradsharding.rounds.verify import verify
 from gradsharding.testing import CountingStore, FlakyStore, read, sample_updates
@@ -92,7 +92,7 @@ def test_plan_is_a_bound(name: str) -> None:
 def test_partial_sums_of_gradients_are_compact() -> None:
     """Partial sums of gradients pass between functions in fewer bytes than float64 sums take, and in a quarter of what values may need."""
     updates = {f"c{i}": ({"w": np.random.default_rng(i).normal(0, 1e-3, 20_000).astype("f4")}, 50 + i) for i in range(9)}
-    result = aggregate(submitted(updates, MemoryStore()), topology=lambda_fl, arithmetic="exact")
+    result = aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), arithmetic="exact")
     root, planned = result.reports[-1], result.plan.tasks[-1]
 
     assert 6 * 3 * 20_000 < root.bytes_read < 8 * 3 * 20_000
@@ -105,7 +105,7 @@ def test_chunks_that_vary_in_number() -> None:
     submitted(narrow(9, size=5_000), store).seal()
     counting = CountingStore(store, only=lambda key: "/partials/" in key)
     counting.reading = counting.reading.model_copy(update={"chunk": 20_000, "parallel": 3})
-    result = aggregate(Round(counting, "r"), topology=lambda_fl, arithmetic="exact")
+    result = aggregate(Round(counting, "r"), topology=LambdaFLTree(), arithmetic="exact")
     task, report = result.plan.tasks[-1], result.reports[-1]
 
     assert (3, 3) == (task.asks * task.inputs, counting.heads)
@@ -204,8 +204,8 @@ def test_gone_on_with_in_other_arithmetic(tmp_path: Path) -> None:
     """Partial sums of float64 are not taken for exact ones: a round that goes on exactly begins anew."""
     updates, done = narrow(9), list[str]()
     with pytest.raises(Interrupted):
-        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=lambda_fl, progress=stop_after(2, done))
-    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=lambda_fl, arithmetic="exact")
+        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=LambdaFLTree(), progress=stop_after(2, done))
+    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=LambdaFLTree(), arithmetic="exact")
 
     assert result.plan.functions == len(result.reports)
     assert verify(result.round, sample=EVERYTHING).slices
@@ -216,9 +216,9 @@ def test_nan() -> None:
     values = [[1, np.inf, -np.inf, np.nan], [1, np.inf, np.inf, 1], [1, 5, 5, 5], [1, 5, 5, 5]]
     updates = {f"c{i}": ({"w": np.array(row, "f4")}, i + 1) for i, row in enumerate(values)}
     with pytest.raises(NonFinite, match="lambda-fl/0/0: clients c0, c1 hold NaN or infinity"):
-        aggregate(submitted(updates, MemoryStore()), topology=lambda_fl, arithmetic="exact")
+        aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), arithmetic="exact")
     round_ = submitted(updates, MemoryStore())
-    found = aggregate(round_, topology=lambda_fl, arithmetic="exact", nonfinite="propagate").arrays()["w"]
+    found = aggregate(round_, topology=LambdaFLTree(), arithmetic="exact", nonfinite="propagate").arrays()["w"]
 
     assert ["1.0", "inf", "nan", "nan"] == [str(x) for x in found]
     assert verify(round_, sample=EVERYTHING).elements == 4
@@ -268,7 +268,7 @@ def test_planned_before_it_runs() -> None:
     elements = 4 << 20
     manifest = submitted({"a": ({"w": np.zeros(elements, "f4")}, 1)}, MemoryStore()).seal()
     limits = Limits(memory=150 << 20)
-    plain, exact = (sharded(manifest, limits, arithmetic=arithmetic) for arithmetic in ("float64", "exact"))
+    plain, exact = (Sharded().plan(manifest, limits, arithmetic=arithmetic) for arithmetic in ("float64", "exact"))
 
     assert [49, 49, 57, 57] == [size(Run("F32", elements), total, "exact").memory // elements for total in (1, 511, 512, 1 << 53)]
     assert len(plain.slices) < len(exact.slices)

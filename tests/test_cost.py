@@ -4,14 +4,14 @@ from decimal import Decimal
 
 import pytest
 
-from gradsharding import Limits, sharded
+from gradsharding import Limits, Sharded
 from gradsharding.advice.cost import Bill, Clients, Cost, Item, Storage, bill, forecast
 from gradsharding.advice.prices import Prices, load_prices
 from gradsharding.errors import UserError
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import CHARGES, READING
 from gradsharding.planning.task import Invocation, TaskReport
-from gradsharding.planning.topologies import lambda_fl
+from gradsharding.planning.topologies import LambdaFLTree
 from gradsharding.usage import Usage
 from modelled import MB, manifest
 
@@ -20,7 +20,7 @@ PRICES = load_prices()
 
 def plan(shards: int = 4, clients: int = 20, mb: int = 64) -> Plan:
     """Plan a round."""
-    return sharded(manifest(mb * MB, clients), Limits(), reading=READING, shards=shards)
+    return Sharded(shards=shards).plan(manifest(mb * MB, clients), Limits(), reading=READING)
 
 
 def report(task: str, request: str | None, seconds: float = 1.5, gets: int = 40) -> TaskReport:
@@ -107,7 +107,7 @@ def test_architectures() -> None:
 def test_waves_share_invocations() -> None:
     """Tasks beyond the concurrency are carried by the invocations that there are."""
     assert 10 * Decimal("0.0000002") == amounts(forecast(plan(40), PRICES, 512 * MB, concurrency=10).cost.aggregation)["invocations"]
-    tree = lambda_fl(manifest(64 * MB, 20), Limits(), reading=READING)
+    tree = LambdaFLTree().plan(manifest(64 * MB, 20), Limits(), reading=READING)
     assert 5 * Decimal("0.0000002") == amounts(forecast(tree, PRICES, 512 * MB).cost.aggregation)["invocations"]
 
 

@@ -5,29 +5,28 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from gradsharding import (
     DirectoryStore,
+    Flat,
+    LambdaFLTree,
+    LIFLTree,
     Limits,
     MemoryStore,
     ProcessExecutor,
     Round,
+    Sharded,
+    ShardedTree,
     aggregate,
-    flat,
-    lambda_fl,
-    lifl,
-    sharded,
-    sharded_tree,
 )
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.format.encode import Raw
+from gradsharding.planning.topologies import Topology
 from gradsharding.testing import read
 
 TABLE = Path(__file__).with_name("digests.json")
@@ -36,13 +35,13 @@ INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
 FLOATS = {"F64": (8, 52, 11), "F32": (4, 23, 8), "F16": (2, 10, 5), "BF16": (2, 7, 8)}
 """Bytes of an element, and bits of its fraction and of its exponent."""
 
-TOPOLOGIES: dict[str, Callable[..., Any]] = {
-    "flat": flat,
-    "sharded:1": partial(sharded, shards=1),
-    "sharded:7": partial(sharded, shards=7),
-    "lambda-fl": lambda_fl,
-    "lifl": lifl,
-    "sharded-tree:3": partial(sharded_tree, shards=3, fan_in=2),
+TOPOLOGIES: dict[str, Topology] = {
+    "flat": Flat(),
+    "sharded:1": Sharded(shards=1),
+    "sharded:7": Sharded(shards=7),
+    "lambda-fl": LambdaFLTree(),
+    "lifl": LIFLTree(),
+    "sharded-tree:3": ShardedTree(shards=3, fan_in=2),
 }
 
 WEIGHTS: dict[str, tuple[float, ...]] = {

@@ -25,12 +25,12 @@ from pydantic import BaseModel
 import pictures
 import readme
 from gradsharding.aws.functions.call import Event
-from gradsharding.aws.s3.direct import Offer, Permit, Piece
 from gradsharding.errors import GradShardingError
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.task import Invocation, Job, Task, TaskReport, Term
 from gradsharding.rounds.records import PlanRecord, Receipt, ResultRecord, RoundRecord
 from gradsharding.running.pace import Share
+from gradsharding.stores.lending import Offer, Permit, Piece
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import Usage
 from gradsharding_flower.permits import Offered

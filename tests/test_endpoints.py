@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from gradsharding.aws.s3.presign import grant, readable, settle
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import ChangedObject, ObjectExists, StoreRefused, UserError
 from gradsharding.format.encode import encode
-from gradsharding.planning.topologies import lambda_fl, sharded
+from gradsharding.planning.topologies import LambdaFLTree, Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, InlineExecutor
@@ -130,8 +129,8 @@ def test_round(working: S3Server) -> None:
             round_.submit(client, arrays, weight)
         for executor in executors[:-1]:
             with pytest.raises(KeyboardInterrupt):
-                aggregate(round_, topology=partial(sharded, shards=3), executor=executor)
-        result = aggregate(round_, topology=partial(sharded, shards=3), executor=executors[-1])
+                aggregate(round_, topology=Sharded(shards=3), executor=executor)
+        result = aggregate(round_, topology=Sharded(shards=3), executor=executors[-1])
         assert_same(reference_mean(updates), result.arrays())
         if name == "whole":
             assert result.plan
@@ -152,7 +151,7 @@ def test_tree(working: S3Server) -> None:
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
 
-    assert_same(reference_mean(updates), aggregate(round_, topology=lambda_fl, executor=ProcessExecutor(1)).arrays())
+    assert_same(reference_mean(updates), aggregate(round_, topology=LambdaFLTree(), executor=ProcessExecutor(1)).arrays())
 
 
 def test_command(working: S3Server, tmp_path: Path) -> None:
@@ -272,10 +271,10 @@ def test_equal_parts_are_asked_for(equal_parts: S3Server, monkeypatch: pytest.Mo
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
     with pytest.raises(StoreRefused, match=rf"wants parts of one size; set {EQUAL_PARTS}=1 and run it again"):
-        aggregate(round_, topology=partial(sharded, shards=3))
+        aggregate(round_, topology=Sharded(shards=3))
     monkeypatch.setenv(EQUAL_PARTS, "1")
 
-    assert_same(reference_mean(updates), aggregate(round_, topology=partial(sharded, shards=3)).arrays())
+    assert_same(reference_mean(updates), aggregate(round_, topology=Sharded(shards=3)).arrays())
 
 
 def test_interrupted_composition(equal_parts: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

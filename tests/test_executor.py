@@ -8,9 +8,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding import Round, lambda_fl, sharded
+from gradsharding import LambdaFLTree, Round, Sharded
 from gradsharding.errors import MissingObject, OutOfMemory, TaskFailed, UserError
-from gradsharding.planning.plan import Limits, Plan
+from gradsharding.planning.plan import Limits
 from gradsharding.planning.task import TaskReport
+from gradsharding.planning.topologies import Topology
 from gradsharding.running import processes, worker
 from gradsharding.running.cgroup import MemoryCgroup, usable_cpus
 from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor, open_executor
@@ -187,8 +187,8 @@ def test_enough_memory(tmp_path: Path, use_cgroup: bool) -> None:
     assert peak(report) <= ready.plan.memory
 
 
-@pytest.mark.parametrize("topology", [partial(sharded, shards=1), lambda_fl], ids=["sharded", "lambda-fl"])
-def test_enough_memory_on_a_tmpfs(topology: Callable[..., Plan]) -> None:
+@pytest.mark.parametrize("topology", [Sharded(shards=1), LambdaFLTree()], ids=["sharded", "lambda-fl"])
+def test_enough_memory_on_a_tmpfs(topology: Topology) -> None:
     """A store whose files are memory takes none of what a worker is allowed, though the kernel charges it with what it writes there."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="test-executor-") as root:
         updates = {client: ({"w": np.full(16 * MIB, i, "f4")}, 1) for i, client in enumerate("abc")}
@@ -256,11 +256,11 @@ def test_one_task_inline() -> None:
 
 CALLER = """
 import os, signal, sys
-from gradsharding import DirectoryStore, Limits, Round, sharded
+from gradsharding import DirectoryStore, Limits, Round, Sharded
 from gradsharding.running import processes
 from gradsharding.planning.task import Job
 round_ = Round(DirectoryStore(sys.argv[1]), "r")
-plan = sharded(round_.seal(), Limits())
+plan = Sharded().plan(round_.seal())
 upload = round_.begin(plan).upload
 job = Job(store=round_.store.url, output=round_.output, upload=upload, terms=plan.terms)
 exchange = processes._Worker._exchange
@@ -291,7 +291,7 @@ def test_worker_of_a_caller_killed_at_once(tmp_path: Path) -> None:
 
 def test_idle_worker_is_killed(tmp_path: Path) -> None:
     """A worker that dies when it has nothing to do does not end a run whose tasks are done, also if it was never asked."""
-    ready = Started.of(DirectoryStore(tmp_path), sample_updates(2), make=lambda_fl)  # a leaf, then the root: one at a time
+    ready = Started.of(DirectoryStore(tmp_path), sample_updates(2), make=LambdaFLTree())  # a leaf, then the root: one at a time
     begun: list[int] = []
     start = processes._Worker._start
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from gradsharding.aws.client import lambda_client
 from gradsharding.aws.functions import keepalive
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.store import S3Store
-from gradsharding.planning.topologies import sharded
+from gradsharding.planning.topologies import Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.testing import assert_same, reference_mean, sample_updates
@@ -120,7 +119,7 @@ def test_round_outlasts_nat(ceph_store: S3Store, ceph: Ceph, monkeypatch: pytest
         round_ = Round.create(ceph_store, "r")
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
-        result = aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding", concurrency=2))
+        result = aggregate(round_, topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding", concurrency=2))
     assert_same(reference_mean(updates), result.arrays())
     assert ["200", "200"] == [call.outcome for call in front.calls]
     assert nat.probes >= 2

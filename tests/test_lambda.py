@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanT
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, PAYLOAD, RUNTIME
 from gradsharding.planning.task import Job, Task, Term
-from gradsharding.planning.topologies import Topology, lambda_fl, sharded, sharded_tree
+from gradsharding.planning.topologies import LambdaFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, open_executor
@@ -95,7 +94,7 @@ def test_faults(ceph_store: S3Store, start: Start, fault: str) -> None:
     updates = sample_updates(3, size=1000)
     front = start(timeout=3 if fault == "timeout" else 60, concurrency=2, faults={1: fault, 2: fault, 4: fault})
     executor = LambdaExecutor("gradsharding", attempts=9)  # on a busy machine more may take longer than they should
-    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=5), executor=executor)
+    result = aggregate(_round(ceph_store, updates), topology=Sharded(shards=5), executor=executor)
 
     assert_same(reference_mean(updates), result.arrays())
     assert len(front.calls) >= (4 if fault != "twice" else 2)
@@ -107,9 +106,7 @@ def test_faults(ceph_store: S3Store, start: Start, fault: str) -> None:
 def test_figures(ceph_store: S3Store, start: Start, log_format: str) -> None:
     """A report says what the platform measured: a cold start first, warm ones after it, memory, and how many tasks went together."""
     start(concurrency=1, memory=512, log_format=log_format)
-    result = aggregate(
-        _round(ceph_store, sample_updates()), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding:live")
-    )
+    result = aggregate(_round(ceph_store, sample_updates()), topology=Sharded(shards=3), executor=LambdaExecutor("gradsharding:live"))
     again = Started.of(ceph_store, sample_updates(), shards=3, name="again").run(LambdaExecutor("gradsharding"))
 
     cold, warm = result.reports[0].invocation, again[0].invocation
@@ -125,7 +122,7 @@ def test_figures(ceph_store: S3Store, start: Start, log_format: str) -> None:
 def test_bill_stands_beside_the_forecast(ceph_store: S3Store, start: Start) -> None:
     """The report of a round on Lambda bills what the platform told, exactly, beside what was forecast, in both accountings."""
     start(concurrency=2, memory=512)
-    result = aggregate(_round(ceph_store, sample_updates()), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(_round(ceph_store, sample_updates()), topology=Sharded(shards=3), executor=LambdaExecutor("gradsharding"))
     told = {report.invocation.request: report.invocation for report in result.reports if report.invocation}
     cost, prices = billing.report(result)["cost"], load_prices()
 
@@ -153,7 +150,7 @@ def test_failed_invocations_are_billed(ceph_store: S3Store, start: Start, tmp_pa
     front = start(
         concurrency=1, code=tmp_path, handler="buggy.handler", environment=paths, log_format=log_format, faults={2: "raise"}, memory=512
     )
-    result = aggregate(_round(ceph_store, sample_updates()), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(_round(ceph_store, sample_updates()), topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding"))
 
     assert ["Unhandled", "Unhandled", "200", "200"] == [call.outcome for call in front.calls]
     made = [found for call in front.calls if (found := metered(call.log))]
@@ -185,7 +182,7 @@ def test_refused_before_it_runs(ceph_store: S3Store, start: Start) -> None:
     round_ = _round(ceph_store, {"a": ({"w": np.ones(16 * MIB, "f4")}, 1)})
     front = start(memory=256)
     with pytest.raises(PlanTooLarge, match=r"projects .* of 232.0 MiB allowed; use at least \d+ shards"):
-        aggregate(round_, topology=partial(sharded, shards=1), executor=LambdaExecutor("gradsharding"))
+        aggregate(round_, topology=Sharded(shards=1), executor=LambdaExecutor("gradsharding"))
     stopped = start(concurrency=0)
     with pytest.raises(PlanTooLarge, match="no function may run: their concurrency is 0"):
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
@@ -289,7 +286,7 @@ def test_taken(ceph_store: S3Store, start: Start, capsys: pytest.CaptureFixture[
     """The summary and the report say how many of the account's invocations a run took; its forecast goes by the same number."""
     round_, half = _round(ceph_store, sample_updates()), "2 of 4 unreserved invocations at once; the rest is left to others"
     start(concurrency=4, reserved=False)
-    result = aggregate(round_, topology=partial(sharded, shards=4), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(round_, topology=Sharded(shards=4), executor=LambdaExecutor("gradsharding"))
     report = billing.report(result)
     assert (2, True) == (report["concurrency"], str(report["taken"]).startswith(half))
     expected = forecast(result.plan, load_prices(), 512 * MIB, architecture=HERE, concurrency=2).cost
@@ -325,7 +322,7 @@ def test_gives_up(ceph_store: S3Store, start: Start, fault: str, advice: str) ->
     start(timeout=1 if fault == "timeout" else 60, faults=dict.fromkeys(range(1, 40), fault))
     round_ = _round(ceph_store, updates)
     with pytest.raises(TaskFailed, match=rf"task sharded/\d failed: .*{advice}"):
-        aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+        aggregate(round_, topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding"))
     assert round_.result() is None
 
     start()
@@ -347,7 +344,7 @@ def test_each_turn_has_its_patience(ceph_store: S3Store, start: Start, monkeypat
     monkeypatch.setattr("gradsharding.aws.functions.executor._pause", lambda _: 600.0)
     updates = sample_updates()
     front = start(concurrency=1, faults={1: "raise", 2: "throttle", 4: "throttle"})  # after a failure, tasks go one by one
-    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(_round(ceph_store, updates), topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding"))
     assert_same(reference_mean(updates), result.arrays())
     assert ["Unhandled", "429", "200", "429", "200"] == [call.outcome for call in front.calls]
 
@@ -358,7 +355,7 @@ def test_updated_meanwhile(ceph_store: S3Store, start: Start) -> None:
     updates = sample_updates()
     busy = Said(409, "ResourceConflictException", "An update is in progress for resource")
     front = start(concurrency=1, faults=dict.fromkeys(range(1, 4), busy))
-    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(_round(ceph_store, updates), topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding"))
     assert_same(reference_mean(updates), result.arrays())
     assert ["409"] * 3 + ["200"] == [call.outcome for call in front.calls]
 
@@ -520,7 +517,7 @@ def test_faults_are_counted(ceph_store: S3Store, start: Start, tmp_path: Path, l
     (tmp_path / "buggy.py").write_text(_BUGGY)
     paths, updates = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}, sample_updates()
     front = start(concurrency=1, code=tmp_path, handler="buggy.handler", environment=paths, log_format=log_format)
-    result = aggregate(_round(ceph_store, updates), topology=partial(sharded, shards=3), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(_round(ceph_store, updates), topology=Sharded(shards=3), executor=LambdaExecutor("gradsharding"))
     assert_same(reference_mean(updates), result.arrays())
     failed, good = front.calls
     assert ("Unhandled", "200") == (failed.outcome, good.outcome)
@@ -620,7 +617,7 @@ def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path, arithmeti
         (ceph_store, ProcessExecutor(2)),
         (copy, LambdaExecutor("gradsharding")),
     ]
-    trees: list[Topology] = [partial(sharded, shards=3)] * 3 if arithmetic == "float64" else [sharded, lambda_fl, sharded_tree]
+    trees: list[Topology] = [Sharded(shards=3)] * 3 if arithmetic == "float64" else [Sharded(), LambdaFLTree(), ShardedTree()]
     results = [
         aggregate(_round(store, updates), topology=topology, arithmetic=arithmetic, limits=Limits(memory=600 << 20), executor=executor)
         for (store, executor), topology in zip(places, trees, strict=True)
@@ -643,10 +640,10 @@ def test_killed_for_its_memory(ceph_store: S3Store, start: Start) -> None:
     with pytest.raises(
         OutOfMemory, match=r"task sharded/0 outgrew .* Lambda ended it at 160.0 MiB; use more shards, or give the function more"
     ):
-        aggregate(round_, topology=partial(sharded, shards=1), executor=LambdaExecutor("gradsharding"))
+        aggregate(round_, topology=Sharded(shards=1), executor=LambdaExecutor("gradsharding"))
     assert ["Unhandled"] == [call.outcome for call in front.calls]
 
-    result = aggregate(round_, topology=partial(sharded, shards=16), executor=LambdaExecutor("gradsharding"))
+    result = aggregate(round_, topology=Sharded(shards=16), executor=LambdaExecutor("gradsharding"))
     assert_same(reference_mean(updates), result.arrays())
 
 

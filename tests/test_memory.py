@@ -24,7 +24,7 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.platform import RESIDENT
 from gradsharding.planning.task import RESERVED, Job, Task, Term
-from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, FuturesExecutor, InlineExecutor
@@ -74,7 +74,7 @@ def test_projected_covers_measured_on_s3(ceph_store: S3Store, dtype: str, elemen
         round_ = Round.create(ceph_store, f"r{clients}")
         for i in range(clients):
             round_.refer(f"c{i}", "update", 1)
-        result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
+        result = aggregate(round_, topology=Flat(), executor=ProcessExecutor(1))
         peaks.append(peak(result))
         projected.add(result.plan.memory)
         assert data == read(ceph_store, round_.output)[-len(data) :]
@@ -101,7 +101,7 @@ def test_projected_covers_measured(tmp_path: Path, dtype: str, elements: int) ->
         round_ = Round.create(DirectoryStore(tmp_path), f"r{clients}")
         for i in range(clients):
             round_.refer(f"c{i}", file_reference(path), MAX_WEIGHT // clients if is_wide(dtype, clients) else 1)
-        result = aggregate(round_, topology=flat, executor=ProcessExecutor(1))
+        result = aggregate(round_, topology=Flat(), executor=ProcessExecutor(1))
         peaks[clients] = peak(result)
         projected.add(result.plan.memory)
         assert data == read(round_.store, round_.output)[-len(data) :]
@@ -120,7 +120,7 @@ def finite(dtype: str, elements: int) -> bytes:
     return (magnitudes | draw.integers(0, 2, elements) << (width - 1)).astype(form.bits).tobytes()
 
 
-@pytest.mark.parametrize("make", [flat, lambda_fl], ids=["flat", "lambda-fl"])
+@pytest.mark.parametrize("make", [Flat(), LambdaFLTree()], ids=["flat", "lambda-fl"])
 @pytest.mark.parametrize(("dtype", "elements"), [("F32", 4 * MIB), ("F16", 4 * MIB), ("BF16", 2 * MIB)])
 def test_projected_covers_exact_sums(tmp_path: Path, dtype: str, elements: int, make: Topology) -> None:
     """Exact sums of values of all magnitudes keep within the projection, and so do functions that pass them on; the largest is near it."""
@@ -150,7 +150,9 @@ def test_projected_covers_exact_sums_with_nan(tmp_path: Path) -> None:
     for client, values in zip("ab", halves, strict=True):
         round_.submit(client, {"w": values}, 1)
     limits = Limits(memory=1 << 30)
-    result = aggregate(round_, topology=lambda_fl, arithmetic="exact", executor=ProcessExecutor(1), nonfinite="propagate", limits=limits)
+    result = aggregate(
+        round_, topology=LambdaFLTree(), arithmetic="exact", executor=ProcessExecutor(1), nonfinite="propagate", limits=limits
+    )
 
     assert np.isnan(result.arrays()["w"][7])
     for task, report in zip(result.plan.tasks, result.reports, strict=True):
@@ -192,14 +194,14 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
 def random_round(draw: random.Random, store: DirectoryStore, name: str) -> Started:
     """Draw a round of any topology, of updates from a few kB to 12 MB."""
     elements, shards = draw.choice([1_000, 300_000, 1_000_000, 3_000_000]), draw.randint(2, 5)
-    makes: list[Any] = [flat, partial(sharded, shards=shards), lambda_fl, lifl, partial(sharded_tree, shards=shards)]
+    makes: list[Any] = [Flat(), Sharded(shards=shards), LambdaFLTree(), LIFLTree(), ShardedTree(shards=shards)]
     numbers = np.random.default_rng(draw.randrange(1 << 30))
     updates = {
         f"c{i}": ({"w": numbers.normal(size=elements).astype("f4"), "h": numbers.normal(size=elements // 7).astype("f2")}, i + 1)
         for i in range(draw.randint(2, 5))
     }
-    arithmetic = draw.choice(["float64", "exact"])
-    return Started.of(store, updates, name=name, make=partial(draw.choice(makes), arithmetic=arithmetic))
+    arithmetic: Arithmetic = draw.choice(["float64", "exact"])
+    return Started.of(store, updates, name=name, make=draw.choice(makes), arithmetic=arithmetic)
 
 
 @pytest.mark.slow
@@ -242,7 +244,7 @@ def test_eight_gigabytes(tmp_path: Path) -> None:
                 file.write(np.float32(values[client]).tobytes())
         round_.refer(f"client{client}", file_reference(path), weight)
 
-    result = aggregate(round_, topology=partial(sharded, shards=36), limits=Limits(memory=512 * MIB), executor=ProcessExecutor(2))
+    result = aggregate(round_, topology=Sharded(shards=36), limits=Limits(memory=512 * MIB), executor=ProcessExecutor(2))
     size, base = round_.store.head(round_.output).size, len(layout.header())
     most, seconds = peak(result), sum(report.seconds for report in result.reports)
     found = {i: np.frombuffer(read(round_.store, round_.output, base + 4 * i, base + 4 * i + 4), "f4")[0] for i in spots}

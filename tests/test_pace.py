@@ -15,7 +15,7 @@ from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import StoreFailed
 from gradsharding.planning.platform import FIGURES
-from gradsharding.planning.topologies import sharded
+from gradsharding.planning.topologies import Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.running.pace import GETS, PUTS, Share, keeping, share, take_turn, time_left
@@ -103,7 +103,7 @@ def _average(store: S3Store) -> None:
     round_ = Round.create(store, "r")
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
-    result = aggregate(round_, topology=partial(sharded, shards=2), executor=LambdaExecutor("gradsharding", attempts=1))
+    result = aggregate(round_, topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding", attempts=1))
 
     assert_same(reference_mean(updates), result.arrays())
 

@@ -5,7 +5,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from gradsharding import DirectoryStore, Limits, MemoryStore, lambda_fl
+from gradsharding import DirectoryStore, LambdaFLTree, Limits, MemoryStore
 from gradsharding.advice.cost import forecast
 from gradsharding.advice.prices import load_prices
 from gradsharding.advice.timing import Speeds
@@ -86,7 +86,7 @@ def test_objects_are_paid_for() -> None:
     cost = planned("paper", manifest(64 * MB, 20), 4).cost(PRICES, GIB).round_trip
     amounts = {item.what: item.usd for item in cost.items}
     tree = planned("lambda-fl", manifest(64 * MB, 20)).cost(PRICES, GIB).round_trip
-    ours = forecast(lambda_fl(manifest(64 * MB, 20), Limits()), PRICES, GIB).cost.round_trip
+    ours = forecast(LambdaFLTree().plan(manifest(64 * MB, 20), Limits()), PRICES, GIB).cost.round_trip
 
     assert (80 * Decimal("0.000005"), 80 * Decimal("0.0000004")) == (amounts["clients' PUTs"], amounts["clients' GETs"])
     for item in ("clients' PUTs", "clients' GETs"):

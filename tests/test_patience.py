@@ -4,7 +4,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path as File
 from typing import Any
 
@@ -19,7 +18,7 @@ from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import grant, readable, settle
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import StoreFailed
-from gradsharding.planning.topologies import sharded
+from gradsharding.planning.topologies import Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.running.pace import keeping
@@ -193,7 +192,7 @@ def test_a_round_through_a_narrow_path(ceph: Ceph, ceph_store: S3Store, monkeypa
     with Proxy(ceph.server.endpoint, Path(faults=dict.fromkeys(range(2, 1_000, 2), "503"))) as path:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", path.endpoint)
         monkeypatch.setattr("gradsharding.aws.patience.LONGEST", 0.05)  # here
-        result = aggregate(round_, topology=partial(sharded, shards=4), executor=ProcessExecutor(2))
+        result = aggregate(round_, topology=Sharded(shards=4), executor=ProcessExecutor(2))
         refused = path.requests // 2
     sent = total(result.usage)
 

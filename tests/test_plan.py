@@ -15,7 +15,7 @@ from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
 from gradsharding.planning.platform import READING
 from gradsharding.planning.task import RESERVED, Term
-from gradsharding.planning.topologies import flat, sharded
+from gradsharding.planning.topologies import Flat, Sharded
 from gradsharding.sizes import mib, size
 from gradsharding.stores.reading import STAGING
 
@@ -33,7 +33,7 @@ def manifest(shapes: dict[str, tuple[str, int]], weights: tuple[int, ...] = (1, 
 def test_counts() -> None:
     """Three clients, 11 elements of 4 and 3 of 8 bytes, 4 shards: counted by hand, the tasks' alone."""
     sealed = manifest({"w": ("F32", 11), "n": ("I64", 3)})
-    plan = sharded(sealed, Limits(), shards=4)
+    plan = Sharded(shards=4).plan(sealed, Limits())
     header = len(sealed.layout.header())
 
     assert [(0, 16), (16, 32), (32, 48), (48, 68)] == [(task.start, task.stop) for task in plan.tasks]
@@ -49,7 +49,7 @@ def test_counts() -> None:
 @pytest.mark.parametrize("clients", [1, 5, 500])
 def test_memory_does_not_depend_on_clients(clients: int) -> None:
     """More clients make more requests and bytes, and no more memory."""
-    plan = sharded(manifest({"w": ("F32", 1000)}, (1,) * clients), Limits(), shards=10)
+    plan = Sharded(shards=10).plan(manifest({"w": ("F32", 1000)}, (1,) * clients), Limits())
 
     assert FIXED + 800 == plan.memory
     assert (10 * clients, 4000 * clients) == (plan.gets, plan.bytes_read)
@@ -57,7 +57,7 @@ def test_memory_does_not_depend_on_clients(clients: int) -> None:
 
 def test_json() -> None:
     """A plan goes to JSON and back."""
-    plan = sharded(manifest({"w": ("F32", 11), "n": ("I64", 3)}), Limits(), shards=4)
+    plan = Sharded(shards=4).plan(manifest({"w": ("F32", 11), "n": ("I64", 3)}), Limits())
 
     assert plan == Plan.model_validate_json(plan.model_dump_json())
 
@@ -66,18 +66,18 @@ def test_digest() -> None:
     """Plans have one digest if they write the same, however they read; a shard, a weight, a version or a place makes another."""
     sealed = manifest({"w": ("F32", 11)})
     first, *others = (
-        sharded(sealed, Limits(), shards=2),
-        sharded(sealed, Limits(), shards=3),
-        sharded(manifest({"w": ("F32", 12)}), Limits(), shards=2),
-        sharded(manifest({"w": ("I32", 11)}), Limits(), shards=2),
-        sharded(manifest({"w": ("F32", 11)}, (1, 2, 4)), Limits(), shards=2),
-        sharded(
-            sealed.model_copy(update={"terms": tuple(t.model_copy(update={"version": "w"}) for t in sealed.terms)}), Limits(), shards=2
+        Sharded(shards=2).plan(sealed, Limits()),
+        Sharded(shards=3).plan(sealed, Limits()),
+        Sharded(shards=2).plan(manifest({"w": ("F32", 12)}), Limits()),
+        Sharded(shards=2).plan(manifest({"w": ("I32", 11)}), Limits()),
+        Sharded(shards=2).plan(manifest({"w": ("F32", 11)}, (1, 2, 4)), Limits()),
+        Sharded(shards=2).plan(
+            sealed.model_copy(update={"terms": tuple(t.model_copy(update={"version": "w"}) for t in sealed.terms)}), Limits()
         ),
     )
 
-    assert first.digest == sharded(manifest({"w": ("F32", 11)}), Limits(), shards=2).digest
-    assert first.digest == sharded(manifest({"w": ("F32", 11)}), Limits(), shards=2, reading=READING).digest
+    assert first.digest == Sharded(shards=2).plan(manifest({"w": ("F32", 11)}), Limits()).digest
+    assert first.digest == Sharded(shards=2).plan(manifest({"w": ("F32", 11)}), Limits(), reading=READING).digest
     assert len({plan.digest for plan in others} | {first.digest}) == 6
 
 
@@ -164,7 +164,7 @@ def test_mib(count: int, expected: str) -> None:
 
 def test_fits() -> None:
     """A plan that fits to the byte is not refused; one byte less is."""
-    plan = flat(manifest({"w": ("F32", MIB)}), Limits())
+    plan = Flat().plan(manifest({"w": ("F32", MIB)}), Limits())
     plan.check(Limits(memory=FIXED + 8 * MIB))
 
     with pytest.raises(
@@ -176,7 +176,7 @@ def test_fits() -> None:
 
 def test_too_little_memory_for_anything() -> None:
     """Where not even one element fits, the message says what a function needs."""
-    plan = flat(manifest({"w": ("F32", 10)}), Limits())
+    plan = Flat().plan(manifest({"w": ("F32", 10)}), Limits())
 
     with pytest.raises(PlanTooLarge, match=r"a function needs 72.0 MiB before its first byte: allow more memory"):
         plan.check(Limits(memory="64MiB"))
@@ -184,11 +184,11 @@ def test_too_little_memory_for_anything() -> None:
 
 def test_more_shards_than_there_may_be() -> None:
     """Where shards cannot help, none are advised."""
-    wide = flat(manifest({"n": ("U64", 1)}), Limits())
+    wide = Flat().plan(manifest({"n": ("U64", 1)}), Limits())
     with pytest.raises(PlanTooLarge, match=r"allowed; allow 72.1 MiB$"):
         wide.check(Limits(memory=FIXED + 79))
 
-    large = flat(manifest({"w": ("F32", 100 * MAX_PARTS)}), Limits())
+    large = Flat().plan(manifest({"w": ("F32", 100 * MAX_PARTS)}), Limits())
     with pytest.raises(PlanTooLarge, match=r"allowed; allow 79.7 MiB$"):
         large.check(Limits(memory=FIXED + 100))
 
@@ -197,9 +197,9 @@ def test_too_many_parts() -> None:
     """An object has at most 10,000 parts; the message says how many shards that makes."""
     sealed = manifest({"w": ("F32", 2 * MAX_PARTS)})
     with pytest.raises(PlanTooLarge, match=r"10000 shards make 10001 parts; an object has at most 10000\. Use at most 9999 shards"):
-        sharded(sealed, Limits(), shards=MAX_PARTS).check(Limits())
+        Sharded(shards=MAX_PARTS).plan(sealed, Limits()).check(Limits())
 
-    sharded(sealed, Limits(), shards=9_999).check(Limits())
+    Sharded(shards=9_999).plan(sealed, Limits()).check(Limits())
 
 
 @given(
@@ -212,13 +212,13 @@ def test_remedy_works(lengths: dict[str, int], weight: int, room: int, shards: i
     """Whoever follows the advice of a refusal, either half of it, is not refused again."""
     sealed = manifest({dtype.lower(): (dtype, length) for dtype, length in lengths.items()}, (weight, weight))
     limits = Limits(memory=FIXED + room)
-    plan = sharded(sealed, limits, shards=min(shards, max(1, sealed.layout.elements)))
+    plan = Sharded(shards=min(shards, max(1, sealed.layout.elements))).plan(sealed, limits)
     assume(plan.memory > limits.memory)
     with pytest.raises(PlanTooLarge) as caught:
         plan.check(limits)
 
     if advised := re.search(r"use at least (\d+) shards", caught.value.message):
-        sharded(sealed, limits, shards=int(advised[1])).check(limits)
+        Sharded(shards=int(advised[1])).plan(sealed, limits).check(limits)
     allowed = re.search(r"allow ([\d.]+ MiB)$", caught.value.message)
     assert allowed
     plan.check(Limits(memory=allowed[1]))
@@ -229,13 +229,13 @@ def test_default_shards_fit(lengths: dict[str, int], room: int) -> None:
     """Left to itself, the topology makes as many shards as the memory demands."""
     sealed = manifest({dtype.lower(): (dtype, length) for dtype, length in lengths.items()}, (1 << 50, 1))
 
-    sharded(sealed, Limits(memory=FIXED + room)).check(Limits(memory=FIXED + room))
+    Sharded().plan(sealed, Limits(memory=FIXED + room)).check(Limits(memory=FIXED + room))
 
 
 def test_large_model() -> None:
     """A plan for 700 billion parameters is made and refused, or not, in no time: it is numbers only."""
     sealed = manifest({"w": ("BF16", 700 * 10**9)}, (1,) * 10)
-    plan = sharded(sealed, Limits(memory="1GiB"))
+    plan = Sharded().plan(sealed, Limits(memory="1GiB"))
 
     plan.check(Limits(memory="1GiB"))
     assert 10 * 1_400 * 10**9 == plan.bytes_read

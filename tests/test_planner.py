@@ -9,8 +9,8 @@ from decimal import Decimal
 
 import pytest
 
-from gradsharding import Limits, sharded_tree
-from gradsharding.advice.planner import NAMES, Advice, Needs, Option, dollars_text, flower_server, recommend, time_text
+from gradsharding import Limits, ShardedTree
+from gradsharding.advice.planner import Advice, Needs, Option, dollars_text, flower_server, recommend, time_text
 from gradsharding.advice.prices import load_prices
 from gradsharding.advice.timing import Speeds, unlucky
 from gradsharding.errors import UserError
@@ -18,6 +18,7 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import DEPLOYED_TIMEOUT, FIGURES, PAYLOAD, READING, RUNTIME
+from gradsharding.planning.topologies import TOPOLOGIES
 from modelled import MB, manifest
 
 GB = 10**9
@@ -38,7 +39,7 @@ def test_every_topology() -> None:
     advice = advise(528_000_000, 20)
     take, why, limit = advice.sentences
 
-    assert NAMES == tuple(option.name for option in advice.options)
+    assert [*TOPOLOGIES] == [option.name for option in advice.options]
     assert advice.best is by_name(advice)["sharded"]
     assert f"Take sharded with {advice.best.shape}: about {time_text(advice.best.forecast.seconds.p50)} and $" in take
     assert "It is the cheapest, and the fastest." == why
@@ -49,7 +50,7 @@ def test_exact() -> None:
     """Exact sums are planned in every topology: no function takes less memory, no round less time or money; float64 tensors are refused."""
     plain, exact = (by_name(recommend(manifest(528_000_000, 20), arithmetic=arithmetic)) for arithmetic in ("float64", "exact"))
 
-    for name in NAMES:
+    for name in TOPOLOGIES:
         assert ("float64", "exact") == (plain[name].plan.arithmetic, exact[name].plan.arithmetic)
         assert plain[name].usd < exact[name].usd
     assert exact["flat"].memory > 4 * plain["flat"].memory
@@ -292,7 +293,7 @@ def test_a_large_plan_costs_no_more_than_its_slices() -> None:
     sealed, plans = manifest(10**11, 2_000), list[Plan]()
 
     def figures() -> None:
-        plans.append(sharded_tree(sealed, Limits(), reading=READING, shards=910, fan_in=200))
+        plans.append(ShardedTree(shards=910, fan_in=200).plan(sealed, Limits(), reading=READING))
         assert plans[0].memory + plans[0].gets + plans[0].puts + plans[0].bytes_read + plans[0].bytes_written
 
     planning = calls(figures)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.slices import cut
-from gradsharding.planning.topologies import flat, sharded
+from gradsharding.planning.topologies import Flat, Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
@@ -48,7 +47,7 @@ class Drawn(NamedTuple):
 
     def aggregate(self, shards: int) -> Result:
         """Run the round in so many slices."""
-        return aggregate(self.submit(), topology=partial(sharded, shards=shards))
+        return aggregate(self.submit(), topology=Sharded(shards=shards))
 
 
 @st.composite
@@ -107,7 +106,7 @@ def test_plan_counts(drawn: Drawn) -> None:
     round_.seal()  # reads headers, which is no plan's business
     updates = CountingStore(round_.store, only=lambda key: "/updates/" in key)
     result = CountingStore(updates, only=lambda key: key == round_.output)
-    plan = aggregate(Round(result, "r"), topology=partial(sharded, shards=drawn.shards)).plan
+    plan = aggregate(Round(result, "r"), topology=Sharded(shards=drawn.shards)).plan
 
     asked = total(plan.tasks_usage)
     assert (asked.gets, asked.bytes_read) == (updates.gets, updates.bytes_read)
@@ -177,9 +176,9 @@ def test_records_survive_json(drawn: Drawn, shards: int) -> None:
     """Manifests and plans go to JSON and back, and plans of the same manifest have the same digest."""
     manifest = drawn.submit().seal()
     again = Manifest.model_validate_json(manifest.model_dump_json())
-    plans = [sharded(m, Limits(), shards=min(shards, max(1, m.layout.elements))) for m in (manifest, again)]
+    plans = [Sharded(shards=min(shards, max(1, m.layout.elements))).plan(m, Limits()) for m in (manifest, again)]
 
     assert manifest == again
     assert plans[0] == plans[1] == type(plans[0]).model_validate_json(plans[0].model_dump_json())
     assert plans[0].digest == plans[1].digest
-    assert flat(manifest, Limits()).memory >= plans[0].memory
+    assert Flat().plan(manifest, Limits()).memory >= plans[0].memory

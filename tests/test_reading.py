@@ -4,7 +4,6 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,9 +11,7 @@ from hypothesis import strategies as st
 
 from gradsharding.errors import InvalidUpdate, MissingObject
 from gradsharding.format.dtypes import Buffer
-from gradsharding.planning.manifest import Manifest
-from gradsharding.planning.plan import Limits, Plan
-from gradsharding.planning.topologies import sharded
+from gradsharding.planning.topologies import Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.stores.memory import MemoryStore
@@ -126,12 +123,8 @@ def test_worker_reads_ahead(chunk: int, parallel: int, shards: int) -> None:
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
     round_.seal()
-    before = store.gets
-
-    def topology(manifest: Manifest, limits: Limits, **_: Any) -> Plan:  # another reading here
-        return sharded(manifest, limits, reading=Reading(chunk=chunk, parallel=parallel), shards=shards)
-
-    result = aggregate(round_, topology=topology)
+    before, store.reading = store.gets, Reading(chunk=chunk, parallel=parallel)
+    result = aggregate(round_, topology=Sharded(shards=shards))
 
     assert_same(reference_mean(updates), result.arrays())
     asked = total(result.plan.tasks_usage)

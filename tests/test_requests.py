@@ -4,7 +4,6 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,18 @@ from flwr.serverapp.strategy import FedAvg
 
 import request_counts
 from flower_federation import client, grid_of, initial, record, sharding
-from gradsharding import FuturesExecutor, InlineExecutor, ProcessExecutor, Round, aggregate, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding import (
+    Flat,
+    FuturesExecutor,
+    InlineExecutor,
+    LambdaFLTree,
+    LIFLTree,
+    ProcessExecutor,
+    Round,
+    Sharded,
+    ShardedTree,
+    aggregate,
+)
 from gradsharding.advice import billing
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.direct import UrlSource
@@ -83,7 +93,7 @@ def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     "topology",
-    [flat, partial(sharded, shards=3), lambda_fl, partial(lifl, fan_in=2), partial(sharded_tree, shards=2)],
+    [Flat(), Sharded(shards=3), LambdaFLTree(), LIFLTree(fan_in=2), ShardedTree(shards=2)],
     ids=["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"],
 )
 @pytest.mark.usefixtures("emulator")
@@ -241,7 +251,7 @@ def test_threads_that_fail_say_what_they_have_asked(tmp_path: Path) -> None:
     submitted(DirectoryStore(tmp_path), updates)
     store = CountingStore(DirectoryStore(tmp_path))
     with ThreadPoolExecutor(4) as pool, pytest.raises(NonFinite) as caught:
-        aggregate(Round(store, "r"), topology=partial(sharded, shards=4), executor=FuturesExecutor(pool))
+        aggregate(Round(store, "r"), topology=Sharded(shards=4), executor=FuturesExecutor(pool))
 
     usage = total(caught.value.usage)
     assert (store.gets + store.heads, store.puts + store.lists) == (usage.gets, usage.puts)

@@ -28,7 +28,7 @@ from gradsharding.errors import (
 from gradsharding.format.encode import encode
 from gradsharding.planning.manifest import Contribution, Manifest, check_id
 from gradsharding.planning.plan import Limits
-from gradsharding.planning.topologies import sharded
+from gradsharding.planning.topologies import Sharded
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.stores.directory import DirectoryStore
@@ -222,7 +222,7 @@ def done_round() -> Round:
 
 def reads(round_: Round, name: str) -> Callable[[], object]:
     """Give a call that reads a record."""
-    plan = sharded(Round(done_round().store, "r").seal(), Limits(), shards=1)
+    plan = Sharded(shards=1).plan(Round(done_round().store, "r").seal(), Limits())
     return {
         "round": lambda: round_.output,
         "receipts/ann": round_.receipts,
@@ -469,7 +469,7 @@ def test_begin(round_: Round) -> None:
     """A plan is begun once; the same plan finds its upload, another one gives the first upload up."""
     round_.submit("ann", W, 1)
     manifest = round_.seal()
-    plans = [sharded(manifest, Limits(), shards=shards) for shards in (2, 3)]
+    plans = [Sharded(shards=shards).plan(manifest, Limits()) for shards in (2, 3)]
     first, begun, dropped = round_.begin(plans[0])
     assert (True, 0) == (begun, dropped)
     assert (first, False, 0) == round_.begin(plans[0])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from threading import Thread
@@ -38,7 +37,7 @@ from gradsharding.errors import (
 )
 from gradsharding.format.encode import encode
 from gradsharding.planning.plan import Limits
-from gradsharding.planning.topologies import Topology, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
 from gradsharding.rounds.verify import verify
@@ -188,7 +187,7 @@ def test_keys_for_s3(key: str) -> None:
 
 
 def _into(shards: int) -> Topology:
-    return partial(sharded, shards=shards)
+    return Sharded(shards=shards)
 
 
 def _composed(due: dict[int, int], kept: set[int]) -> list[Composed]:
@@ -416,7 +415,7 @@ def test_over_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         store, updates = S3Store(f"s3://{ceph.server.make_bucket()}"), {"a": ({"w": np.arange(4 * MIB, dtype="f4")}, 3)}
         round_ = Round.create(store, "r")
         round_.submit("a", *updates["a"])
-        assert_same(reference_mean(updates), aggregate(round_, topology=partial(sharded, shards=2), executor=ProcessExecutor(2)).arrays())
+        assert_same(reference_mean(updates), aggregate(round_, topology=Sharded(shards=2), executor=ProcessExecutor(2)).arrays())
 
         spool = tmp_path / "spool"
         spool.write_bytes(b"x" * (6 * MIB))
@@ -472,7 +471,7 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ["float64", "exact"])
-@pytest.mark.parametrize("make", [lambda_fl, lifl, sharded_tree], ids=["lambda-fl", "lifl", "sharded-tree"])
+@pytest.mark.parametrize("make", [LambdaFLTree(), LIFLTree(), ShardedTree()], ids=["lambda-fl", "lifl", "sharded-tree"])
 def test_trees(ceph_store: S3Store, make: Any, arithmetic: Arithmetic) -> None:
     """Trees make the requests on S3 that were planned, their partial sums are objects while they run, and gone when they end."""
     draw = np.random.default_rng(0)

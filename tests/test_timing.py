@@ -1,7 +1,6 @@
 """The time model: laws that it keeps, and measured rounds that it predicts."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import calibration
-from gradsharding import Limits, flat, sharded
+from gradsharding import Flat, Limits, Sharded
 from gradsharding.advice.timing import (
     Seconds,
     Speeds,
@@ -22,9 +21,8 @@ from gradsharding.advice.timing import (
     suited,
     task_seconds,
 )
-from gradsharding.planning.plan import Plan
 from gradsharding.planning.platform import CHARGES, READING, RUNTIME
-from gradsharding.planning.topologies import lambda_fl, lifl, sharded_tree
+from gradsharding.planning.topologies import LambdaFLTree, LIFLTree, ShardedTree, Topology
 from gradsharding.running.pace import GETS, PUTS, share
 from gradsharding.stores.reading import STREAM
 from modelled import MB, manifest
@@ -35,15 +33,15 @@ RESULT = Path(calibration.__file__).parent / "results" / "calibration.json"
 
 def seconds(shards: int, memory: int = 2 * GIB, concurrency: int | None = None, clients: int = 20) -> Seconds:
     """Forecast a round of 512 MiB."""
-    return forecast_seconds(sharded(manifest(512 * MB, clients), Limits(), reading=READING, shards=shards), memory, concurrency)
+    return forecast_seconds(Sharded(shards=shards).plan(manifest(512 * MB, clients), Limits(), reading=READING), memory, concurrency)
 
 
-@pytest.mark.parametrize("make", [sharded, lambda_fl, lifl])
-def test_exact_sums_take_longer(make: Callable[..., Plan]) -> None:
+@pytest.mark.parametrize("make", [Sharded(), LambdaFLTree(), LIFLTree()])
+def test_exact_sums_take_longer(make: Topology) -> None:
     """Exact sums are added and written more slowly, more passes between functions, and the result is read once."""
     sealed = manifest(100 * MB, 20)
     plain, exact = (
-        make(sealed, Limits(), reading=READING, arithmetic=a).placed(output=CHARGES, digest=a == "exact", reading=READING)
+        make.plan(sealed, reading=READING, arithmetic=a).placed(output=CHARGES, digest=a == "exact", reading=READING)
         for a in ("float64", "exact")
     )
     alike = Speeds(exact_rate=Speeds().fold_rate, exact_end_rate=1e30)
@@ -78,7 +76,7 @@ def test_waves(shards: int, concurrency: int) -> None:
 
 def test_memory_brings_cpu() -> None:
     """A small function waits for its CPU, a larger one for the network; beyond that, more memory buys nothing."""
-    (task,) = sharded(manifest(64 * MB, 20), Limits(), reading=READING, shards=1).tasks
+    (task,) = Sharded(shards=1).plan(manifest(64 * MB, 20), Limits(), reading=READING).tasks
 
     assert "CPU, which comes with memory" == bottleneck(task, 256 * MB, Speeds())
     assert "the network of a function" == bottleneck(task, 1024 * MB, Speeds())
@@ -89,8 +87,8 @@ def test_memory_brings_cpu() -> None:
 def test_stages_add_up() -> None:
     """A tree takes the time of its levels one after another; through shared memory, less."""
     made = manifest(512 * MB, 20)
-    one, two, three = (forecast_seconds(make(made, Limits(), reading=READING), 4 * GIB) for make in (flat, lambda_fl, lifl))
-    shared = forecast_seconds(lifl(made, Limits(), reading=READING, shared_memory=True), 4 * GIB)
+    one, two, three = (forecast_seconds(way.plan(made, reading=READING), 4 * GIB) for way in (Flat(), LambdaFLTree(), LIFLTree()))
+    shared = forecast_seconds(LIFLTree(shared_memory=True).plan(made, Limits(), reading=READING), 4 * GIB)
 
     assert one.billed < two.billed < three.billed
     assert shared.p50 < three.p50
@@ -98,7 +96,7 @@ def test_stages_add_up() -> None:
 
 def test_paced_by_hand() -> None:
     """Of a thousand functions, one that reads 1 MiB of each of 100 updates waits for its requests: 99 intervals, and it writes."""
-    plan = sharded(manifest(1_000 * MB, 100), Limits(), reading=READING, shards=1_000)
+    plan = Sharded(shards=1_000).plan(manifest(1_000 * MB, 100), Limits(), reading=READING)
     known, kept = Speeds(), share(1_000)
     ((_, task),) = plan.kinds[0]
     free = task_seconds(task, GIB, known)
@@ -113,7 +111,7 @@ def test_paced_by_hand() -> None:
 @given(shards=st.integers(1, 2_000), concurrency=st.integers(1, 2_000), size=st.sampled_from([MB, 100 * MB, 10_000 * MB]))
 def test_borne(shards: int, concurrency: int, size: int) -> None:
     """So many functions at once as a prefix bears need not be paced, and read as they are; one more would have to be."""
-    plan = sharded(manifest(size, 10), Limits(), reading=READING, shards=min(shards, size // 4))
+    plan = Sharded(shards=min(shards, size // 4)).plan(manifest(size, 10), Limits(), reading=READING)
     most = borne((kind.task for kinds in plan.kinds for kind in kinds), GIB)
     (functions,) = at_once(plan, concurrency)
 
@@ -123,22 +121,22 @@ def test_borne(shards: int, concurrency: int, size: int) -> None:
 
 
 @given(
-    divide=st.sampled_from([sharded, lambda_fl, lifl, sharded_tree]),
+    divide=st.sampled_from([Sharded(), LambdaFLTree(), LIFLTree(), ShardedTree()]),
     size=st.sampled_from([4_000, MB, 100 * MB, 10_000 * MB]),
     clients=st.integers(2, 200),
     memory=st.sampled_from([256 * MB, GIB, 10 * GIB]),
     concurrency=st.integers(1, 2_000),
 )
-def test_gets_bind(divide: Callable[..., Plan], size: int, clients: int, memory: int, concurrency: int) -> None:
+def test_gets_bind(divide: Topology, size: int, clients: int, memory: int, concurrency: int) -> None:
     """Of two inputs or more, functions come nearer to the limit of GETs than to that of PUTs."""
-    asked = rates(divide(manifest(size, clients), Limits(), reading=READING), memory, concurrency)
+    asked = rates(divide.plan(manifest(size, clients), reading=READING), memory, concurrency)
 
     assert asked.gets / GETS > asked.puts / PUTS
 
 
 def test_suited() -> None:
     """Where a thousand functions would be paced, they ask for more at a time, as far as their memory goes, and are as fast as one alone."""
-    plan = sharded(manifest(32_000 * MB, 20), Limits(), reading=READING, shards=1_000)
+    plan = Sharded(shards=1_000).plan(manifest(32_000 * MB, 20), Limits(), reading=READING)
     roomy = suited(plan, 1_769 * MB, 1_000)
     alone = forecast_seconds(plan, 1_769 * MB, 100).billed
     paced, larger = (forecast_seconds(plan.but(reading=reading), 1_769 * MB, 1_000) for reading in (READING, roomy))
@@ -155,7 +153,7 @@ def test_suited() -> None:
 @pytest.mark.parametrize("more", [0, 40 * MB, 400 * MB])
 def test_suited_to_the_memory(more: int) -> None:
     """What functions ask for at a time is no more than they have memory for, and with more of it they are no slower."""
-    plan = sharded(manifest(128_000 * MB, 20), Limits(), reading=READING, shards=1_000)
+    plan = Sharded(shards=1_000).plan(manifest(128_000 * MB, 20), Limits(), reading=READING)
     memory = plan.memory + RUNTIME + more
     chosen = plan.but(reading=suited(plan, memory, 1_000))
 
@@ -166,7 +164,7 @@ def test_suited_to_the_memory(more: int) -> None:
 
 def test_levels_have_shares_of_their_own() -> None:
     """The few functions that bring partial sums together do not keep to the share of the many that wrote them."""
-    plan = sharded_tree(manifest(3_000 * MB, 100), Limits(), reading=READING, shards=100, fan_in=10)
+    plan = ShardedTree(shards=100, fan_in=10).plan(manifest(3_000 * MB, 100), Limits(), reading=READING)
 
     assert [1_000, 100] == at_once(plan)
     assert [700, 100] == at_once(plan, 700)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,23 +22,23 @@ from gradsharding.errors import NonFinite, PlanTooLarge, UserError
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
 from gradsharding.planning.task import Job, Task, TaskReport
-from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.round import SHARED_MEMORY
 from gradsharding.rounds.verify import verify
 from gradsharding.stores.protocol import ObjectStore
-from gradsharding.stores.reading import STREAM, Reading
+from gradsharding.stores.reading import Reading
 from gradsharding.testing import CountingStore, FlakyStore, assert_same, peak, reference_mean, sample_updates
 from gradsharding.testing.reference import Updates
 from gradsharding.usage import total
 
 TREES: Mapping[str, Topology] = {
-    "flat": flat,
-    "sharded": partial(sharded, shards=3),
-    "lambda-fl": lambda_fl,
-    "lambda-fl, 3 levels": partial(lambda_fl, fan_in=2, levels=3),
-    "lifl": lifl,
-    "lifl, shared memory": partial(lifl, shared_memory=True),
-    "sharded-tree": partial(sharded_tree, shards=3),
+    "flat": Flat(),
+    "sharded": Sharded(shards=3),
+    "lambda-fl": LambdaFLTree(),
+    "lambda-fl, 3 levels": LambdaFLTree(fan_in=2, levels=3),
+    "lifl": LIFLTree(),
+    "lifl, shared memory": LIFLTree(shared_memory=True),
+    "sharded-tree": ShardedTree(shards=3),
 }
 
 
@@ -77,21 +76,21 @@ def test_every_dtype(shared_memory: Path, name: str, clients: int) -> None:
 @settings(deadline=None, max_examples=150)
 @given(
     weights=st.lists(st.integers(1, 1 << 29), min_size=1, max_size=30) | st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=30),
-    make=st.sampled_from([lambda_fl, sharded_tree, lifl]),
+    kind=st.sampled_from([LambdaFLTree, ShardedTree, LIFLTree]),
     fan_in=st.integers(1, 7),
     levels=st.integers(1, 4),
     dtype=st.sampled_from(["float32", "float16", "float64", "int64", "int8", "uint32", "bool"]),
     seed=st.integers(0, 1 << 20),
 )
-def test_same_mean(weights: list[float], make: Any, fan_in: int, levels: int, dtype: str, seed: int) -> None:
+def test_same_mean(weights: list[float], kind: type[Topology], fan_in: int, levels: int, dtype: str, seed: int) -> None:
     """Over random clients, weights, fan-ins, depths and dtypes, a tree gives the weighted mean: integers exactly, floats to a last bit."""
     draw = np.random.default_rng(seed)
     numbers = draw.normal(size=(len(weights), 11)) * 10 ** draw.integers(0, 3)
     updates = {f"c{i:02d}": ({"w": x.astype(dtype)}, w) for i, (x, w) in enumerate(zip(numbers, weights, strict=True))}
-    shape = {"fan_in": fan_in} | ({"levels": levels} if make is not lifl else {})
+    shape = {"fan_in": fan_in} | ({"levels": levels} if kind is not LIFLTree else {})
     round_ = submitted(updates, MemoryStore())
-    found = aggregate(round_, topology=partial(make, **shape)).arrays()["w"]
-    one = aggregate(submitted(updates, MemoryStore()), topology=flat).arrays()["w"]
+    found = aggregate(round_, topology=kind(**shape)).arrays()["w"]
+    one = aggregate(submitted(updates, MemoryStore()), topology=Flat()).arrays()["w"]
 
     if np.dtype(dtype).kind == "f":
         size = np.abs(numbers).max()  # where a sum cancels, its last bits are those of what was added
@@ -102,7 +101,7 @@ def test_same_mean(weights: list[float], make: Any, fan_in: int, levels: int, dt
 
 @pytest.mark.parametrize(
     ("topology", "gets", "puts"),
-    [(partial(sharded, shards=4), 80, 4), (partial(sharded, shards=8), 160, 8), (lambda_fl, 24, 5), (lifl, 30, 11)],
+    [(Sharded(shards=4), 80, 4), (Sharded(shards=8), 160, 8), (LambdaFLTree(), 24, 5), (LIFLTree(), 30, 11)],
     ids=["M=4", "M=8", "lambda-fl", "lifl"],
 )
 def test_requests_of_the_paper(topology: Topology, gets: int, puts: int) -> None:
@@ -132,7 +131,7 @@ def test_bias_of_averaged_averages() -> None:
     updates = {f"c{i:02d}": ({"w": unit[i]}, 1) for i in range(20)}
     biased = average_of_averages([*unit], 3)
     plan_round = submitted(updates, MemoryStore())
-    result = aggregate(plan_round, topology=lifl)
+    result = aggregate(plan_round, topology=LIFLTree())
 
     assert (7, 3, 1) == result.plan.widths
     np.testing.assert_allclose(biased, [1 / 27] * 18 + [1 / 6] * 2)
@@ -164,20 +163,15 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
     }
     shards, fan_in = draw.randint(1, min(6, elements)), draw.randint(1, 5)
     reading = Reading(chunk=draw.choice([0, 64 if elements <= 200 else 4_096, 10_000]), parallel=draw.randint(1, 3))
-    makes: list[Any] = [
-        flat,
-        partial(sharded, shards=shards),
-        partial(lambda_fl, fan_in=fan_in, levels=draw.randint(1, 4)),
-        partial(lifl, fan_in=fan_in, shared_memory=draw.random() < 0.5),
-        partial(sharded_tree, shards=shards, fan_in=fan_in),
+    store.reading = reading
+    topologies: list[Topology] = [
+        Flat(),
+        Sharded(shards=shards),
+        LambdaFLTree(fan_in=fan_in, levels=draw.randint(1, 4)),
+        LIFLTree(fan_in=fan_in, shared_memory=draw.random() < 0.5),
+        ShardedTree(shards=shards, fan_in=fan_in),
     ]
-    make = draw.choice(makes)
-
-    def topology(manifest: Any, limits: Limits, **how: Any) -> Plan:
-        plan: Plan = make(manifest, limits, **{**how, "reading": reading})
-        return plan
-
-    return submitted(updates, store, name), topology, arithmetic, updates
+    return submitted(updates, store, name), draw.choice(topologies), arithmetic, updates
 
 
 NURSERY = """
@@ -324,7 +318,7 @@ def test_another_plan(tmp_path: Path, shared_memory: Path) -> None:
     for name in ("lifl", "lifl, shared memory", "lambda-fl"):
         with pytest.raises(Interrupted):
             aggregate(submitted(updates, store), topology=TREES[name], progress=stop)
-    result = aggregate(Round(store, "r"), topology=sharded)
+    result = aggregate(Round(store, "r"), topology=Sharded())
 
     assert_same(reference_mean(updates), result.arrays())
     assert [] == [key for key, _ in store.list("rounds/r/partials/")]
@@ -337,9 +331,9 @@ def test_nan_in_a_leaf() -> None:
     round_ = submitted(updates, MemoryStore())
 
     with pytest.raises(NonFinite, match=r"lambda-fl/0/1: clients c5 hold NaN"):
-        aggregate(round_, topology=lambda_fl)
+        aggregate(round_, topology=LambdaFLTree())
     assert round_.result() is None
-    assert np.isnan(aggregate(round_, topology=lambda_fl, nonfinite="propagate").arrays()["w"][1])
+    assert np.isnan(aggregate(round_, topology=LambdaFLTree(), nonfinite="propagate").arrays()["w"][1])
 
 
 def test_sums_that_overflow_on_the_way() -> None:
@@ -348,7 +342,7 @@ def test_sums_that_overflow_on_the_way() -> None:
     round_ = submitted(updates, MemoryStore())
 
     with pytest.raises(NonFinite, match=r"lambda-fl/1/0: finite values overflow when summed, those of clients c0, c2") as caught:
-        aggregate(round_, topology=partial(lambda_fl, fan_in=1))
+        aggregate(round_, topology=LambdaFLTree(fan_in=1))
     assert [["c0", 8], ["c2", 8]] == caught.value.details["found"]
 
 
@@ -360,8 +354,8 @@ def test_partial_sums_that_vanish(tmp_path: Path) -> None:
         return lambda report: store.delete([k for k, _ in store.list("rounds/r/partials/")]) if report.task == "lambda-fl/0/1" else None
 
     with pytest.raises(Exception, match=r"there is no object 'rounds/r/partials/[0-9a-f]{16}/lambda-fl\.0\.0'"):
-        aggregate(submitted(updates, store), topology=lambda_fl, progress=delete)
-    assert_all_but_last_bits(reference_mean(updates), aggregate(Round(store, "r"), topology=lambda_fl))
+        aggregate(submitted(updates, store), topology=LambdaFLTree(), progress=delete)
+    assert_all_but_last_bits(reference_mean(updates), aggregate(Round(store, "r"), topology=LambdaFLTree()))
 
 
 def test_shared_memory_is_private(tmp_path: Path, shared_memory: Path) -> None:
@@ -389,7 +383,7 @@ def test_no_room_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lambda_shares_no_memory() -> None:
     """Functions in the cloud have no memory in common: LIFL's own data plane is refused there."""
     invoke = pytest.importorskip("gradsharding.aws.functions.executor", reason="boto3 is not installed")
-    plan = TREES["lifl, shared memory"](submitted(sample_updates(4), MemoryStore()).seal(), Limits(), grain=1, reading=STREAM)
+    plan = TREES["lifl, shared memory"].plan(submitted(sample_updates(4), MemoryStore()).seal())
     job = Job(store="s3://bucket", output="r", upload="u", partials="shm:///dev/shm/gradsharding-0")
     with pytest.raises(UserError, match="cannot be reached by Lambda functions"):
         invoke.LambdaExecutor("f").run(plan.tasks, job, MemoryStore(), Limits(), lambda _: None)
@@ -419,8 +413,8 @@ def test_a_store_that_fails(when: Any) -> None:
     submitted(updates, store).seal()
     flaky = FlakyStore(store, {(when, "put", 2): OSError("the store is away")})  # the first put is the plan's record
     with pytest.raises(OSError, match="the store is away"):
-        aggregate(Round(flaky, "r"), topology=lambda_fl)
-    result = aggregate(Round(store, "r"), topology=lambda_fl)
+        aggregate(Round(flaky, "r"), topology=LambdaFLTree())
+    result = aggregate(Round(store, "r"), topology=LambdaFLTree())
 
     assert (3 if when == "before" else 2) == len(result.reports)
     assert_all_but_last_bits(reference_mean(updates), result)

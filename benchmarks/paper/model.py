@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple
 
-from gradsharding import Limits, lambda_fl, lifl
+from gradsharding import LambdaFLTree, LIFLTree
 from gradsharding.advice.cost import GIB, MONTH, Bill, Cost, Item, priced_functions
 from gradsharding.advice.prices import Prices
 from gradsharding.advice.timing import Speeds, stage_seconds
@@ -139,7 +139,7 @@ def planned(topology: str, manifest: Manifest, shards: int | None = None) -> Pap
     widths: tuple[int, ...] = (1,)
     fan_ins: tuple[int, ...] = (clients,)
     if topology in ("lambda-fl", "lifl"):
-        tree = {"lambda-fl": lambda_fl, "lifl": lifl}[topology](manifest, Limits())
+        tree = {"lambda-fl": LambdaFLTree(), "lifl": LIFLTree()}[topology].plan(manifest)
         widths, fan_ins = tree.widths, tree.fan_ins
     slices = tuple(s.stop - s.start for s in cut(manifest.layout.runs, shards or 1))
     return PaperPlan(topology, clients, len(manifest.layout.header()) + manifest.layout.nbytes, slices, widths, fan_ins)

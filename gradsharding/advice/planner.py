@@ -1,7 +1,7 @@
 """Which topology, how many shards, how much memory: the planner prices every choice, and recommends one with its reasons."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from decimal import Decimal
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from gradsharding.planning.platform import (
     Figure,
 )
 from gradsharding.planning.projection import commanded
-from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import TOPOLOGIES, Topology, make_topology
 from gradsharding.rounds.records import RECORD
 from gradsharding.running.pace import share
 from gradsharding.sizes import mib
@@ -53,12 +53,6 @@ PRICE_TOLERANCE = Decimal("0.1")
 
 NEAR = 0.95
 """Share of a limit from which on a plan is said to be close to it."""
-
-NAMES = ("flat", "sharded", "lambda-fl", "lifl", "sharded-tree")
-"""The topologies that are planned, in the order in which they are shown."""
-
-Maker = Callable[..., Plan]
-"""A topology, with its parameters."""
 
 
 class Needs(Value):
@@ -180,14 +174,15 @@ def recommend(
     prices: Prices | None = None,
     speeds: Speeds | None = None,
     shards: int | None = None,
-    topologies: Collection[str] = NAMES,
+    topologies: Collection[str] | None = None,
     arithmetic: Arithmetic = "float64",
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and recommend the fastest of those that cost little more than the cheapest.
 
-    ``shards`` fixes the number of slices; only ``topologies`` are considered. Nothing is read or run. Costs whose prices are missing from
-    ``prices`` are unknown; the options are then compared at the packaged prices of ``HOME_REGION``. Raise UserError for exact sums of F64,
-    for functions that Lambda does not offer, and for a budget if a price is missing.
+    ``shards`` fixes the number of slices; only ``topologies`` are considered, by default all that are registered. Nothing is read or run.
+    Costs whose prices are missing from ``prices`` are unknown; the options are then compared at the packaged prices of ``HOME_REGION``.
+    Raise UserError for exact sums of F64, for a topology that is not registered, for functions that Lambda does not offer, and for a budget
+    if a price is missing.
     """
     needs = needs or Needs()
     if needs.memory > MEMORY[-1]:
@@ -196,8 +191,7 @@ def recommend(
         raise UserError(f"a function cannot run for {needs.timeout:,} s; Lambda offers {TIMEOUT:,} s at most: allow no more")
     prices = prices or load_prices()
     search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), arithmetic)
-    ways = _ways(manifest, shards)
-    options = tuple(search.best_of(*ways[name]) for name in NAMES if name in topologies)
+    options = tuple(search.best_of(_ways(name, manifest, shards)) for name in (TOPOLOGIES if topologies is None else topologies))
     fit = [option for option in options if option.problem is None]
     best = _choose(fit)
     servers = search.servers(best) if not prices.lacking([f"lambda_second_{needs.architecture}", "lambda_request"]) else ()
@@ -209,22 +203,20 @@ def recommend(
     return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), said, servers, missing)
 
 
-def _ways(manifest: Manifest, shards: int | None) -> dict[str, tuple[Maker, list[dict[str, int]]]]:
-    """Return each topology with the parameters to try."""
+def _ways(name: str, manifest: Manifest, shards: int | None) -> list[Topology]:
+    """Return a topology with each choice of its options that is worth a try; raise UserError for an unknown name."""
+    options = type(make_topology(name)).model_fields
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
-    counts, few = ([shards] if shards else [*_ladder(1, most, step)] for step in (1.5, 1.8))
+    step = 1.8 if "fan_in" in options else 1.5  # fewer where each is tried with many trees
+    counts = [shards] if shards else [*_ladder(1, most, step)]
     clients = len(manifest.terms)
     root, half = math.isqrt(clients), clients // 2  # with a larger fan-in, there would be one leaf
-    fans: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in _ladder(max(2, root // 8), min(half, 8 * root), 4) if 2 <= fan <= half)]
-    if clients > DEEP:
-        fans.append({"levels": 3})
-    return {
-        "flat": (flat, [{}]),
-        "sharded": (sharded, [{"shards": count} for count in counts]),
-        "lambda-fl": (lambda_fl, fans),
-        "lifl": (lifl, [shape for shape in fans if "levels" not in shape]),
-        "sharded-tree": (sharded_tree, [{"shards": count, **fan} for count in few for fan in fans]),
-    }
+    fans = [fan for fan in _ladder(max(2, root // 8), min(half, 8 * root), 4) if 2 <= fan <= half]
+    trees: list[dict[str, int]] = [{}, *({"fan_in": fan} for fan in fans if "fan_in" in options)]
+    if clients > DEEP and "levels" in options:
+        trees.append({"levels": 3})
+    cuts = [{"shards": count} for count in counts] if "shards" in options else [{}]
+    return [make_topology(name, **slices, **tree) for slices in cuts for tree in trees]
 
 
 def _ladder(least: int, most: int, step: float) -> Iterable[int]:
@@ -264,11 +256,11 @@ class _Search:
         sample = self.manifest.terms[:100]
         return sum(len(term.model_dump_json()) + 1 for term in sample) / len(sample)
 
-    def best_of(self, make: Maker, shapes: Iterable[dict[str, int]]) -> Option:
-        """Return the best option of a topology, or the one that comes closest to fitting if none fits."""
+    def best_of(self, ways: Iterable[Topology]) -> Option:
+        """Return the best option of some topologies, or the one that comes closest to fitting if none fits."""
         limits = Limits(memory=self.needs.memory)
-        common = {"grain": GRAIN, "reading": READING, "arithmetic": self.arithmetic}
-        plans = [make(self.manifest, limits, **common, **shape).placed(**self.setting) for shape in shapes]
+        made = (way.plan(self.manifest, limits, grain=GRAIN, reading=READING, arithmetic=self.arithmetic) for way in ways)
+        plans = [plan.placed(**self.setting) for plan in made]
         options = [option for plan in plans for option in self.options(plan)]
         return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
 

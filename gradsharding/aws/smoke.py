@@ -4,7 +4,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import click
 import numpy as np
@@ -20,7 +19,7 @@ from gradsharding.aws.deploy.drift import checked
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.demands import expecting
 from gradsharding.errors import GradShardingError, UserError
-from gradsharding.planning.topologies import Topology, sharded, sharded_tree
+from gradsharding.planning.topologies import Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.result import Result, observed_memory
 from gradsharding.rounds.round import Round
@@ -33,8 +32,8 @@ CLIENTS, ELEMENTS = 4, 4 << 20
 """Updates, and the float32 values of each: 64 MiB in all."""
 
 WAYS: Mapping[str, Topology] = {
-    "4 slices": partial(sharded, shards=4),
-    "2 slices in a tree of fan-in 2": partial(sharded_tree, shards=2, fan_in=2),
+    "4 slices": Sharded(shards=4),
+    "2 slices in a tree of fan-in 2": ShardedTree(shards=2, fan_in=2),
 }
 """Small slices, which are composed into the result's parts, and large ones, which are parts themselves; partial sums in between."""
 

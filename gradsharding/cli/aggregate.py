@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import get_args
 
 import click
@@ -16,13 +15,14 @@ from gradsharding.advice import billing
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.cli.command import command, completed_as, completed_by, option
 from gradsharding.cli.inputs import located, open_round, read_updates, requests_around, writable
-from gradsharding.cli.options import SHARDS, exact_option, memory_size
+from gradsharding.cli.options import exact_option, memory_size
 from gradsharding.cli.terminal import printable
+from gradsharding.cli.topologies import topology_options
 from gradsharding.errors import NonFinite
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.platform import CHARGES
 from gradsharding.planning.task import NonFinitePolicy
-from gradsharding.planning.topologies import Topology, flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.result import Result, observed_memory
 from gradsharding.running import executors
@@ -30,14 +30,6 @@ from gradsharding.sizes import mib
 from gradsharding.stores.files import replace
 from gradsharding.text import labelled
 from gradsharding.usage import counting
-
-TOPOLOGIES: dict[str, Callable[..., Plan]] = {
-    "flat": flat, "sharded": sharded, "lambda-fl": lambda_fl, "lifl": lifl, "sharded-tree": sharded_tree,
-}  # fmt: skip
-"""The values of ``--topology``; each is a row of ``gradsharding plan``."""
-
-TAKES = {"shards": ("sharded", "sharded-tree"), "fan_in": ("lambda-fl", "lifl", "sharded-tree"), "shared_memory": ("lifl",)}
-"""The topologies that an option goes with."""
 
 DIVISION, EXECUTION, RESULT = "How the work is divided", "Where it runs", "Result"
 """Headings of the options."""
@@ -77,23 +69,7 @@ DIVISION, EXECUTION, RESULT = "How the work is divided", "Where it runs", "Resul
     shell_complete=completed_as("dir"),
     help="Keep the round's records in this directory or s3:// URL, so that the command can be resumed.  [default: keep none]",
 )
-@option(
-    "--topology",
-    type=click.Choice([*TOPOLOGIES]),
-    default="sharded",
-    show_default=True,
-    section=DIVISION,
-    help="How functions share the work.",
-)
-@option("--shards", type=SHARDS, metavar="N", section=DIVISION, help="Number of slices.  [default: slices of 8 MiB, or as --memory allows]")
-@option(
-    "--fan-in",
-    type=click.IntRange(1),
-    metavar="N",
-    section=DIVISION,
-    help="Inputs of each function in a tree.  [default: a root of the number of updates]",
-)
-@option("--shared-memory", is_flag=True, section=DIVISION, help="Pass partial sums through this machine's memory; only with lifl.")
+@topology_options(DIVISION)
 @option(
     "--executor",
     metavar="KIND",
@@ -120,9 +96,7 @@ DIVISION, EXECUTION, RESULT = "How the work is divided", "Where it runs", "Resul
 def aggregate_command(
     updates: tuple[str, ...],
     output: str,
-    shards: int | None,
-    topology: str,
-    fan_in: int | None,
+    topology: Topology,
     memory: int | None,
     executor: str,
     concurrency: int | None,
@@ -130,7 +104,6 @@ def aggregate_command(
     nonfinite: NonFinitePolicy,
     report: str | None,
     *,
-    shared_memory: bool,
     exact: bool,
 ) -> None:
     """Average safetensors files into one, slice by slice.
@@ -169,7 +142,6 @@ def aggregate_command(
         inputs = [update.place for update in given]
         out = writable(output, inputs)
         report_path = writable(report, [*inputs, out]).path if report else None
-        divide = _topology(topology, shards, fan_in, shared_memory=shared_memory)
         runner = executors.open_executor(executor, concurrency=concurrency)
         limits = runner.limits(Limits(memory=memory) if memory is not None else None)
         arithmetic: Arithmetic = "exact" if exact else "float64"
@@ -177,7 +149,7 @@ def aggregate_command(
             try:
                 result = aggregate(
                     round_,
-                    topology=divide,
+                    topology=topology,
                     arithmetic=arithmetic,
                     limits=limits,
                     executor=runner,
@@ -198,19 +170,6 @@ def aggregate_command(
         facts |= {"check it": f"gradsharding verify {printable(store)} {round_.id}"} if store else {}
     click.echo(f"{printable(output)}: mean of {len(result.record.clients)} clients, {mib(result.record.layout.nbytes)}")
     click.echo(labelled([*facts.items()]))
-
-
-def _topology(name: str, shards: int | None, fan_in: int | None, *, shared_memory: bool) -> Topology:
-    """Give a topology with the parameters that it takes."""
-    given = {"shards": shards, "fan_in": fan_in, "shared_memory": shared_memory or None}
-    given = {parameter: value for parameter, value in given.items() if value is not None}
-    for parameter in given:
-        if name not in TAKES[parameter]:
-            flag = f"--{parameter.replace('_', '-')}"
-            raise click.UsageError(
-                f"{flag} goes with --topology {' or '.join(TAKES[parameter])}, not with {name}.", click.get_current_context()
-            )
-    return partial(TOPOLOGIES[name], **given)
 
 
 @contextlib.contextmanager

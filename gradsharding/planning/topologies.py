@@ -1,6 +1,13 @@
-"""A topology is a pure function from a manifest to a plan."""
+"""A topology is a value: from the same manifest and limits it makes the same plan.
 
-from typing import Any, Protocol, get_args
+``TOPOLOGIES`` is the registry that the command line, the planner and ``make_topology`` read. A new topology is a subclass of ``Topology``
+and a place in the registry; its fields become its options everywhere.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, get_args
+
+from pydantic import Field, ValidationError
 
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import UserError, quoted
@@ -8,104 +15,183 @@ from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.slices import cut
 from gradsharding.stores.reading import STREAM, Reading
+from gradsharding.value import Value
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+_SHARDS = Field(None, description="Number of slices.  [default: slices of 8 MiB, or as --memory allows]")
+_FAN_IN = Field(None, description="Inputs of each function in a tree.  [default: a root of the number of updates]")
+_LEVELS = Field(2, description="Levels of a tree.  [default: 2]")
 
 
-class Topology(Protocol):
-    """A manifest, the limits of a function, the bytes that suit a slice, how a function reads and what it sums in make a plan."""
+class Topology(Value):
+    """How the work of a round is divided among functions.
 
-    def __call__(self, manifest: Manifest, limits: Limits, *, grain: int, reading: Reading, arithmetic: Arithmetic = "float64") -> Plan:
-        """Make the plan; the same arguments make the same plan."""
-        ...
-
-
-def flat(manifest: Manifest, limits: Limits, *, grain: int = 0, reading: Reading = STREAM, **how: Any) -> Plan:  # noqa: ARG001 - whatever it takes
-    """One function averages everything: what a single server does."""
-    return _plan("flat", manifest, reading, **how)
-
-
-def sharded(
-    manifest: Manifest, limits: Limits, *, grain: int = 8 << 20, reading: Reading = STREAM, shards: int | None = None, **how: Any
-) -> Plan:
-    """One function a slice, each reading its range of every update.
-
-    ``shards`` is their number; by default, slices of about ``grain`` bytes, smaller where the limits demand it.
+    A subclass sets ``name``, has its options as fields, and overrides ``fan_ins``, ``divided``, or both. Raise UserError for an option that
+    it does not have, or whose value it does not take.
     """
-    return _sliced(_plan("sharded", manifest, reading, **how), limits, grain, shards)
+
+    name: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise UserError(_refused(self.name, error)) from error
+
+    def plan(
+        self,
+        manifest: Manifest,
+        limits: Limits | None = None,
+        *,
+        grain: int = 8 << 20,
+        reading: Reading = STREAM,
+        arithmetic: Arithmetic = "float64",
+    ) -> Plan:
+        """Plan a round: functions with ``limits`` read slices of about ``grain`` bytes by ``reading``, and sum in ``arithmetic``.
+
+        Raise PlanTooLarge for more slices than the update has elements, UserError for exact sums of float64 tensors.
+        """
+        if arithmetic not in get_args(Arithmetic):
+            raise UserError(f"no arithmetic is known as {arithmetic!r}; use float64 or exact")
+        if arithmetic == "exact":
+            _require_narrow(manifest)
+        whole = Plan(
+            topology=self.name,
+            header_bytes=len(manifest.layout.header()),
+            slices=cut(manifest.layout.runs, 1),
+            terms=manifest.terms,
+            fan_ins=self.fan_ins(len(manifest.terms)),
+            reading=reading,
+            arithmetic=arithmetic,
+        )
+        return self.divided(whole, limits or Limits(), grain)
+
+    def fan_ins(self, clients: int) -> tuple[int, ...]:
+        """Give the inputs of a function at each level of the tree over the clients; the last level has one function a slice."""
+        return (clients,)
+
+    def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:  # noqa: ARG002 - for subclasses
+        """Divide a plan of one slice into slices of about ``grain`` bytes, if the topology has slices."""
+        return whole
+
+    def __str__(self) -> str:
+        """Give the name with the options that differ from their defaults: ``sharded (shards=7)``."""
+        options = ", ".join(f"{option}={value}" for option, value in self if value != type(self).model_fields[option].default)
+        return f"{self.name} ({options})" if options else self.name
 
 
-def lambda_fl(
-    manifest: Manifest,
-    limits: Limits,  # noqa: ARG001 - whatever it takes
-    *,
-    grain: int = 0,  # noqa: ARG001 - whole models
-    reading: Reading = STREAM,
-    fan_in: int | None = None,
-    levels: int = 2,
-    **how: Any,
-) -> Plan:
-    """A tree over the clients (λ-FL, FL-AAAI-22): leaves sum ``fan_in`` whole models each, the root sums the sums and divides.
+class Flat(Topology):
+    """One function averages everything, as a single server does."""
 
-    By default ``fan_in`` is the smallest number whose power to the ``levels`` is the number of clients or more: √N rounded up.
+    name: ClassVar = "flat"
+
+
+class Sharded(Topology):
+    """One function for each slice; it reads its range of every update.
+
+    >>> Sharded(shards=7), str(Sharded(shards=7)), str(Sharded())
+    (Sharded(shards=7), 'sharded (shards=7)', 'sharded')
     """
-    return _plan("lambda-fl", manifest, reading, _tree(manifest, fan_in, levels), **how)
+
+    name: ClassVar = "sharded"
+
+    shards: AtLeastOne | None = _SHARDS
+    """Number of slices; by default, slices of about ``grain`` bytes, smaller where the limits demand it."""
+
+    def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:
+        """Cut the vector into slices."""
+        return _cut(whole, self.shards, limits, grain)
 
 
-def lifl(
-    manifest: Manifest,
-    limits: Limits,  # noqa: ARG001 - whatever it takes
-    *,
-    grain: int = 0,  # noqa: ARG001 - whole models
-    reading: Reading = STREAM,
-    fan_in: int | None = None,
-    **how: Any,
-) -> Plan:
-    """A tree of leaf, middle and top aggregators (LIFL, arXiv 2405.10968), each of whole models.
+class LambdaFLTree(Topology):
+    """A tree over the clients (λ-FL, FL-AAAI-22): leaves sum ``fan_in`` whole models each, the root merges the sums and divides."""
 
-    By default ``fan_in`` is the cube root of the number of clients, rounded up, and 2 at least. With ``shared_memory``, partial
-    sums pass through the memory of the machine that all functions run on, as in LIFL itself; else through the store, as the
-    GradsSharding paper has it re-implemented.
+    name: ClassVar = "lambda-fl"
+
+    fan_in: AtLeastOne | None = _FAN_IN
+    """By default the smallest number whose power to the ``levels`` is the number of clients or more: √N rounded up."""
+    levels: AtLeastOne = _LEVELS
+
+    def fan_ins(self, clients: int) -> tuple[int, ...]:
+        """Give a tree of ``levels``."""
+        return _tree(clients, self.fan_in, self.levels)
+
+
+class LIFLTree(Topology):
+    """A tree of leaf, middle and top aggregators (LIFL, arXiv 2405.10968), each of whole models."""
+
+    name: ClassVar = "lifl"
+
+    fan_in: AtLeastOne | None = _FAN_IN
+    """By default the cube root of the number of clients, rounded up, and at least 2."""
+    shared_memory: bool = Field(default=False, description="Pass partial sums through this machine's memory.")
+    """Pass partial sums through the memory of the machine that all functions run on, as LIFL itself does. Otherwise they pass through the
+    store, as in the re-implementation of the GradsSharding paper."""
+
+    def fan_ins(self, clients: int) -> tuple[int, ...]:
+        """Give a tree of three levels."""
+        return _tree(clients, self.fan_in or max(2, _root(clients, 3)), 3)
+
+    def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:  # noqa: ARG002 - whole models
+        """Place the partial sums."""
+        return whole.but(shared_memory=self.shared_memory)
+
+
+class ShardedTree(Topology):
+    """A tree over the clients for each slice, where one function could not read a slice of every client in its time."""
+
+    name: ClassVar = "sharded-tree"
+
+    shards: AtLeastOne | None = _SHARDS
+    """As of ``Sharded``."""
+    fan_in: AtLeastOne | None = _FAN_IN
+    """As of ``LambdaFLTree``."""
+    levels: AtLeastOne = _LEVELS
+
+    def fan_ins(self, clients: int) -> tuple[int, ...]:
+        """Give a tree of ``levels``."""
+        return _tree(clients, self.fan_in, self.levels)
+
+    def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:
+        """Cut the vector into slices."""
+        return _cut(whole, self.shards, limits, grain)
+
+
+TOPOLOGIES: dict[str, type[Topology]] = {topology.name: topology for topology in (Flat, Sharded, LambdaFLTree, LIFLTree, ShardedTree)}
+"""All topologies by name, in the order in which they are listed."""
+
+
+def make_topology(name: str, **options: Any) -> Topology:
+    """Make a registered topology from its name; raise UserError for an unknown name, and for an option that it does not take.
+
+    >>> make_topology("sharded-tree", shards=3, fan_in=2)
+    ShardedTree(shards=3, fan_in=2, levels=2)
     """
-    return _plan("lifl", manifest, reading, _tree(manifest, fan_in or max(2, _root(len(manifest.terms), 3)), 3), **how)
+    if name not in TOPOLOGIES:
+        raise UserError(f"no topology has the name {quoted(name)}; use {listed([*TOPOLOGIES], 'or')}")
+    return TOPOLOGIES[name](**options)
 
 
-def sharded_tree(
-    manifest: Manifest,
-    limits: Limits,
-    *,
-    grain: int = 8 << 20,
-    reading: Reading = STREAM,
-    shards: int | None = None,
-    fan_in: int | None = None,
-    levels: int = 2,
-    **how: Any,
-) -> Plan:
-    """A tree over the clients for each slice: for so many clients that one function could not read a slice of each in its time."""
-    return _sliced(_plan("sharded-tree", manifest, reading, _tree(manifest, fan_in, levels), **how), limits, grain, shards)
+def listed(names: Sequence[str], conjunction: str) -> str:
+    """Join names as a sentence does.
+
+    >>> listed(["a", "b", "c"], "or"), listed(["a"], "or")
+    ('a, b or c', 'a')
+    """
+    *most, last = names
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
-def _plan(
-    name: str,
-    manifest: Manifest,
-    reading: Reading,
-    fan_ins: tuple[int, ...] | None = None,
-    *,
-    arithmetic: Arithmetic = "float64",
-    **how: Any,
-) -> Plan:
-    if arithmetic not in get_args(Arithmetic):
-        raise UserError(f"no arithmetic is known as {arithmetic!r}; use float64 or exact")
-    if arithmetic == "exact":
-        _require_narrow(manifest)
-    return Plan(
-        topology=name,
-        header_bytes=len(manifest.layout.header()),
-        slices=cut(manifest.layout.runs, 1),
-        terms=manifest.terms,
-        fan_ins=fan_ins or (len(manifest.terms),),
-        reading=reading,
-        arithmetic=arithmetic,
-        **how,
-    )
+def _refused(name: str, error: ValidationError) -> str:
+    """Say in one sentence which option a topology does not take, or which value."""
+    first = error.errors()[0]
+    field = str(first["loc"][0])
+    option = field.replace("_", "-")
+    if first["type"] != "extra_forbidden":
+        return f"{name} takes no {option} of {first['input']!r}: {first['msg'].replace('Input', 'it', 1)}"
+    takers = [topology.name for topology in TOPOLOGIES.values() if field in topology.model_fields]
+    return f"{name} takes no {option}" + (f"; {listed(takers, 'and')} do" if len(takers) > 1 else f"; {takers[0]} does" if takers else "")
 
 
 def _require_narrow(manifest: Manifest) -> None:
@@ -117,23 +203,19 @@ def _require_narrow(manifest: Manifest) -> None:
         )
 
 
-def _sliced(plan: Plan, limits: Limits, grain: int, shards: int | None) -> Plan:
-    """Cut into ``shards``, or into slices of about ``grain`` bytes: more of them until each fits, or no more can be made."""
+def _cut(whole: Plan, shards: int | None, limits: Limits, grain: int) -> Plan:
+    """Cut a plan of one slice into ``shards``, or into slices of about ``grain`` bytes that the limits allow."""
     if shards:
-        return plan.recut(shards)
-    wanted = -(-plan.result_bytes // grain)
-    return plan.fitting(limits.memory, wanted) or plan
+        return whole.recut(shards)
+    return whole.fitting(limits.memory, -(-whole.result_bytes // grain)) or whole
 
 
-def _tree(manifest: Manifest, fan_in: int | None, levels: int) -> tuple[int, ...]:
+def _tree(clients: int, fan_in: int | None, levels: int) -> tuple[int, ...]:
     """Inputs of a function at each level; the last one takes all that are left."""
-    count = len(manifest.terms)
-    each = fan_in or max(1, _root(count, levels))
-    if levels < 1 or each < 1:
-        raise UserError(f"a tree of {levels} levels with {each} inputs each is none; use at least 1 level, and 2 inputs")
+    each, left = fan_in or _root(clients, levels), clients
     for _ in range(levels - 1):
-        count = -(-count // each)
-    return (*[each] * (levels - 1), count)
+        left = -(-left // each)
+    return (*[each] * (levels - 1), left)
 
 
 def _root(number: int, degree: int) -> int:

@@ -28,7 +28,7 @@ from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.projection import HEADER_PART, READERS
 from gradsharding.planning.task import Job, NonFinitePolicy, TaskReport, Term
-from gradsharding.planning.topologies import Topology, sharded
+from gradsharding.planning.topologies import Sharded, Topology
 from gradsharding.rounds.records import RECORD, ResultRecord
 from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
@@ -45,7 +45,7 @@ from gradsharding.usage import carried, counting, together
 def aggregate(
     round: Round,  # noqa: A002
     *,
-    topology: Topology = sharded,
+    topology: Topology | None = None,
     arithmetic: Arithmetic = "float64",
     limits: Limits | None = None,
     executor: Executor | None = None,
@@ -55,9 +55,9 @@ def aggregate(
 ) -> Result:
     """Average a round's updates, weighted, and publish the result as one safetensors object.
 
-    Each stage of the story leaves one object behind, so a call that follows a crash, with the same arguments, runs only the
-    tasks whose parts are missing. A round that is done stays so, whatever is asked for now: its result is given back, and nothing is
-    planned. ``overwrite`` lets the result replace an object that is there.
+    ``topology`` divides the work, by default into slices: ``Sharded()``. Each stage of the story leaves one object behind, so a call that
+    follows a crash, with the same arguments, runs only the tasks whose parts are missing. A round that is done stays so, whatever is asked
+    for now: its result is given back, and nothing is planned. ``overwrite`` lets the result replace an object that is there.
 
     In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
     the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
@@ -87,7 +87,7 @@ def aggregate(
 
 def _aggregated(
     round_: Round,
-    topology: Topology,
+    topology: Topology | None,
     arithmetic: Arithmetic,
     limits: Limits | None,
     executor: Executor,
@@ -106,7 +106,7 @@ def _aggregated(
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
-    plan = topology(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
+    plan = (topology or Sharded()).plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
     plan = plan.but(reading=suited(executor, plan, limits))
     plan = plan.placed(
         home=round_.store.charges,

@@ -4,17 +4,17 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import pytest
 
+from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, TaskFailed, UserError
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Task, TaskReport
-from gradsharding.planning.topologies import flat, lambda_fl, lifl, sharded, sharded_tree
+from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
 from gradsharding.running.executors import Executor, InlineExecutor
@@ -96,8 +96,8 @@ class ExecutorContract:
         assert parts == store.parts(started.job.output, started.job.upload)
         assert_same(reference_mean(updates), started.complete())
 
-    @pytest.mark.parametrize("make", [lambda_fl, lifl, partial(sharded_tree, shards=3)], ids=["lambda-fl", "lifl", "sharded-tree"])
-    def test_tree(self, executor: Executor, store: ObjectStore, make: Callable[..., Plan]) -> None:
+    @pytest.mark.parametrize("make", [LambdaFLTree(), LIFLTree(), ShardedTree(shards=3)], ids=["lambda-fl", "lifl", "sharded-tree"])
+    def test_tree(self, executor: Executor, store: ObjectStore, make: Topology) -> None:
         """A task that reads partial sums runs once they are written; reports come in the order of the tasks all the same."""
         updates = sample_updates(5)
         started = Started.of(store, updates, make=make)
@@ -112,12 +112,12 @@ class ExecutorContract:
         assert_same(*({name: a for name, a in arrays.items() if name not in last_bits} for arrays in (expected, found)))
         np.testing.assert_allclose(found["float64"], expected["float64"], rtol=1e-14)
 
-    @pytest.mark.parametrize("make", [sharded, lambda_fl, sharded_tree], ids=["sharded", "lambda-fl", "sharded-tree"])
-    def test_exact(self, executor: Executor, store: ObjectStore, make: Callable[..., Plan]) -> None:
+    @pytest.mark.parametrize("make", [Sharded(), LambdaFLTree(), ShardedTree()], ids=["sharded", "lambda-fl", "sharded-tree"])
+    def test_exact(self, executor: Executor, store: ObjectStore, make: Topology) -> None:
         """Exact sums, and partial sums of the size that their values need, make the bits that one function makes in this process."""
         updates = _without_float64(sample_updates(5))
-        started = Started.of(store, updates, make=partial(make, arithmetic="exact"))
-        one = Started.of(MemoryStore(), updates, make=partial(flat, arithmetic="exact"))
+        started = Started.of(store, updates, make=make, arithmetic="exact")
+        one = Started.of(MemoryStore(), updates, make=Flat(), arithmetic="exact")
         reports = started.run(executor)
         one.run(InlineExecutor())
 
@@ -158,7 +158,7 @@ class ExecutorContract:
     def test_task_fails(self, executor: Executor, store: ObjectStore) -> None:
         """A task that fails ends the run: its error is raised, nothing is written later, and a second run makes the mean."""
         updates = _without_float64(sample_updates(5))  # which a tree may round in another last bit
-        started, reports = Started.of(store, updates, make=partial(sharded_tree, shards=3)), list[TaskReport]()
+        started, reports = Started.of(store, updates, make=ShardedTree(shards=3)), list[TaskReport]()
 
         def lose(report: TaskReport) -> None:
             if not reports:  # a leaf, whose sums the last task of its slice will not find
@@ -224,7 +224,7 @@ class ProcessContract(ExecutorContract):
     def test_idle_worker_dies(self, executor: Executor, store: ObjectStore) -> None:
         """A process that dies after its task is replaced, or the run ends with TaskFailed; either way the next run makes the mean."""
         updates = _without_float64(sample_updates(5))
-        started, killed = Started.of(store, updates, make=lambda_fl), set[str]()
+        started, killed = Started.of(store, updates, make=LambdaFLTree()), set[str]()
 
         def kill(report: TaskReport) -> None:
             if not killed:  # it has summed a leaf, whose sums other tasks wait for
@@ -254,13 +254,22 @@ class Started(NamedTuple):
     job: Job
 
     @classmethod
-    def of(cls, store: ObjectStore, updates: Updates, *, shards: int = 5, name: str = "r", make: Callable[..., Plan] | None = None) -> Self:
+    def of(
+        cls,
+        store: ObjectStore,
+        updates: Updates,
+        *,
+        shards: int = 5,
+        name: str = "r",
+        make: Topology | None = None,
+        arithmetic: Arithmetic = "float64",
+    ) -> Self:
         """Submit, seal, plan and begin."""
         round_ = Round.create(store, name)
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
-        plan = (make or partial(sharded, shards=shards))(manifest, Limits(), grain=store.grain, reading=store.reading)
+        plan = (make or Sharded(shards=shards)).plan(manifest, grain=store.grain, reading=store.reading, arithmetic=arithmetic)
         upload = round_.begin(plan)[0]
         job = Job(store=store.url, output=round_.output, upload=upload, terms=plan.terms, partials=round_.partials(upload))
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())

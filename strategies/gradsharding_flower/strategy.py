@@ -5,7 +5,6 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, Met
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from gradsharding import Executor, Limits, ObjectStore, Round, aggregate, lambda_fl, lifl, open_executor, open_store, sharded
+from gradsharding import Executor, LambdaFLTree, LIFLTree, Limits, ObjectStore, Round, Sharded, aggregate, open_executor, open_store
 from gradsharding import Result as Averaged
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
@@ -103,7 +102,7 @@ class GradSharding(Strategy):
         self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
         self.limits = limits
-        self.topology: Topology = partial(sharded, shards=shards)
+        self.topology: Topology = Sharded(shards=shards)
         """How the mean is divided over functions."""
         self.arithmetic: Arithmetic = "exact" if exact else "float64"
         self.mode = mode
@@ -129,7 +128,7 @@ class GradSharding(Strategy):
         """Log the configuration, then the wrapped strategy's."""
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
-        log.info("\t│\t├── Topology: %s | executor: %s", described(self.topology), type(self.executor).__name__)
+        log.info("\t│\t├── Topology: %s | executor: %s", self.topology, type(self.executor).__name__)
         log.info("\t│\t├── Arithmetic: %s", self.arithmetic)
         log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "by themselves")
         log.info("\t│\t└── Allowed memory of a function: %s", mib(self.limits.memory) if self.limits else "what the executor has")
@@ -276,7 +275,7 @@ class GradSharding(Strategy):
         if said := taken(self.executor, limits):
             log.info("Concurrency: %s", said)
         store = self.store
-        self.topology(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
+        self.topology.plan(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
@@ -371,7 +370,7 @@ class LambdaFL(GradSharding):
 
     def __init__(self, inner: FedAvg, *, fan_in: int | None = None, levels: int = 2, **settings: Any) -> None:
         super().__init__(inner, **_without_shards("LambdaFL", settings))
-        self.topology = partial(lambda_fl, fan_in=fan_in, levels=levels)
+        self.topology: Topology = LambdaFLTree(fan_in=fan_in, levels=levels)
 
 
 class LIFL(GradSharding):
@@ -391,14 +390,7 @@ class LIFL(GradSharding):
 
     def __init__(self, inner: FedAvg, *, fan_in: int | None = None, shared_memory: bool = False, **settings: Any) -> None:
         super().__init__(inner, **_without_shards("LIFL", settings))
-        self.topology = partial(lifl, fan_in=fan_in, shared_memory=shared_memory)
-
-
-def described(topology: Topology) -> str:
-    """Name a topology with its parameters, for the log."""
-    assert isinstance(topology, partial)
-    given = ", ".join(f"{name}={value}" for name, value in topology.keywords.items() if value is not None)
-    return f"{topology.func.__name__}{f' ({given})' if given else ''}"
+        self.topology: Topology = LIFLTree(fan_in=fan_in, shared_memory=shared_memory)
 
 
 def _without_shards(name: str, settings: dict[str, Any]) -> dict[str, Any]:
