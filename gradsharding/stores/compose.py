@@ -1,10 +1,10 @@
-"""Parts that S3 would not take are composed into parts that it takes. Pure arithmetic: which bytes make which part.
+"""Parts that are too small for S3 are composed into larger ones. Pure arithmetic: which bytes go into which part.
 
-All parts of an S3 object but its last have 5 MiB or more (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html).
-A part that might break this is *kept* as an object of its own until the upload is completed: a small one, and the one that
-follows what is less than 5 MiB, such as a header. Whether a part is kept depends on nothing but its own place and size, so that
-writers need not know of each other. Where a server wants all parts but the last to be of one size, all are kept, and the object is cut
-anew: as small as may be, so that most pieces lie within one kept part, and the server copies them by itself.
+Every part of an S3 object but the last has at least 5 MiB (https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html).
+A part that might violate this is *kept* as an object of its own until the upload is completed: a small part, and one that follows
+less than 5 MiB, such as a header. Whether a part is kept depends only on its own offset and size, so that writers need not know
+of each other. Some servers want all parts but the last to have the same size. There every part is kept, and the object is cut again,
+into pieces as small as possible, so that most pieces lie within one kept part and the server copies them by itself.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,14 +14,14 @@ from typing import NamedTuple
 from gradsharding.errors import IncompleteUpload
 
 MINIMUM = 5 << 20
-"""Bytes that S3 wants in each part but the last."""
+"""Bytes that S3 requires in each part but the last."""
 
 LARGE = 6 << 20
-"""Bytes of a part that needs no others. A MiB more than the minimum: among slices alike to a MiB, one alone between large ones is legal."""
+"""Bytes of a part that can stand alone. One MiB above the minimum, so that of slices whose sizes differ by up to a MiB each is legal."""
 
 
 PIECES = 9_000
-"""Pieces that an object is cut into at most; S3 takes 10,000."""
+"""Pieces that an object is cut into, at most; S3 accepts 10,000."""
 
 
 class Span(NamedTuple):
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """A part for S3: its number, and the bytes it is made of."""
+    """A part for S3: its number, and the bytes that it consists of."""
 
     number: int
     spans: tuple[Span, ...]
@@ -45,15 +45,15 @@ class Composed(NamedTuple):
 
 
 def is_kept(offset: int, size: int) -> bool:
-    """Tell whether a part must be kept until the object is composed."""
+    """Return whether a part must be kept until the object is composed."""
     return offset < MINIMUM or size < LARGE
 
 
 def compose(sizes: Mapping[int, int], kept: Collection[int]) -> list[Composed]:
-    """Give the parts to make of those that were ``kept``, of all that make the object.
+    """Return the parts to compose from those that were ``kept``; ``sizes`` has all parts of the object.
 
-    Each takes the number of the first part in it, so that they fall into place between those already written.
-    Raise IncompleteUpload where less than 5 MiB lie between two large parts.
+    Each composed part has the number of the first part in it, so that it falls into place between the parts already written.
+    Raise IncompleteUpload if fewer than 5 MiB lie between two large parts.
 
     >>> [(part.number, part.nbytes) for part in compose({1: 300, 2: 8 << 20, 3: 8 << 20, 4: 9}, kept={1, 2, 4})]
     [(1, 8388908), (4, 9)]
@@ -68,7 +68,7 @@ def compose(sizes: Mapping[int, int], kept: Collection[int]) -> list[Composed]:
 
 
 def compose_equal(sizes: Mapping[int, int]) -> list[Composed]:
-    """Cut an object, all of whose parts are kept, into pieces of one size, and a last one that is no larger.
+    """Cut an object, all of whose parts are kept, into pieces of equal size; the last may be smaller.
 
     >>> [(part.number, part.nbytes, len(part.spans)) for part in compose_equal({1: 300, 2: 8 << 20, 5: 4 << 20})]
     [(1, 5242880, 2), (2, 5242880, 2), (3, 2097452, 1)]
@@ -88,7 +88,7 @@ def compose_equal(sizes: Mapping[int, int]) -> list[Composed]:
 
 
 def _groups(run: Sequence[Span], *, last: bool) -> list[list[Span]]:
-    """Cut a run of kept parts into groups of 5 MiB or more; what is large stays by itself, but for what its neighbours lack."""
+    """Cut a run of kept parts into groups of at least 5 MiB; a large part stays alone, except for bytes that its neighbours lack."""
     groups: list[list[Span]] = []
     pending: list[Span] = []
     for span in run:
@@ -110,7 +110,7 @@ def _groups(run: Sequence[Span], *, last: bool) -> list[list[Span]]:
 
 
 def _topped_up(span: Span, lack: int) -> Iterator[Span]:
-    """Split off the bytes that the parts before ``span`` lack, if enough is left to stand alone."""
+    """Split off the bytes that the parts before ``span`` lack, if the rest can stand alone."""
     if lack and span.stop - span.start >= lack + MINIMUM:
         yield Span(span.number, 0, lack)
         yield Span(span.number, lack, span.stop)
@@ -123,5 +123,5 @@ def _size(spans: Sequence[Span]) -> int:
 
 
 def piece(nbytes: int) -> int:
-    """Bytes of a piece of an object that is too large for one request: 64 MiB, or more where there would be too many."""
+    """Return the piece size for an object that is too large for one request: 64 MiB, or more if there would be too many pieces."""
     return max(64 << 20, -(-nbytes // PIECES))

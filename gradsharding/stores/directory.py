@@ -1,4 +1,4 @@
-"""Objects as files: whole or not there, whenever a process or the machine dies."""
+"""Objects as files: complete or absent, whenever a process or the machine dies."""
 
 import os
 import re
@@ -23,14 +23,14 @@ from gradsharding.stores.urls import file_path
 from gradsharding.usage import SHARED, count
 
 CHUNK = 1 << 20
-"""Bytes of a read buffer: fits the second-level cache."""
+"""Bytes of a read buffer: it fits into the second-level cache."""
 
 STALE = 7 * 86_400
-"""Seconds after which what nobody has written to is taken for a dead writer's: unfinished uploads, drafts."""
+"""Seconds without a write after which an unfinished upload or draft is taken to be a dead writer's."""
 
 
 class _Mark(NamedTuple):
-    """A part that was written: its place in the object and its bytes' checksum."""
+    """A part that was written: its offset and size, and the CRC-32 of its bytes."""
 
     offset: int
     size: int
@@ -40,11 +40,11 @@ class _Mark(NamedTuple):
 class DirectoryStore:
     """Objects as files below a directory, also one that several hosts share.
 
-    An object is published by giving a finished, synced file its name, so that readers see all of it or nothing, whenever a process or
-    the machine dies. Unfinished work lies in ``.gradsharding/`` and nowhere else.
+    An object is published by renaming a finished, synced file, so that readers see all of it or nothing, whenever a process or the
+    machine dies. Unfinished work lies in ``.gradsharding/`` and nowhere else.
 
-    An object's version tells when its inode was last changed, which no program can set: files that were written to are found out, though
-    their size and times look the same. So are those whose mode, owner or number of links was changed.
+    An object's version has the time when its inode last changed, which no program can set. So a file that was written to is detected,
+    even if its size and times look the same; so is one whose mode, owner or number of links was changed.
     """
 
     grain = 8 << 20
@@ -53,7 +53,7 @@ class DirectoryStore:
     reach: ClassVar[Reach] = "machine"
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """Use ``root``, which is made when the first object is."""
+        """Use ``root``; it is created with the first object."""
         self.root = Path(root).absolute()
         self.url = self.root.as_uri()
         self._hidden = self.root / ".gradsharding"
@@ -94,7 +94,7 @@ class DirectoryStore:
             buffer = memoryview(bytearray(max(0, min(CHUNK, stop - start))))
             while start < stop:
                 came = os.preadv(file.fileno(), [buffer[: stop - start]], start)
-                if version and not _alike(found := os.fstat(file.fileno()), opened):  # nothing is given that changed while it was read
+                if version and not _alike(found := os.fstat(file.fileno()), opened):  # nothing is returned that changed while it was read
                     _require(key, found, version)
                 if not came:
                     break
@@ -142,12 +142,12 @@ class DirectoryStore:
                         yield key, _stat(found)
 
     def _entries(self, directory: str, prefix: str) -> "Iterator[tuple[str, os.DirEntry[str]]]":
-        """Give what is in a directory, in the order of keys, with its key, which ends in "/" where it is a directory."""
+        """Iterate over a directory's entries in the order of their keys; a subdirectory's key ends in "/"."""
         try:
             with os.scandir(self.root / directory) as entries:
                 found = [(f"{directory}{entry.name}{'/' * entry.is_dir(follow_symlinks=False)}", entry) for entry in entries]
         except OSError as error:
-            if error.errno in GONE:  # deleted while we list
+            if error.errno in GONE:  # deleted meanwhile
                 return
             raise refused(error, self.root / directory, need=os.R_OK) from error
         for key, entry in sorted(found, key=lambda one: one[0]):
@@ -185,7 +185,7 @@ class DirectoryStore:
                 inside(place.parent, place.mkdir)
                 (place / "parts").mkdir()
                 (place / "gate").touch()
-                # What replaces a file may be as private as that one is: nobody else reads it until it is known.
+                # a file that may replace a private one is readable by nobody else until that is known
                 (place / "data").touch(0o600 if self._path(key).exists() else 0o666)
             except BaseException:
                 self._forget(upload)
@@ -209,7 +209,7 @@ class DirectoryStore:
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
         self._count(puts=1)
-        # A mark may outlive its bytes if the machine dies before they reach the disk: so the bytes themselves are asked.
+        # if the machine dies, a mark may survive whose bytes have not reached the disk: the checksum of the bytes decides
         data = self._upload(upload) / "data"
         with translated(data, need=os.R_OK), _under_way(key, upload), data.open("rb", buffering=0) as file:
             return {n: mark.size for n, mark in self._marks(upload).items() if _crc(file.fileno(), mark) == mark.crc}
@@ -237,18 +237,18 @@ class DirectoryStore:
         place = self._upload(upload)
         gone = place.with_suffix(".gone")
         with suppress(FileNotFoundError):
-            place.rename(gone)  # at once: whoever still writes a part, or publishes, finds that there is no upload
+            place.rename(gone)  # atomically: writers that are still at work find no upload
         shutil.rmtree(gone, ignore_errors=True)
         self._prune(self._uploads)
 
     def _sweep(self) -> None:
-        """Remove what writers that died have left behind."""
+        """Remove what dead writers have left behind."""
         last = time.time() - STALE
         for place in (*_names(self._uploads), *_names(self._drafts)):
             with suppress(OSError):
                 files = [place, *_names(place)] if place.is_dir() else [place]
                 found = [file.stat() for file in files]
-                # a file with a second name is an object, too, whose version a removal would change
+                # a file with a second link is also an object, whose version would change if the link were removed
                 if all(one.st_mtime < last and (one.st_nlink == 1 or not S_ISREG(one.st_mode)) for one in found):
                     if place.is_dir() and not place.suffix:
                         self._forget(place.name)
@@ -283,9 +283,9 @@ class DirectoryStore:
 
     @contextmanager
     def _data(self, key: str, upload: str, *, exclusive: bool) -> Iterator[IO[bytes]]:
-        """Open an upload's bytes, shared with others who write parts or for oneself alone: nobody writes into what has been published.
+        """Open an upload's data under a lock, shared by writers of parts or exclusive: nobody writes into a published object.
 
-        Whoever wants them alone shuts the gate, so that those who come later wait, and not it for them.
+        Whoever wants the exclusive lock holds the gate meanwhile, so that later writers wait for it, and not it for them.
         """
         data, gate = self._upload(upload) / "data", self._upload(upload) / "gate"
         with ExitStack() as held:
@@ -300,12 +300,12 @@ class DirectoryStore:
     def _marks(self, upload: str) -> dict[int, _Mark]:
         found = {}
         for mark in sorted((self._upload(upload) / "parts").iterdir()):
-            if not mark.suffix and re.fullmatch("[0-9]+ [0-9]+ [0-9]+", text := mark.read_text()):  # an empty one was not yet on the disk
+            if not mark.suffix and re.fullmatch("[0-9]+ [0-9]+ [0-9]+", text := mark.read_text()):  # an empty mark had not reached the disk
                 found[int(mark.name)] = _Mark(*map(int, text.split()))
         return found
 
     def _publish(self, key: str, file: IO[bytes], name: Callable[[], None]) -> Stat:
-        """Give an open, finished file the name of its key; its version is final then."""
+        """Rename an open, finished file to its key; after that its version is final."""
         path = self._path(key)
         try:
             inside(path.parent, name)
@@ -317,7 +317,7 @@ class DirectoryStore:
         return _stat(os.fstat(file.fileno()))
 
     def _prune(self, directory: Path) -> None:
-        """Remove directories that have become empty, below the root."""
+        """Remove empty directories, from ``directory`` up to the root."""
         with suppress(OSError):
             while directory != self.root:
                 directory.rmdir()
@@ -325,7 +325,7 @@ class DirectoryStore:
 
 
 class SharedMemory(DirectoryStore):
-    """Files that are memory, below /dev/shm: for what the processes of one machine hand to each other. ``shm:///directory``."""
+    """Files in memory, below /dev/shm, for data that processes of one machine hand to each other: ``shm:///directory``."""
 
     charges = Charges(kind=SHARED)
 
@@ -337,7 +337,7 @@ class SharedMemory(DirectoryStore):
 
 @contextmanager
 def _under_way(key: str, upload: str) -> Iterator[None]:
-    """Raise MissingObject where an upload's files are gone: it was completed or aborted, by another perhaps, and just now."""
+    """Raise MissingObject if an upload's files are gone: it was completed or aborted, possibly by another process just now."""
     try:
         yield
     except OSError as error:
@@ -347,7 +347,7 @@ def _under_way(key: str, upload: str) -> Iterator[None]:
 
 
 def _opened(path: str, flags: int) -> int:
-    """Open a file for reading; what is no regular file, such as a pipe, must not block."""
+    """Open a file for reading without blocking, which a pipe would do."""
     try:
         return os.open(path, flags | os.O_NONBLOCK)
     except BlockingIOError:  # a regular file that a file server has leased

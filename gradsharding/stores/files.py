@@ -1,4 +1,4 @@
-"""What file systems do in different ways, done so that the promise is the same: take a free name at once, lock, flush a directory."""
+"""File operations with the same guarantees on every file system: claim a free name atomically, lock, flush a directory."""
 
 import ctypes
 import errno
@@ -19,24 +19,25 @@ from gradsharding.stores.trouble import GONE
 T = TypeVar("T")
 
 UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""How a file system says that it has no such operation."""
+"""Error codes of an operation that the file system does not have."""
 
 NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EMLINK}
-"""How one says that a file has one name only (exFAT, some network mounts)."""
+"""Error codes of a file system without hard links, such as exFAT and some network mounts."""
 
 NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 
 PATIENCE = 300
-"""Seconds to wait for another process's lock: it holds one while it writes a part, or flushes an object."""
+"""Seconds to wait for another process's lock, which it holds while it writes a part or flushes an object."""
 
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
 
 
 def claim(draft: Path, path: Path) -> None:
-    """Give a finished file the name ``path``, at once, if nothing has it; else raise FileExistsError. The name ``draft`` is gone then.
+    """Rename a finished file to ``path`` atomically; raise FileExistsError if the name is taken.
 
-    Renaming without replacing does it, as the last change of the file's inode. Where the file system cannot do that, a second link does,
-    and the first is removed; where there are no links, a look and a renaming, while the directory is locked against others who do the same.
+    This is one rename that does not replace, and the last change of the file's inode. Where the file system cannot do that, a second link
+    is made and the first removed. Where it has no links, the name is checked and the file renamed while the directory is locked against
+    others who do the same.
     """
     try:
         if not _rename(draft, path) and not _link(draft, path):
@@ -44,17 +45,17 @@ def claim(draft: Path, path: Path) -> None:
     except FileExistsError:
         if not draft.samefile(path):
             raise
-        draft.unlink()  # linked by a process that died before it could remove the first name
+        draft.unlink()  # linked by a process that died before it removed the first link
 
 
 def seize(draft: Path, path: Path) -> None:
-    """Give a finished file the name ``path``, at once, whatever has it. The name ``draft`` is gone then."""
+    """Rename a finished file to ``path`` atomically; a file of that name is replaced."""
     draft.replace(path)
-    draft.unlink(missing_ok=True)  # renaming does nothing where both were names of one file
+    draft.unlink(missing_ok=True)  # a rename does nothing if both are names of one file
 
 
 def _rename(draft: Path, path: Path) -> bool:
-    """Tell whether the system can rename without replacing (Linux, most of its file systems), and do it."""
+    """Rename without replacing; return False if the system cannot (Linux and most of its file systems can)."""
     at_cwd, noreplace = -100, 1
     if not _renameat2:
         return False
@@ -90,10 +91,10 @@ def _rename_locked(draft: Path, path: Path) -> None:
 
 @contextmanager
 def locked(file: int, path: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold a lock (flock) on an open file, alone or with other holders of shared ones; the kernel ends it with its process.
+    """Hold an exclusive or shared lock (flock) on an open file; the kernel releases it when the process ends.
 
-    Some network mounts have no locks: there one process at a time should write. Raise StoreFailed if another process keeps its lock
-    for ``PATIENCE`` seconds.
+    Some network mounts have no locks: there, only one process at a time should write. Raise StoreFailed if another process holds its
+    lock for ``PATIENCE`` seconds.
     """
     operation, pause, end = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, 0.0005, time.monotonic() + PATIENCE
     while True:
@@ -105,7 +106,7 @@ def locked(file: int, path: Path, *, exclusive: bool) -> Iterator[None]:
             if error.errno != errno.EWOULDBLOCK:
                 raise
             if time.monotonic() > end:
-                held = f"another process has had {path} locked for {PATIENCE} seconds"
+                held = f"another process has held its lock on {path} for {PATIENCE} seconds"
                 raise StoreFailed(f"{held}; end it if it hangs, then call again", path=str(path)) from None
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
@@ -119,7 +120,7 @@ def locked(file: int, path: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 def is_at(file: int, path: Path) -> bool:
-    """Tell whether ``path`` is the name of an open file."""
+    """Return whether ``path`` is a name of this open file."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except OSError as error:
@@ -129,7 +130,7 @@ def is_at(file: int, path: Path) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    """Let the names in a directory reach the disk; some file systems cannot be asked to, and one that is gone need not be."""
+    """Flush the names in a directory to the disk; do nothing if the file system cannot, or the directory is gone."""
     try:
         directory = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -146,7 +147,7 @@ def sync_directory(path: Path) -> None:
 
 
 def inside(directory: Path, act: Callable[[], T]) -> T:
-    """Act in a directory, which is made if need be; another writer may prune it, empty as it still is, before we act: then both again."""
+    """Call ``act``, which needs a directory; create the directory if it is missing, again if another writer prunes it meanwhile."""
     for last in (*[False] * 99, True):
         try:
             return act()
@@ -155,7 +156,7 @@ def inside(directory: Path, act: Callable[[], T]) -> T:
                 raise
         try:
             directory.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:  # a file in its place, or it was pruned as it was made
+        except FileExistsError:  # a file is in its place, or it was pruned while it was created
             if directory.is_file() or last:
                 raise
         except FileNotFoundError:
@@ -165,7 +166,7 @@ def inside(directory: Path, act: Callable[[], T]) -> T:
 
 
 def is_memory(path: Path) -> bool:
-    """Whether files there are memory (tmpfs, ramfs): their pages cannot be given back. False where that cannot be told."""
+    """Return whether files there are memory (tmpfs, ramfs), whose pages cannot be reclaimed; False if that is unknown."""
     found = ctypes.create_string_buffer(256)  # struct statfs; its first field is the file system's magic number, see statfs(2)
     if ctypes.CDLL(None).statfs(os.fsencode(path), found):
         return False
@@ -173,7 +174,7 @@ def is_memory(path: Path) -> bool:
 
 
 def take_after(draft: Path, path: Path) -> None:
-    """Give a draft the mode and, where we may, the owner and the group of the file that it will replace, if there is one."""
+    """Give a draft the mode and, if permitted, the owner and group of the file that it will replace, if there is one."""
     with suppress(FileNotFoundError):
         there = path.stat()
         for owner, group in ((there.st_uid, -1), (-1, there.st_gid)):
@@ -184,7 +185,7 @@ def take_after(draft: Path, path: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file, all of it or nothing; a link stays, and a file that is there gives its mode and its owner to the new one."""
+    """Write a file, all of it or nothing; a link stays a link, and a file that is replaced passes on its mode and owner."""
     path = path.resolve()
     draft = path.with_name(f".gradsharding-{uuid.uuid4().hex}")
     try:

@@ -15,7 +15,7 @@ from gradsharding.usage import count
 
 
 class MemoryStore:
-    """Objects in this process's memory: for tests, threads, and trying things out."""
+    """Objects in this process's memory: for tests, threads and experiments."""
 
     known: ClassVar["weakref.WeakValueDictionary[str, MemoryStore]"] = weakref.WeakValueDictionary()
     grain = 8 << 20
@@ -25,7 +25,7 @@ class MemoryStore:
     in_memory = True
 
     def __init__(self, name: str | None = None) -> None:
-        """Make an empty store that ``open_store("memory://NAME")`` finds within this process."""
+        """Create an empty store, which ``open_store("memory://NAME")`` finds within this process while somebody holds it."""
         self.url = f"memory://{name or uuid.uuid4().hex}"
         self._objects: dict[str, tuple[bytes, str]] = {}
         self._uploads: dict[str, dict[int, bytes]] = {}
@@ -69,7 +69,7 @@ class MemoryStore:
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         count("memory", puts=1)
         for key in sorted([*self._objects]):
-            if key.startswith(prefix) and (found := self._objects.get(key)):  # others may delete while we list
+            if key.startswith(prefix) and (found := self._objects.get(key)):  # another thread may delete it meanwhile
                 yield key, _stat(found)
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -116,7 +116,7 @@ class MemoryStore:
         self._uploads.pop(upload, None)
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be sent to another process, where it would be another store."""
+        """Refuse to be pickled: in another process it would be another store."""
         raise UserError(f"{self.url} lives in the memory of one process; use a file:// store to share between processes")
 
     def _object(self, key: str) -> tuple[bytes, str]:

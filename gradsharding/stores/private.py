@@ -1,4 +1,4 @@
-"""A directory that is this user's alone, or a refusal: where others may write, they could swap what lies there."""
+"""A directory that only this user can enter, or a refusal: others who can write there could swap its files."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,9 @@ from gradsharding.errors import StoreRefused
 
 
 def private_directory(path: Path, remedy: str) -> Path:
-    """Make ``path`` with mode 0700, or see that it is a directory of ours that nobody else may enter, and no link to one.
+    """Create ``path`` with mode 0700, or check that it is this user's directory, closed to others and no link; return it.
 
-    Raise StoreRefused otherwise, with ``remedy``, which ends the sentence: what to do but use this directory.
+    Raise StoreRefused otherwise; ``remedy`` ends its message and says what to do instead of using this directory.
     """
     try:
         path.mkdir(mode=0o700, parents=True)

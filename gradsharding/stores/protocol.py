@@ -1,7 +1,7 @@
-"""What a store promises: few verbs, what it asks is counted, objects are created once and never change.
+"""A store keeps objects under keys: each is created once and never changes, and every request is counted.
 
-A store counts (``gradsharding.usage.count``) each request it makes and each byte it brings or sends, under the scheme of its URL,
-and says beforehand how many requests each verb takes (``Charges``).
+A store counts (``gradsharding.usage.count``) each request that it makes and each byte that it reads or writes, under the scheme of its
+URL, and states beforehand how many requests each verb takes (``Charges``).
 """
 
 import re
@@ -25,41 +25,41 @@ class Stat(NamedTuple):
 
 
 class Peeked(NamedTuple):
-    """What one request tells of an object, and its first bytes."""
+    """An object's size and version, and its first bytes, all from one request."""
 
     stat: Stat
     first: bytes
 
 
-class Source(Protocol):
-    """What reading an object asks of a store."""
+class ReadableStore(Protocol):
+    """The verbs that read an object."""
 
     def head(self, key: str) -> Stat:
-        """Tell an object's size and version; raise MissingObject."""
+        """Return an object's size and version; raise MissingObject."""
         ...
 
     def peek(self, key: str, nbytes: int) -> Peeked:
-        """Tell an object's size and version, and give its first ``nbytes`` bytes, in one request; raise MissingObject."""
+        """Return an object's size, version and first ``nbytes`` bytes, in one request; raise MissingObject."""
         ...
 
     def get(self, key: str, start: int, stop: int, *, version: str | None = None) -> Iterator[Buffer]:
-        """Stream bytes ``start`` to ``stop``, cut anywhere; a buffer is valid until the next one is asked for.
+        """Stream bytes ``start`` to ``stop`` in buffers of any size; a buffer is valid until the next one is requested.
 
-        Raise MissingObject, or ChangedObject if the object is not, or ceases to be, at ``version``.
-        Bytes beyond the object's end are not given.
+        The stream ends early where the object does. Raise MissingObject, or ChangedObject if the object is not at ``version``, or changes
+        while it is read.
         """
         ...
 
 
-class ObjectStore(Source, Protocol):
-    """What the engine asks of a store. ``gradsharding.testing.StoreContract`` states it as tests."""
+class ObjectStore(ReadableStore, Protocol):
+    """What the engine needs from a store. ``gradsharding.testing.StoreContract`` states it as tests."""
 
     url: str
-    """Text from which ``open_store`` opens the same store again."""
+    """``open_store`` opens the same store from it."""
     grain: int
-    """Bytes of a slice that suit it: a request for so many, and a part of so many, cost next to nothing beside their bytes."""
+    """Bytes of a slice that suits the store: large enough that a request costs little beside the transfer of its bytes."""
     reading: Reading
-    """How a function should read from it."""
+    """How a function should read from the store."""
 
     @property
     def reach(self) -> Reach:
@@ -73,75 +73,75 @@ class ObjectStore(Source, Protocol):
 
     @property
     def charges(self) -> Charges:
-        """Requests that its verbs take."""
+        """How many requests each verb takes."""
         ...
 
     def put(self, key: str, data: Sequence[Buffer]) -> Stat:
-        """Create an object from buffers, all at once or not at all; raise ObjectExists if there is one."""
+        """Create an object from buffers, all of it or nothing; raise ObjectExists if the key is taken."""
         ...
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """Give all keys that begin with ``prefix``, sorted, with their stats."""
+        """Iterate over all keys that begin with ``prefix``, sorted, with their stats."""
         ...
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; those that are missing are passed over."""
+        """Delete objects; missing ones are ignored."""
         ...
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Read many small objects, whole, in the order of ``keys``; raise MissingObject."""
+        """Read many small objects in full, in the order of ``keys``; raise MissingObject."""
         ...
 
     def begin(self, key: str) -> str:
-        """Begin an object that will be written in parts; give the upload's id."""
+        """Begin a multipart upload; return its id."""
         ...
 
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
-        """Write one part at its ``offset``; writing it again replaces it. Numbers, 1 to 10,000, ascend with offsets."""
+        """Write one part at its ``offset``; a part written again is replaced. Numbers, 1 to 10,000, ascend with the offsets."""
         ...
 
     def parts(self, key: str, upload: str) -> dict[int, int]:
-        """Tell which parts have arrived, and their bytes, by number; raise MissingObject if there is no such upload."""
+        """Return the sizes of the parts that have arrived, in bytes, by number; raise MissingObject if there is no such upload."""
         ...
 
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
-        """Publish the object that parts of ``sizes`` bytes, by number, make end to end.
+        """Publish the object: its parts, of ``sizes`` bytes by number, joined in order.
 
-        Raise IncompleteUpload unless just these have arrived, ObjectExists unless ``overwrite``.
+        Raise IncompleteUpload unless exactly these parts have arrived; ObjectExists if the key is taken, unless ``overwrite``.
         """
         ...
 
     def abort(self, key: str, upload: str) -> None:
-        """Forget an upload and its parts."""
+        """Drop an upload and its parts."""
         ...
 
 
 def root_of(place: str) -> str:
-    """Give what stands before ``results/`` in a place that ends in "/", all of it if that is not in it.
+    """Return the part of a prefix before ``results/``, or all of it if it has none; ``place`` ends in "/".
 
-    Beside results, a store has its rounds and what is unfinished; a bucket's rules, which clear those away, look for them there.
+    Rounds and unfinished uploads lie beside ``results/``, where a bucket's lifecycle rules find and expire them.
 
     >>> [root_of(place) for place in ("s3://bucket/fl/results/2026/", "results/", "s3://bucket/models/", "s3://results/results/x/")]
     ['s3://bucket/fl/', '', 's3://bucket/models/', 's3://results/']
     """
-    return re.split(r"(?:^|(?<=[^/]/))results/", place, maxsplit=1)[0]  # what follows "//" is a bucket, whatever it is called
+    return re.split(r"(?:^|(?<=[^/]/))results/", place, maxsplit=1)[0]  # after "//" stands a bucket, even if its name is "results"
 
 
 def check_key(key: str) -> str:
-    """Give ``key`` back if it is a plain relative path; raise InvalidId."""
+    """Return ``key`` if it is a plain relative path; raise InvalidId otherwise."""
     if not is_key(key):
         raise InvalidId(f"{key!r} is not a key; use a relative path without empty, '.' or '..' segments or backslashes")
     return key
 
 
 def is_key(key: str) -> bool:
-    """Tell whether ``key`` is a plain relative path."""
+    """Return whether ``key`` is a plain relative path."""
     segments = key.split("/")
     return not (any(s in ("", ".", "..") for s in segments) or "\0" in key or "\\" in key or segments[0] == ".gradsharding")
 
 
 def check_arrived(key: str, sizes: Mapping[int, int], arrived: Mapping[int, int]) -> None:
-    """Raise IncompleteUpload unless the parts that have ``arrived`` are those of ``sizes`` bytes."""
+    """Raise IncompleteUpload unless exactly the parts in ``sizes`` have ``arrived``, with those sizes."""
     for number in sorted({*sizes, *arrived}):
         due, found = sizes.get(number), arrived.get(number)
         if due != found:
@@ -151,20 +151,20 @@ def check_arrived(key: str, sizes: Mapping[int, int], arrived: Mapping[int, int]
 
 
 def missing(key: str, url: str, why: str | None = None) -> MissingObject:
-    """The error for a key without an object, or with one that cannot be read."""
+    """Return the error for a key without an object, or with one that cannot be read."""
     return MissingObject(f"there is no object {key!r} in {url}" + (f" that can be read ({why})" if why else ""), key=key)
 
 
 def taken(key: str, url: str) -> ObjectExists:
-    """The error for creating what is there."""
+    """Return the error for creating an object that exists."""
     return ObjectExists(f"{key!r} is already in {url}; objects are created once", key=key)
 
 
 def changed(key: str, version: str | None, found: str, how: str = "it was written again") -> ChangedObject:
-    """The error for an object that is at another version."""
+    """Return the error for an object that is at another version than expected."""
     return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: {how}", key=key)
 
 
 def no_upload(key: str, upload: str) -> MissingObject:
-    """The error for an upload that is not under way."""
+    """Return the error for an upload that is not in progress."""
     return MissingObject(f"there is no upload {upload} of {key!r}; it was completed or aborted", key=key)

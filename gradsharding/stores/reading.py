@@ -1,4 +1,4 @@
-"""Requests run ahead of the fold: a few at once, into a few buffers, and what they bring comes in order."""
+"""Requests run ahead of the arithmetic: a few at once, into a few buffers, whose bytes come in order."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,41 +12,41 @@ from gradsharding.usage import carried
 from gradsharding.value import Value
 
 STAGING = 4 << 20
-"""Bytes that bound what a store holds of all the requests of one task while it passes them on."""
+"""Bytes that a store holds, at most, of all requests of one task while it passes them on."""
 
 _ALIGNED = 64
-"""Requests begin at multiples of so many bytes of the slice, so that no element lies across two of them."""
+"""Requests begin at multiples of this number of bytes within the slice, so that no element is split between two of them."""
 
 
 class Reading(Value):
     """How a function reads its slice of an update.
 
-    Without a ``chunk`` it makes one request and folds the bytes as they come. With one, it makes a request for each chunk,
-    into ``parallel + 2`` buffers: ``parallel`` requests are under way while one buffer is folded and one stands ready.
+    Without a ``chunk`` it makes one request and adds the bytes as they arrive. With one, it makes a request for each chunk, into
+    ``parallel + 2`` buffers: ``parallel`` requests are in progress while one buffer is being added and one is ready.
 
     >>> Reading(chunk=8 << 20, parallel=4).requests(20 << 20), STREAM.requests(20 << 20)
     (3, 1)
     """
 
     chunk: int = 0
-    """Bytes that one request asks for, at most; 0 for one request for all of the slice."""
+    """Bytes of one request, at most; 0 means one request for the whole slice."""
     parallel: int = 1
-    """Requests under way at once."""
+    """Requests in progress at once."""
     resident: int = 0
-    """Bytes that the store's client library takes in a function."""
+    """Bytes of memory that the store's client library takes in a function."""
 
     def requests(self, nbytes: int, most: int | None = None) -> int:
-        """Number of requests for ``nbytes``, in the pieces of a slice of that size, or of ``most``."""
+        """Requests needed for ``nbytes``, if pieces are sized for a slice of ``most`` bytes; by default, of ``nbytes``."""
         return -(-nbytes // self.piece(most or nbytes)) if nbytes else 1
 
     def piece(self, nbytes: int) -> int:
-        """Bytes of each request for a slice of ``nbytes``: all alike, but that the last one may ask for less."""
+        """Bytes of each request for a slice of ``nbytes``; the last request may be smaller."""
         count = -(-nbytes // self.chunk) if self.chunk else 1
         even = -(-nbytes // max(count, 1))
         return min(nbytes, -(-even // _ALIGNED) * _ALIGNED)
 
     def rarer(self) -> "Iterator[Reading]":
-        """Give the readings that ask less often: for twice or four times as many bytes at a time, by as many requests at once, or fewer.
+        """Iterate over readings with fewer requests: chunks of two or four times the size, and at most as many requests at once.
 
         >>> [(one.chunk >> 20, one.parallel) for one in Reading(chunk=8 << 20, parallel=2).rarer()]
         [(16, 1), (16, 2), (32, 1), (32, 2)]
@@ -56,26 +56,26 @@ class Reading(Value):
                 yield self.model_copy(update={"parallel": parallel, "chunk": times * self.chunk})
 
     def memory(self, nbytes: int) -> int:
-        """Bytes that reading slices of ``nbytes`` takes, at most."""
+        """Bytes of memory that reading slices of ``nbytes`` takes, at most."""
         buffers = self.parallel + 2 if self.chunk else 0
         return self.resident + STAGING + buffers * self.piece(nbytes)
 
 
 STREAM = Reading()
-"""One request for all of a slice, folded as it comes: what suits a local store."""
+"""One request for the whole slice, added as it arrives: suits a local store."""
 
 
 def combined(readings: Iterable[Reading]) -> Reading:
-    """What several stores in one task want: the requests of the one that wants most at once, and room for every client library."""
+    """Combine the readings of several stores in one task: the most requests at once, and memory for the largest client library."""
     found = {*readings}
     widest = max(found, key=lambda reading: reading.parallel)
     return widest.model_copy(update={"resident": max(reading.resident for reading in found)})
 
 
 def connections(bandwidth: float, latency: float, rate: float, chunk: int) -> int:
-    """Requests of ``chunk`` bytes that must run at once to fill ``bandwidth``; rates in bytes/s, ``latency`` in seconds.
+    """Return how many requests of ``chunk`` bytes must run at once to fill ``bandwidth``; rates in bytes/s, ``latency`` in seconds.
 
-    One connection carries ``chunk / (latency + chunk / rate)``; half as many again hide that their latencies vary.
+    One connection carries ``chunk / (latency + chunk / rate)``; half as many connections again make up for varying latencies.
 
     >>> connections(bandwidth=75e6, latency=0.03, rate=90e6, chunk=4 << 20)
     3
@@ -84,23 +84,23 @@ def connections(bandwidth: float, latency: float, rate: float, chunk: int) -> in
 
 
 class Request(NamedTuple):
-    """Bytes that a request will bring, and how to make it."""
+    """The number of bytes of a request, and how to make it."""
 
     size: int
     open: Callable[[], Iterator[Buffer]]
 
 
 def divided(nbytes: int, size: int, read: Callable[[int, int], Iterator[Buffer]]) -> Iterator[Request]:
-    """Give the requests of ``size`` bytes each that ``read`` bytes 0 to ``nbytes``: for no bytes, there is one."""
+    """Iterate over requests of ``size`` bytes that cover bytes 0 to ``nbytes``; even zero bytes take one request."""
     for start in range(0, max(1, nbytes), size):
         stop = min(start + size, nbytes)
         yield Request(stop - start, partial(read, start, stop))
 
 
 def read_ahead(requests: Iterable[Request], reading: Reading, size: int) -> Generator[memoryview, None, None]:
-    """Make the requests, each of ``size`` bytes at most; give each one's bytes, in order, valid until the next is asked for.
+    """Make requests of at most ``size`` bytes each; yield the bytes of each, in order, valid until the next are requested.
 
-    A request's error is raised in its turn. An answer may be short; a longer one than was asked for raises InvalidUpdate.
+    A request's error is raised in its turn. An answer may be short; one that is longer than its request raises InvalidUpdate.
     """
     free = deque(memoryview(bytearray(size)) for _ in range(reading.parallel + 2))
     under_way = deque[Future[memoryview]]()

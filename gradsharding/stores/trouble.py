@@ -1,4 +1,4 @@
-"""What a file system refuses is one of our errors: it names the place, gives the numbers, and says what to do."""
+"""Errors of a file system are translated into ours, which name the path, the numbers and the remedy."""
 
 import errno
 import os
@@ -10,18 +10,18 @@ from stat import S_IMODE
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 
 GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
-"""No file under this name; ESTALE is NFS's word for one that another host has just removed."""
+"""There is no file of this name; NFS says ESTALE for one that another host has just removed."""
 
 NO_OBJECT = GONE | {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
-"""What is under this name, if anything, is no object: a directory, a loop of links, a socket."""
+"""The name leads to no object, but possibly to a directory, a loop of links or a socket."""
 
 
 @contextmanager
 def translated(*places: Path, nbytes: int = 0, need: int = os.W_OK) -> Iterator[None]:
-    """Raise StoreRefused where the file system does not let us, StoreFailed where it fails; our own errors pass.
+    """Raise StoreRefused for a request that the file system denies, and StoreFailed if it fails; our own errors pass through.
 
-    ``places`` are the files that are read or written within, the one that matters last; ``nbytes`` are to be written there;
-    ``need`` is os.R_OK or os.W_OK.
+    ``places`` are the files that the body reads or writes, the most important last; the body writes ``nbytes`` there. ``need`` is
+    os.R_OK or os.W_OK.
     """
     try:
         yield
@@ -32,7 +32,7 @@ def translated(*places: Path, nbytes: int = 0, need: int = os.W_OK) -> Iterator[
 
 
 def refused(error: OSError, *places: Path, nbytes: int = 0, need: int = os.W_OK) -> GradShardingError:
-    """Say in our words why the file system did not do what ``translated`` surrounds."""
+    """Return our error for one of the file system, with the arguments of ``translated``."""
     path = places[-1]
     facts = {"path": str(path), "errno": error.errno}
     match error.errno:
@@ -68,7 +68,7 @@ def _limit(error: OSError, whole: os.statvfs_result, free: int) -> str:
 
 
 def _barred(error: OSError, places: tuple[Path, ...], need: int) -> str:
-    """Say whose file or directory it is that does not let us."""
+    """Name the file or directory that this user may not use, and its owner."""
     for place in (place for path in places for place in _there(path) if not _allowed(place, path, need)):
         found, mend = place.stat(), "g+rwxs" if place.is_dir() else "g+rw"
         return (
@@ -80,12 +80,12 @@ def _barred(error: OSError, places: tuple[Path, ...], need: int) -> str:
 
 
 def _there(path: Path) -> list[Path]:
-    """Give, from the top, the directories above ``path`` that are there, and ``path`` if it is."""
+    """Return the existing directories above ``path``, from the top, and ``path`` itself if it exists."""
     return [place for place in (*reversed(path.parents), path) if os.path.lexists(place)]
 
 
 def _allowed(place: Path, path: Path, need: int) -> bool:
-    """Tell whether we may go through ``place`` to ``path``, or use it if that is where the way ends."""
+    """Return whether this user may pass through ``place`` on the way to ``path``, or use it if the way ends there."""
     if not place.is_dir():
         return os.access(place, need, effective_ids=True)
     deepest = [there for there in _there(path) if there.is_dir()][-1]

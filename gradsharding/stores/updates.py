@@ -14,50 +14,50 @@ from gradsharding.errors import ChangedObject, InvalidUpdate, plain, quoted
 from gradsharding.format.dtypes import NUMPY, Buffer, widen
 from gradsharding.format.encode import Raw
 from gradsharding.format.layout import MAX_HEADER, Layout, header_length
-from gradsharding.stores.protocol import ObjectStore, Peeked, Source, Stat
+from gradsharding.stores.protocol import ObjectStore, Peeked, ReadableStore, Stat
 from gradsharding.stores.reading import divided, read_ahead
 from gradsharding.stores.urls import locate
 from gradsharding.usage import Usage
 
 FIRST_READ = 64 << 10
-"""Bytes of the first read of an object: most headers are shorter, so that one request is enough."""
+"""Bytes of the first request for an object: most headers are shorter, so that one request is enough."""
 
 HEADERS = 16 << 20
-"""Bytes of long headers that are read at once, by all threads together; one may be longer by itself."""
+"""Bytes of long headers that all threads together may read at once; a single header may be longer."""
 
 
 class Update(NamedTuple):
-    """What an object's header says, and where its data section begins."""
+    """An object's layout, as its header states it, and the offset of its data section in bytes."""
 
     layout: Layout
     base: int
     stat: Stat
 
 
-def inspect(reference: str, store: Source, peeked: Peeked | None = None, *, largest_header: int = MAX_HEADER) -> Update:
+def inspect(reference: str, store: ReadableStore, peeked: Peeked | None = None, *, largest_header: int = MAX_HEADER) -> Update:
     """Read and verify an object's header (one request; two, if it is long); raise InvalidUpdate, which names ``reference``.
 
-    ``peeked`` are its first bytes, where they are there already. A header of more than ``largest_header`` bytes is refused before it is
-    read. Updates whose headers are equal share one layout, which is read once, while one of them is in use.
+    ``peeked`` has the first bytes, if they were read already. A header of more than ``largest_header`` bytes is refused before it is
+    read. Updates with equal headers share one layout while any of them is in use.
     """
     return _inspected(reference, store, peeked, largest_header)[0]
 
 
 def inspection(header_bytes: int, nbytes: int) -> Usage:
-    """What ``inspect`` asks of the store of an object with such a header and so many bytes of data."""
+    """Return what ``inspect`` requests for an object with a header of ``header_bytes`` and ``nbytes`` of data."""
     return Usage(gets=1 if header_bytes <= FIRST_READ else 2, bytes_read=min(header_bytes + nbytes, max(header_bytes, FIRST_READ)))
 
 
 def loading(header_bytes: int, nbytes: int) -> Usage:
-    """What ``load_raw`` asks of the store of an object with such a header and so many bytes of data."""
+    """Return what ``load_raw`` requests for an object with a header of ``header_bytes`` and ``nbytes`` of data."""
     size, first = header_bytes + nbytes, max(header_bytes, FIRST_READ)
     return inspection(header_bytes, nbytes) + Usage(gets=int(size > first), bytes_read=max(0, size - first))
 
 
 def data_digest(reference: str, store: ObjectStore, *, version: str | None = None, layout: Layout | None = None) -> str:
-    """SHA-256 (hex) of an object's data section, read as its store wants it. Raise ChangedObject if it is not at ``version``.
+    """Return the SHA-256 (hex) of an object's data section. Raise ChangedObject if the object is not at ``version``.
 
-    ``layout`` is that of the object, where it is known: then its header is not read.
+    If ``layout`` is given with ``version``, the header is not read.
     """
     source, key = locate(reference, store)
     if layout is None or version is None:
@@ -81,13 +81,13 @@ def data_digest(reference: str, store: ObjectStore, *, version: str | None = Non
     return sha.hexdigest()
 
 
-def load(reference: str, store: Source, *, version: str | None = None) -> dict[str, npt.NDArray[Any]]:
-    """Read a whole object into arrays; BF16, which numpy lacks, comes as the equal float32. Raise as ``load_raw`` does."""
+def load(reference: str, store: ReadableStore, *, version: str | None = None) -> dict[str, npt.NDArray[Any]]:
+    """Read a whole object into arrays; BF16, which numpy lacks, becomes float32 of the same values. Raise as ``load_raw`` does."""
     return {name: _array(name, raw) for name, raw in load_raw(reference, store, version=version).items()}
 
 
-def load_raw(reference: str, store: Source, *, version: str | None = None) -> dict[str, Raw]:
-    """Read a whole object, by one streaming request after its header; each tensor in memory of its own.
+def load_raw(reference: str, store: ReadableStore, *, version: str | None = None) -> dict[str, Raw]:
+    """Read a whole object, by one streaming request after its header; each tensor has memory of its own.
 
     Raise MissingObject, InvalidUpdate, or ChangedObject if the object is not at ``version``.
     """
@@ -121,8 +121,8 @@ def _array(name: str, raw: Raw) -> npt.NDArray[Any]:
         ) from None
 
 
-def _inspected(reference: str, store: Source, peeked: Peeked | None = None, largest: int = MAX_HEADER) -> tuple[Update, bytes]:
-    """Read an object's header; give the bytes from its beginning that came."""
+def _inspected(reference: str, store: ReadableStore, peeked: Peeked | None = None, largest: int = MAX_HEADER) -> tuple[Update, bytes]:
+    """Read an object's header; return it with the bytes of the object that were read."""
     source, key = locate(reference, store)
     stat, first = peeked or source.peek(key, FIRST_READ)
     try:
@@ -137,14 +137,14 @@ def _inspected(reference: str, store: Source, peeked: Peeked | None = None, larg
 
 
 class _Room:
-    """So many bytes, which threads share; who wants more than there are waits for all of them."""
+    """A number of bytes that threads share; a thread that wants more than all of them waits until nobody holds any."""
 
     def __init__(self, nbytes: int) -> None:
         self._nbytes, self._taken, self._freed = nbytes, 0, threading.Condition()
 
     @contextlib.contextmanager
     def room(self, nbytes: int) -> Iterator[None]:
-        """Take some of them for a while."""
+        """Hold ``nbytes`` of them."""
         wanted = min(nbytes, self._nbytes)
         with self._freed:
             self._freed.wait_for(lambda: self._taken + wanted <= self._nbytes)

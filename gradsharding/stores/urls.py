@@ -15,10 +15,10 @@ from urllib.parse import unquote_to_bytes
 
 from gradsharding.errors import MissingObject, UserError
 from gradsharding.plugins import STORES, find, names
-from gradsharding.stores.protocol import ObjectStore, Source
+from gradsharding.stores.protocol import ObjectStore, ReadableStore
 from gradsharding.usage import SHARED
 
-S = TypeVar("S", bound=Source)
+S = TypeVar("S", bound=ReadableStore)
 
 KEPT = 256
 """Stores that stay open between two references to objects in them."""
@@ -38,7 +38,7 @@ def open_store(place: str | os.PathLike[str]) -> ObjectStore:
 
 
 def exists(store: ObjectStore, key: str) -> bool:
-    """Tell whether there is an object under ``key``, by one request."""
+    """Return whether there is an object under ``key``, by one request."""
     try:
         store.head(key)
     except MissingObject:
@@ -58,7 +58,7 @@ def locate(reference: str, home: S) -> tuple[S | ObjectStore, str]:
 
 
 def file_path(url: str) -> str:
-    """Give the local path that a ``file://`` URL names, whatever its bytes; raise UserError unless it is absolute."""
+    """Return the local path of a ``file://`` URL, which may have any bytes; raise UserError unless it is absolute."""
     path = os.fsdecode(unquote_to_bytes(url.partition("://")[2])) or "/"
     if not path.startswith("/"):
         raise UserError(f"{url!r} names no local path; write file:///absolute/path")
@@ -66,12 +66,12 @@ def file_path(url: str) -> str:
 
 
 def file_reference(path: str | os.PathLike[str]) -> str:
-    """Name a local file as a reference that any store resolves."""
+    """Return the URL of a local file: a reference that any store resolves."""
     return Path(path).absolute().as_uri()
 
 
 def _opener(url: str) -> Any:
-    """Give what opens the stores of a URL's scheme."""
+    """Return what opens stores of a URL's scheme; raise UserError if nothing does."""
     if opener := find(STORES, url.partition("://")[0]):
         return opener
     others = sorted({*names(STORES)} - {"file", "memory", "s3", SHARED})
@@ -82,7 +82,7 @@ def _opener(url: str) -> Any:
 
 
 def _kept_open(url: str) -> ObjectStore:
-    """Open a store, or give it again; what only this process has is not kept, for it lives as long as whoever made it holds it."""
+    """Open a store once and keep it; one in this process's memory is not kept, as it lives only while somebody else holds it."""
     if kept := _kept.get(url):
         return kept
     store = open_store(url)

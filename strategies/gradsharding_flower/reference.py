@@ -12,7 +12,7 @@ from gradsharding.errors import InvalidUpdate
 from gradsharding.format.dtypes import Buffer
 from gradsharding.format.encode import encode
 from gradsharding.format.layout import Layout
-from gradsharding.stores.protocol import Source
+from gradsharding.stores.protocol import ReadableStore
 from gradsharding.stores.updates import Update, inspect, load_raw
 from gradsharding.stores.urls import file_reference
 from gradsharding.value import Value
@@ -43,7 +43,7 @@ class Reference(Value):
         layout, stat = update.layout, update.stat
         return cls(source=source, version=stat.version, nbytes=layout.nbytes, names=names or tuple(t.name for t in layout.tensors))
 
-    def load(self, store: Source) -> ArrayRecord:
+    def load(self, store: ReadableStore) -> ArrayRecord:
         """Read the arrays; raise ChangedObject if they were written again."""
         return to_record(load_raw(self.source, store, version=self.version), self.names)
 

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 from gradsharding import ObjectStore
 from gradsharding.errors import ChangedObject, InvalidUpdate, MissingObject, UserError, quoted
 from gradsharding.format.dtypes import Buffer
-from gradsharding.stores.protocol import Peeked, Source, Stat
+from gradsharding.stores.protocol import Peeked, ReadableStore, Stat
 from gradsharding.stores.urls import locate
 from gradsharding_flower.reference import Reference
 
@@ -39,7 +39,7 @@ def load(reference: Reference, store: ObjectStore, config: Mapping[str, object])
     return pinned(reference, *locate(source, store))
 
 
-def pinned(reference: Reference, source: Source, key: str) -> ArrayRecord:
+def pinned(reference: Reference, source: ReadableStore, key: str) -> ArrayRecord:
     """Read a model from its place, after its version was found to be the one that the server names."""
     if "://" in key:
         raise UserError(f"the model lies at {quoted(reference.source)}, and this node reads by URLs that the server lends, or not at all")
@@ -49,7 +49,7 @@ def pinned(reference: Reference, source: Source, key: str) -> ArrayRecord:
 class _Pinned(NamedTuple):
     """One version of one object: where anything else is found, it tells nothing of it."""
 
-    source: Source
+    source: ReadableStore
     reference: Reference
 
     def head(self, key: str) -> Stat:
