@@ -96,7 +96,7 @@ def costs() -> list[dict[str, Any]]:
         functions = priced_functions(seconds * memory, 0, prices, "x86_64")
         cost = plan.priced(functions, prices, hours=0)
         # the paper counts one GET for each object of a client's download
-        trips = Bill(items=tuple(item for item in cost.round_trip.items if item.what == "clients' PUTs")).usd
+        trips = Bill(items=tuple(item for item in cost.round_trip.items if item.name == "clients' PUTs")).usd
         reads = plan.clients * plan.objects * prices.usd("s3_get")
         slowest = point.get("phases") or [point["wall"]]
         at_most = sum(width * len(plan.slices) * phase for width, phase in zip(plan.widths, slowest, strict=True))

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from gradsharding import Limits, Sharded
-from gradsharding.advice.cost import Bill, Clients, Cost, Item, Storage, bill, forecast
+from gradsharding.advice.cost import Bill, ClientTraffic, Cost, Item, Storage, bill, forecast
 from gradsharding.advice.prices import Prices, load_prices
 from gradsharding.errors import UserError
 from gradsharding.planning.plan import Plan
@@ -39,12 +39,12 @@ def report(task: str, request: str | None, seconds: float = 1.5, gets: int = 40)
 
 def amounts(cost: Bill) -> dict[str, Decimal]:
     """Give a bill's items by name."""
-    return {item.what: Bill(items=(item,)).usd for item in cost.items}
+    return {item.name: Bill(items=(item,)).usd for item in cost.items}
 
 
 def test_exact() -> None:
     """A third of a cent a thousand times is exact; floats are nowhere."""
-    cost = Bill(items=tuple(Item(what="x", count=Decimal(1), unit="", figure="x", price=Decimal("0.0000133334")) for _ in range(1000)))
+    cost = Bill(items=tuple(Item(name="x", count=Decimal(1), unit="", figure="x", price=Decimal("0.0000133334")) for _ in range(1000)))
 
     assert Decimal("0.0133334") == cost.usd
     assert all(isinstance(item.usd, Decimal) for item in forecast(plan(), PRICES, 512 * MB).cost.round_trip.items)
@@ -83,7 +83,7 @@ def test_forecast_by_hand() -> None:
 
 def test_clients_on_aws_pay_no_transfer() -> None:
     """In the bucket's region, downloads are free; nothing else changes."""
-    here, there = (forecast(plan(), PRICES, 512 * MB, clients=Clients(on_aws=on_aws)).cost for on_aws in (True, False))
+    here, there = (forecast(plan(), PRICES, 512 * MB, clients=ClientTraffic(on_aws=on_aws)).cost for on_aws in (True, False))
 
     assert here.aggregation == there.aggregation
     assert there.round_trip.usd - here.round_trip.usd == amounts(there.round_trip)["downloads through the internet"]
@@ -162,7 +162,7 @@ def test_without_a_price(name: str, aggregation: bool, round_trip: bool) -> None
         if known:
             assert all_.usd == one.usd == one.known
         else:
-            with pytest.raises(UserError, match=f"there is no sum: no price of {name}"):
+            with pytest.raises(UserError, match=f"there is no total: no price of {name}"):
                 _ = one.usd
             assert str(one).endswith(f"in all: no price of {name}")
             assert ", no price\n" in str(one)

@@ -158,7 +158,7 @@ def test_failed_invocations_are_billed(ceph_store: S3Store, start: Start, tmp_pa
     assert [2, 0] == [len(report.vain) for report in result.reports]
     cost = billing.bill_of(result)
     assert cost
-    counts = {item.what: item.count for item in cost.aggregation.items}
+    counts = {item.name: item.count for item in cost.aggregation.items}
     assert (Decimal(4), sum((Decimal(str(one.billed)) for one in made), Decimal()) / 2) == (counts["invocations"], counts["functions"])
 
 

@@ -84,13 +84,13 @@ def test_seconds_by_hand() -> None:
 def test_objects_are_paid_for() -> None:
     """With an object for each client and slice, uploads and downloads are N·M requests; a tree's clients pay for them as ours do."""
     cost = planned("paper", manifest(64 * MB, 20), 4).cost(PRICES, GIB).round_trip
-    amounts = {item.what: item.usd for item in cost.items}
+    amounts = {item.name: item.usd for item in cost.items}
     tree = planned("lambda-fl", manifest(64 * MB, 20)).cost(PRICES, GIB).round_trip
     ours = forecast(LambdaFLTree().plan(manifest(64 * MB, 20), Limits()), PRICES, GIB).cost.round_trip
 
     assert (80 * Decimal("0.000005"), 80 * Decimal("0.0000004")) == (amounts["clients' PUTs"], amounts["clients' GETs"])
     for item in ("clients' PUTs", "clients' GETs"):
-        assert [i.usd for i in ours.items if i.what == item] == [i.usd for i in tree.items if i.what == item]
+        assert [i.usd for i in ours.items if i.name == item] == [i.usd for i in tree.items if i.name == item]
 
 
 def test_a_function_is_held_to_its_memory(tmp_path: object) -> None:

@@ -267,7 +267,7 @@ def test_servers() -> None:
     advice = advise(528_000_000, 20)
     assert advice.best
     items = advice.best.forecast.cost.aggregation.items
-    functions = sum(item.count * item.price for item in items if item.price and item.what in ("functions", "invocations"))
+    functions = sum(item.count * item.price for item in items if item.price and item.name in ("functions", "invocations"))
 
     for server in advice.servers:
         rounds = server.hour / functions

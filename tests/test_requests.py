@@ -110,7 +110,7 @@ def test_lambda(ceph: Ceph, ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch
     observed, projected = report["observed"], report["projected"]
     assert (seen["gets"], seen["puts"], seen["deletes"]) == tuple(observed[name] for name in ("gets", "puts", "deletes"))
     assert (observed["gets"], observed["puts"]) == (projected["gets"], projected["puts"])
-    billed = {item["what"]: float(item["count"]) for item in report["cost"]["items"]}
+    billed = {item["name"]: float(item["count"]) for item in report["cost"]["items"]}
     for kind in ("gets", "puts"):
         class_ = f"{kind[:-1].upper()}s"
         assert seen[kind] == billed[f"functions' {class_}"] + billed[f"the caller's {class_}"]

@@ -120,7 +120,7 @@ def test_report(
         return
     nothing = {"projected": None, "observed": None}
     assert (nothing, nothing) == (cost["aggregation"], cost["round_trip"])
-    known = sum(Decimal(item["usd"]) for item in cost["items"] if item["usd"] and not item["what"].startswith(("clients'", "storage")))
+    known = sum(Decimal(item["usd"]) for item in cost["items"] if item["usd"] and not item["name"].startswith(("clients'", "storage")))
     assert requests == known
     assert missing.startswith("no price of lambda_second_x86_64, lambda_request, transfer_out_gigabyte for il-central-1; fetch it with: ")
 

@@ -126,8 +126,8 @@ class PaperPlan(NamedTuple):
         return Bill(items=(gets, puts))
 
 
-def _item(what: str, count: Decimal | int, unit: str, prices: Prices, figure: str) -> Item:
-    return Item(what=what, count=Decimal(count), unit=unit, figure=figure, price=prices.usd(figure))
+def _item(name: str, count: Decimal | int, unit: str, prices: Prices, figure: str) -> Item:
+    return Item(name=name, count=Decimal(count), unit=unit, figure=figure, price=prices.usd(figure))
 
 
 def planned(topology: str, manifest: Manifest, shards: int | None = None) -> PaperPlan:

@@ -1,4 +1,4 @@
-"""What a round costs, in exact decimals: forecast from its plan, or billed from what the platform has reported of it."""
+"""The cost of a round, in exact decimals: forecast from its plan, or billed by what Lambda reported and stores counted."""
 
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -22,45 +22,45 @@ MONTH = Decimal(730)
 
 
 class Item(Value):
-    """So many units of something, at a price each."""
+    """A number of units, and the price of one."""
 
-    what: str
+    name: str
     count: Decimal
     unit: str
     figure: str
-    """The price's name in the list of prices."""
+    """The price's name in the price list."""
     price: Decimal | None
-    """None where the region's is not known."""
+    """None if the region's price is unknown."""
 
     @property
     def usd(self) -> Decimal | None:
-        """What it comes to; None if that is not known. Nothing costs nothing, whatever its price."""
+        """The amount; None if the price is unknown. Zero units cost nothing, whatever the price."""
         if not self.count:
             return Decimal(0)
         return None if self.price is None else self.count * self.price
 
 
 class Bill(Value):
-    """Items, and what they come to."""
+    """Items and their total."""
 
     items: tuple[Item, ...]
 
     @property
     def usd(self) -> Decimal:
-        """What all items come to; raise UserError if a price is missing."""
+        """Total of all items; raise UserError if a price is missing."""
         if (sum_ := self.known) is None:
-            raise UserError(f"there is no sum: {self._without}")
+            raise UserError(f"there is no total: {self._without}")
         return sum_
 
     @property
     def known(self) -> Decimal | None:
-        """What all items come to; None if a price is missing."""
+        """Total of all items; None if a price is missing."""
         amounts = [item.usd for item in self.items]
         return None if None in amounts else sum((usd for usd in amounts if usd is not None), Decimal(0))
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """Names of the prices without which there is no sum."""
+        """Names of the missing prices, without which there is no total."""
         return tuple(dict.fromkeys(item.figure for item in self.items if item.usd is None))
 
     @property
@@ -68,37 +68,37 @@ class Bill(Value):
         return f"no price of {', '.join(self.missing)}"
 
     def __add__(self, other: "Bill") -> "Bill":
-        """Put two bills together."""
+        """Join two bills."""
         return Bill(items=self.items + other.items)
 
     def __str__(self) -> str:
-        lines = [f"{i.what}: {_plain(i.count)} {i.unit}, {'no price' if i.usd is None else f'${i.usd:.7f}'}" for i in self.items]
+        lines = [f"{i.name}: {_plain(i.count)} {i.unit}, {'no price' if i.usd is None else f'${i.usd:.7f}'}" for i in self.items]
         return "\n".join([*lines, f"in all: {self._without if self.known is None else f'${self.known:.7f}'}"])
 
 
 class Cost(NamedTuple):
-    """A round in both accountings."""
+    """The cost of a round, without and with its clients."""
 
     aggregation: Bill
-    """What the functions take."""
+    """Of the functions and of all requests of the round."""
     round_trip: Bill
-    """That, the clients' uploads and downloads, and the storage meanwhile."""
+    """The same, the clients' uploads and downloads, and storage meanwhile."""
 
 
 class Forecast(NamedTuple):
-    """A round before it runs."""
+    """Time and cost of a round before it runs."""
 
     seconds: Seconds
     cost: Cost
 
 
-class Clients(NamedTuple):
-    """What the clients have to do with the price."""
+class ClientTraffic(NamedTuple):
+    """Where the clients are, and how long their objects are stored."""
 
     on_aws: bool = False
-    """In the region of the bucket, where nothing is charged for transfer; else their downloads pass through the internet."""
+    """Whether the clients are in the bucket's region, where transfer is free; else they download through the internet."""
     hours: float = 1.0
-    """For how long updates and result lie in the bucket."""
+    """Hours for which updates and result are stored."""
 
 
 def forecast(
@@ -110,9 +110,9 @@ def forecast(
     concurrency: int | None = None,
     speeds: Speeds | None = None,
     storage: Storage = "standard",
-    clients: Clients | None = None,
+    clients: ClientTraffic | None = None,
 ) -> Forecast:
-    """Forecast a round by functions of ``memory`` bytes, an invocation for each task that may run at once."""
+    """Forecast a round run by functions of ``memory`` bytes, with one invocation for each task that may run at once."""
     seconds = forecast_seconds(plan, memory, concurrency, speeds)
     at_once = [min(width * len(plan.slices), concurrency or width * len(plan.slices)) for width in plan.widths]
     functions = priced_functions(Decimal(memory) / GIB * Decimal(f"{seconds.billed:.3f}"), sum(at_once), prices, architecture)
@@ -128,11 +128,11 @@ def bill(
     *,
     architecture: Architecture = "arm64",
     storage: Storage = "standard",
-    clients: Clients | None = None,
+    clients: ClientTraffic | None = None,
 ) -> Cost:
-    """Bill a round by what Lambda reported of its functions, and by what was counted of its requests to S3.
+    """Bill a round by what Lambda reported of its functions, and by the requests to S3 that were counted.
 
-    ``caller`` is what was asked beside the tasks. Functions of which Lambda told no figures cost requests only.
+    ``caller`` has the requests beside those of the tasks. Functions of which Lambda reported nothing cost their requests only.
     """
     seen = tuple(reports)
     told = invocations(seen)
@@ -147,7 +147,7 @@ def _of_s3(spent: Spent) -> Usage:
 
 
 def priced_functions(gib_seconds: Decimal, invocations: int, prices: Prices, architecture: Architecture) -> Bill:
-    """Price functions, without their requests."""
+    """Price the time and invocations of functions."""
     return Bill(
         items=(
             _item("functions", gib_seconds, "GiB-seconds", prices, f"lambda_second_{architecture}"),
@@ -156,14 +156,16 @@ def priced_functions(gib_seconds: Decimal, invocations: int, prices: Prices, arc
     )
 
 
-def priced(functions: Bill, asked: Mapping[str, Usage], plan: Plan, prices: Prices, storage: Storage, clients: Clients | None) -> Cost:
-    """Price a plan's functions, and what was asked of S3 and by whom, in both accountings."""
+def priced(
+    functions: Bill, asked: Mapping[str, Usage], plan: Plan, prices: Prices, storage: Storage, clients: ClientTraffic | None
+) -> Cost:
+    """Price a plan's functions, and the requests to S3 in ``asked``, by whose they are; without and with the clients."""
     aggregation = functions
     for whose_requests, usage in asked.items():
         aggregation += _requests(whose_requests, usage, prices, storage)
-    whose = clients or Clients()
+    whose = clients or ClientTraffic()
     nbytes = plan.header_bytes + plan.result_bytes
-    # an update is written, and the new model's header and data are read
+    # each client writes an update, and reads the header and the data of the new model
     each = Usage(gets=2) + CHARGES.put(nbytes)
     trips = _requests("clients' ", (each + Usage(bytes_read=nbytes)) * plan.clients, prices, storage)
     moved = plan.clients * nbytes
@@ -189,13 +191,13 @@ def _requests(whose: str, usage: Usage, prices: Prices, storage: Storage) -> Bil
     return Bill(items=tuple(item for item in items if item.count))
 
 
-def _item(what: str, count: Decimal | int, unit: str, prices: Prices, figure: str) -> Item:
+def _item(name: str, count: Decimal | int, unit: str, prices: Prices, figure: str) -> Item:
     known = prices.figures.get(figure)
-    return Item(what=what, count=Decimal(count), unit=unit, figure=figure, price=known.usd if known else None)
+    return Item(name=name, count=Decimal(count), unit=unit, figure=figure, price=known.usd if known else None)
 
 
 def known(usd: Decimal | None) -> str | None:
-    """Write a sum in US dollars as JSON's text; None stays None."""
+    """Write an amount in US dollars as text for JSON; None stays None."""
     return None if usd is None else f"{usd:f}"
 
 

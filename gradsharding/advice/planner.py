@@ -6,7 +6,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gradsharding.advice.cost import GIB, Bill, Clients, Forecast, Storage, forecast
+from gradsharding.advice.cost import GIB, Bill, ClientTraffic, Forecast, Storage, forecast
 from gradsharding.advice.prices import PACKAGED, Money, Prices, load_prices
 from gradsharding.advice.timing import Rates, Speeds, at_once, borne, bottleneck, rates, suited, unlucky, working
 from gradsharding.arithmetic.fold import Arithmetic
@@ -295,7 +295,7 @@ class _Search:
             concurrency=self.needs.concurrency,
             speeds=self.speeds,
             storage=self.needs.storage,
-            clients=Clients(on_aws=self.needs.on_aws),
+            clients=ClientTraffic(on_aws=self.needs.on_aws),
         )
 
     def bounds(self, plan: Plan, memory: int, expected: Forecast, waves: int, wanted: Rates) -> Iterator[Bound]:
@@ -338,7 +338,7 @@ class _Search:
             cheaper_from = None
             if best:  # both pay S3 for the same requests, so only the functions count
                 items = best.forecast.cost.aggregation.items
-                functions = Bill(items=tuple(item for item in items if item.what in ("functions", "invocations"))).usd
+                functions = Bill(items=tuple(item for item in items if item.name in ("functions", "invocations"))).usd
                 rounds = box.hour / functions
                 cheaper_from = rounds if rounds <= Decimal(3600 / seconds) else None
             compared.append(Server(name, box.hour, seconds, cheaper_from))

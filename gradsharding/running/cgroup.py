@@ -1,4 +1,4 @@
-"""The kernel holds a process to the control groups that it is in: a worker to memory, this process to CPUs. Linux, v1 or v2."""
+"""Control groups (Linux, v1 or v2) limit the memory of workers, and tell how many CPUs this process may use."""
 
 import contextlib
 import os
@@ -24,15 +24,15 @@ nothing: no limit is set.
 Version = Literal[1, 2]
 
 PERIOD = 60
-"""Seconds after which a cgroup without processes, whose maker has ended, is taken for left behind."""
+"""Seconds after which an empty cgroup, whose creator has ended, counts as left behind."""
 
 _LOCK = threading.Lock()
-"""Held while this process may be moved from one cgroup to another: what is below its own must not change meanwhile."""
+"""Held while this process may move from one cgroup to another, so that the groups below its own do not change meanwhile."""
 
 _PROCESSES, _CHILDREN = "cgroup.procs", "cgroup.subtree_control"
 
 _LIMITS = ("memory.max", "memory.high", "cpu.max", "cpuset.cpus", "io.max")
-"""What a process beside the caller's cgroup would escape. Not pids.max: systemd sets it for everything, and a worker is one process."""
+"""Limits that a process beside the caller's cgroup would escape. Not pids.max: systemd sets it for everything; a worker is one process."""
 
 
 class _Names(NamedTuple):
@@ -51,16 +51,16 @@ _NAMES: dict[Version, _Names] = {
 
 
 class MemoryCgroup:
-    """One cgroup with a limit in bytes, below this process's own or beside it; removed by ``close`` once its processes are gone."""
+    """A cgroup with a limit in bytes, below this process's own or beside it; ``close`` removes it once its processes have ended."""
 
     def __init__(self, path: Path, version: Version) -> None:
-        """Use ``create``, which finds out whether this machine lets us."""
+        """Use ``create``, which finds out whether this machine permits it."""
         self.path = path
         self._version: Version = version
 
     @classmethod
     def create(cls, limit: int) -> Self | None:
-        """Make a cgroup limited to ``limit`` bytes, or give None where that is not permitted.
+        """Create a cgroup limited to ``limit`` bytes; return None if that is not permitted.
 
         Under v2 this may switch the memory controller on for the root's children, or move this process into a leaf of its own cgroup
         if it is alone there; ``close`` moves it back.
@@ -79,11 +79,11 @@ class MemoryCgroup:
 
     @property
     def hold(self) -> Hold:
-        """What holds the processes here, by name."""
+        """The name of what limits the processes in this cgroup."""
         return "cgroup v1" if self._version == 1 else "cgroup v2"
 
     def add(self, pid: int) -> bool:
-        """Move a process in; False if the kernel refuses."""
+        """Move a process into the cgroup; return False if the kernel refuses."""
         try:
             _write(self.path / _PROCESSES, pid)
         except OSError:
@@ -91,18 +91,18 @@ class MemoryCgroup:
         return True
 
     def kills(self) -> int:
-        """How often the kernel has killed here because the limit was reached; v2 may count one process twice."""
+        """Return how many processes the kernel has killed at the limit; v2 may count one process twice."""
         for line in _read(self.path / _NAMES[self._version].events).splitlines():
             if line.startswith("oom_kill "):
                 return int(line.split()[1])
         return 0
 
     def peak(self) -> int:
-        """Bytes: the most that the processes here have held; 0 where the kernel does not say (v2 before Linux 5.19)."""
+        """Return the peak memory of the cgroup in bytes; 0 if the kernel does not tell (v2 before Linux 5.19)."""
         return int(_read(self.path / _NAMES[self._version].peak) or 0)
 
     def close(self) -> None:
-        """Remove the cgroup; the kernel may need a moment after its last process ended."""
+        """Remove the cgroup; the kernel may need a moment after the last process has ended."""
         for _ in range(50):
             try:
                 self.path.rmdir()
@@ -117,7 +117,7 @@ class MemoryCgroup:
 
 
 def usable_cpus() -> int:
-    """Give the number of CPUs that this process can keep busy.
+    """Return the number of CPUs that this process can keep busy.
 
     It is the least of its affinity and of the quotas of its cgroup and of all above that can be seen, each rounded up; at least 1.
     """
@@ -127,21 +127,21 @@ def usable_cpus() -> int:
 
 
 def cpus_of(quota: str, period: str) -> int | None:
-    """CPUs that ``quota`` microseconds in each ``period`` come to, rounded up; None where there is no quota ("max", "-1")."""
+    """Return the CPUs that ``quota`` microseconds per ``period`` amount to, rounded up; None without a quota ("max", "-1")."""
     if not (quota.isdecimal() and period.isdecimal() and int(quota) and int(period)):
         return None
     return -(-int(quota) // int(period))
 
 
 class Place(NamedTuple):
-    """Where a process is in the hierarchy of a controller: its directory, and the topmost one that can be seen."""
+    """The place of a process in the hierarchy of a controller: its own directory, and the topmost visible one."""
 
     version: Version
     own: Path
     top: Path
 
     def upwards(self) -> Iterator[Path]:
-        """Give the process's own directory and all above it, to the top."""
+        """Iterate over the process's own directory and those above it, up to the top."""
         yield self.own
         for directory in self.own.parents:
             if not directory.is_relative_to(self.top):
@@ -150,11 +150,11 @@ class Place(NamedTuple):
 
 
 def locate(controller: str, cgroups: str, mounts: str) -> Place | None:
-    """Find the directory of a process by the texts of its ``/proc/PID/cgroup`` and ``/proc/PID/mountinfo``; None if none can be seen.
+    """Find the directory of a process from the texts of ``/proc/PID/cgroup`` and ``/proc/PID/mountinfo``; None if none is visible.
 
     A container often sees its own cgroup as the mount's top: the mount's root, in that of the host, tells what to leave out.
     """
-    # lines end in "\n" alone, and fields in " ": a path may hold whatever else counts as white space
+    # only "\n" ends a line and only " " a field: a path may contain other white space
     paths = {names: path for _, names, path in (line.split(":", 2) for line in cgroups.split("\n") if line)}
     ours = next((names for names in paths if controller in names.split(",")), "")
     found = list[tuple[int, Place]]()
@@ -178,7 +178,7 @@ def _quota(directory: Path, version: Version) -> int | None:
 
 
 def _parents() -> Iterator[tuple[Version, Path]]:
-    """Where a cgroup with a memory limit may be made, the best first.
+    """Iterate over the places where a cgroup with a memory limit may be created, the best first.
 
     v2 gives a cgroup a limit only if the one above has memory in its subtree_control, which one with processes of its own cannot have,
     but for the root. So it is the root, or the cgroup above our own, or our own once we have moved into a leaf.
@@ -192,7 +192,7 @@ def _parents() -> Iterator[tuple[Version, Path]]:
     own, above = place.own, place.own.parent
     if _gives_memory(own) or _switch(own, "+memory"):
         yield 2, own
-    # to move a process from one cgroup to another takes the right to write to what is above both
+    # moving a process between cgroups needs write permission for the directory above both
     if own != place.top and _gives_memory(above) and os.access(above / _PROCESSES, os.W_OK, effective_ids=True) and _unlimited(own):
         yield 2, above
     if _moved_into_leaf(own):
@@ -200,13 +200,13 @@ def _parents() -> Iterator[tuple[Version, Path]]:
 
 
 def _limit(path: Path, version: Version, limit: int) -> bool:
-    """Set the limit, and look whether the kernel took it: it counts in whole pages."""
+    """Set the limit, and check that the kernel took it, in whole pages."""
     names = _NAMES[version]
     try:
         _write(path / names.limit, limit)
     except OSError:
         return False
-    with contextlib.suppress(OSError):  # absent where swap is not accounted
+    with contextlib.suppress(OSError):  # missing if swap is not accounted
         _write(path / names.swap, 0 if version == 2 else limit)
     with contextlib.suppress(OSError):  # v1 has none: it kills one process
         _write(path / "memory.oom.group", 1)
@@ -227,7 +227,7 @@ def _switch(directory: Path, controller: str) -> bool:
 
 
 def _unlimited(own: Path) -> bool:
-    """Whether a process beside this cgroup escapes no limit that is set for those in it."""
+    """Return whether a process beside this cgroup would escape none of its limits."""
     return all(_read(own / name).split(" ")[0] in {"", "max"} for name in _LIMITS)
 
 
@@ -240,7 +240,7 @@ def _alone(directory: Path) -> bool:
 
 
 def _moved_into_leaf(own: Path) -> bool:
-    """Make way for children with limits, if nobody else is in this cgroup."""
+    """Move this process into a leaf, so that its cgroup may have children with limits, if nobody else is in the cgroup."""
     if "memory" not in _read(own / "cgroup.controllers").split() or not _alone(own):
         return False
     with contextlib.suppress(OSError):
@@ -253,7 +253,7 @@ def _moved_into_leaf(own: Path) -> bool:
 
 
 def _step_back(own: Path) -> None:
-    """Move this process back from its leaf, if it had moved there and its cgroup has no other children any more."""
+    """Move this process back from its leaf, if its cgroup has no other children left."""
     leaf = _leaf(own)
     if not leaf.is_dir() or [leaf] != [path for path in own.iterdir() if path.is_dir()]:
         return
@@ -265,7 +265,7 @@ def _step_back(own: Path) -> None:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what callers that were killed have left; the kernel lets nobody remove a cgroup with processes."""
+    """Remove cgroups that killed callers have left; the kernel refuses to remove one with processes."""
     for path in parent.glob("gradsharding-*-*"):
         with contextlib.suppress(OSError):
             if not Path("/proc", path.name.split("-")[1]).exists() and time.time() - path.stat().st_mtime > PERIOD:
@@ -273,14 +273,14 @@ def _sweep(parent: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    """Give the text of one of the kernel's files without the last line's end; "" where there is none that we may read."""
+    """Return the text of a kernel file without its last line end; "" if there is no such file, or it may not be read."""
     with contextlib.suppress(OSError):
         return os.fsdecode(path.read_bytes()).rstrip("\n")
     return ""
 
 
 def _write(path: Path, value: object) -> None:
-    """Write to one of the kernel's files; never make one where the kernel has none."""
+    """Write to a kernel file; never create one that the kernel does not have."""
     file = os.open(path, os.O_WRONLY)
     try:
         os.write(file, str(value).encode())
@@ -289,5 +289,5 @@ def _write(path: Path, value: object) -> None:
 
 
 def _unescaped(field: str) -> str:
-    """Undo what mountinfo does to spaces and the like: a backslash and three octal digits each."""
+    """Undo the escapes of mountinfo: a backslash and three octal digits for a space and the like."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)

@@ -1,7 +1,7 @@
-"""Functions that run at once share what one prefix of S3 bears: each asks no faster than its share, and waits no longer than its time.
+"""Functions that run at once share the request rate of one S3 prefix: each keeps to its share, and never waits beyond its own time limit.
 
-The requests of a function are taken to go to one prefix, and be it one object: float64 sums demand that all functions read the
-clients in one order, so that they read much the same object at the same time.
+All requests of a round are assumed to go to one prefix, even to one object: float64 sums require that all functions read the clients in
+the same order, so that they read nearly the same object at the same time.
 """
 
 import threading
@@ -15,26 +15,26 @@ from gradsharding.planning.platform import FIGURES
 from gradsharding.value import Value
 
 MARGIN = 0.8
-"""Share of the limit that a round takes: the rest is for whoever else uses the prefix, and for requests that come unevenly."""
+"""Fraction of the limit that a round uses: the rest is for other users of the prefix, and for uneven arrival of requests."""
 
 GETS = MARGIN * FIGURES["get rate"].value
-"""GET and HEAD requests a second that a round makes of one prefix, at most."""
+"""GET and HEAD requests per second that a round makes to one prefix, at most."""
 
 PUTS = MARGIN * FIGURES["put rate"].value
-"""Other requests a second that a round makes of one prefix, at most."""
+"""Other requests per second that a round makes to one prefix, at most."""
 
 
 class Share(Value):
-    """Requests a second that one function may make."""
+    """Requests per second that one function may make."""
 
     gets: float
-    """GET and HEAD, by HTTP's own name: a LIST is a GET here."""
+    """GET and HEAD by HTTP's own method: a LIST counts as GET here."""
     puts: float
     """All others."""
 
 
 def share(at_once: int) -> Share:
-    """Give what each of so many functions may ask of one prefix.
+    """Return the share of each of ``at_once`` functions.
 
     >>> share(1000)
     Share(gets=4.4, puts=2.8)
@@ -43,7 +43,7 @@ def share(at_once: int) -> Share:
 
 
 class _Turns:
-    """Gives turns, so many a second, evenly; threads may share it."""
+    """Hands out turns at an even rate per second; threads may share it."""
 
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate
@@ -51,14 +51,14 @@ class _Turns:
         self._lock = threading.Lock()
 
     def take(self, until: float) -> None:
-        """Wait until it is one's turn; raise StoreFailed, and leave the turn to others, if it lies beyond ``until``."""
+        """Wait for the next turn; if it comes after ``until``, raise StoreFailed and leave the turn to others."""
         with self._lock:
             mine = max(self._next, now := time.monotonic())
             if mine > max(now, until):
                 raise StoreFailed(
-                    f"this function's turn to ask S3 again comes in {mine - now:.3g} s, at its share of {1 / self._interval:.3g} "
-                    f"requests/s, and {max(0.0, until - now):.3g} s of its time are left; run fewer functions at once, or give "
-                    f"them more time"
+                    f"this function's turn for its next request to S3 comes in {mine - now:.3g} s, at its share of "
+                    f"{1 / self._interval:.3g} requests/s, and {max(0.0, until - now):.3g} s of its time are left; "
+                    "run fewer functions at once, or give them more time"
                 )
             self._next = mine + self._interval
         if mine > now:
@@ -66,7 +66,7 @@ class _Turns:
 
 
 class _Kept:
-    """What a function keeps to."""
+    """The turns of one function, and the end of its time."""
 
     def __init__(self, kept: Share | None, seconds: float) -> None:
         self.gets = _Turns(kept.gets) if kept else None
@@ -79,7 +79,7 @@ _kept = ContextVar[_Kept | None]("kept", default=None)
 
 @contextmanager
 def keeping(kept: Share | None, seconds: float) -> Iterator[None]:
-    """Keep to a share, and wait no longer than ``seconds`` from now, here and in threads that ``usage.carried`` functions run in."""
+    """Keep to a share, and wait no longer than ``seconds`` from now; this holds in threads that run ``usage.carried`` functions, too."""
     token = _kept.set(_Kept(kept, seconds))
     try:
         yield
@@ -88,15 +88,15 @@ def keeping(kept: Share | None, seconds: float) -> Iterator[None]:
 
 
 def take_turn(*, reads: bool) -> None:
-    """Wait until the share allows one more request, which is a GET or HEAD if it ``reads``; where there is no share, do not wait.
+    """Wait until the share allows one more request, a GET or HEAD if it ``reads``; without a share, return at once.
 
-    Raise StoreFailed at once if that is later than may be waited.
+    Raise StoreFailed at once if the turn comes too late.
     """
     if (kept := _kept.get()) and (turns := kept.gets if reads else kept.puts):
         turns.take(kept.until)
 
 
 def time_left() -> float:
-    """Give the seconds that may still be waited; infinity outside of ``keeping``."""
+    """Return the seconds left for waiting; infinity outside of ``keeping``."""
     kept = _kept.get()
     return kept.until - time.monotonic() if kept else float("inf")

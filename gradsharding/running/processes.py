@@ -1,4 +1,4 @@
-"""Tasks in worker processes of this machine, each held to its memory; one that dies is replaced, and its task is tried again."""
+"""Tasks run in worker processes of this machine, each limited in memory; a worker that dies is replaced, and its task runs again."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from gradsharding.stores.urls import locate
 from gradsharding.usage import Spent
 
 STOPPED = 10
-"""Seconds after which a worker that somebody has stopped (SIGSTOP) is killed, and replaced."""
+"""Seconds after which a worker that was stopped (SIGSTOP) is killed and replaced."""
 
 
 def processes(rest: str) -> "ProcessExecutor":
@@ -33,15 +33,15 @@ def processes(rest: str) -> "ProcessExecutor":
 
 
 class ProcessExecutor(GivenLimits):
-    """Tasks in ``count`` fresh worker processes, each held to the allowed memory.
+    """Tasks in ``count`` fresh worker processes, each limited to the allowed memory.
 
-    A worker that outgrows it is stopped: by a cgroup where one can be made, otherwise by a limit on what it may
-    allocate beyond what it had at its start (``RLIMIT_DATA``). A worker that dies for another reason is replaced and its
-    task tried again, ``attempts`` times in all.
+    A worker that exceeds it is stopped: by a cgroup where one can be created, otherwise by a limit on what it may allocate beyond what it
+    had when it started (``RLIMIT_DATA``). A worker that dies for another reason is replaced, and its task runs again, up to ``attempts``
+    times in all.
     """
 
     def __init__(self, count: int | None = None, *, attempts: int = 3, use_cgroup: bool = True) -> None:
-        """Use ``count`` processes, by default one for each CPU that this one may run on, or as many as its cgroup's quota is worth."""
+        """Use ``count`` processes; by default, one for each CPU that this process may use, or as many as its cgroup's quota is worth."""
         self.count = count or usable_cpus()
         self.attempts = attempts
         self.use_cgroup = use_cgroup
@@ -52,7 +52,7 @@ class ProcessExecutor(GivenLimits):
         count = min(self.count, len(tasks))
         with contextlib.ExitStack() as stack:
             shared = job.model_dump_json().encode() + b"\n"
-            # what a process writes into memory that is shared, or taken for files, is charged to its cgroup, though it is not the process's
+            # shared memory, and files on a tmpfs, are charged to the cgroup of the process that writes them
             held = limits.memory + job.shared_bytes + _left_in_memory(tasks, job, store) if self.use_cgroup else None
             workers = [stack.enter_context(_Worker(shared, limits.memory, held)) for _ in range(count)]
             pool = stack.enter_context(ThreadPoolExecutor(max(count, 1), thread_name_prefix="gradsharding"))
@@ -70,7 +70,7 @@ class ProcessExecutor(GivenLimits):
                     process.give_up()
 
             reports = run_eagerly(tasks, lambda ready: [pool.submit(once, task) for task in ready], progress, give_up)
-            for process in workers:  # all at once: they take a moment to end
+            for process in workers:  # all at once: each takes a moment to end
                 process.dismiss()
             return reports
 
@@ -92,7 +92,7 @@ if os.getppid() != int(sys.argv.pop(1)):
 from gradsharding.running.worker import main
 main()
 """
-"""What a worker process runs. Nobody would want the answer of one whose caller is gone, also if that went before the first line."""
+"""The program of a worker process. It ends with its caller, even if the caller ends before the first line runs."""
 
 
 class _WorkerDied(Exception):
@@ -100,10 +100,10 @@ class _WorkerDied(Exception):
 
 
 class _Worker:
-    """One process that serves tasks over its standard input and output; started when first asked."""
+    """One process that serves tasks over its standard input and output; a replacement starts with the next task."""
 
     def __init__(self, job: bytes, allowed: int, held: int | None) -> None:
-        """Serve ``job``, a line of JSON, in ``allowed`` bytes of memory; by a cgroup of ``held`` bytes, if one is wanted."""
+        """Serve ``job``, a line of JSON, in ``allowed`` bytes of memory, enforced by a cgroup of ``held`` bytes if that is not None."""
         self._job = job
         self._unsent = bytearray()
         self._why = ""
@@ -125,7 +125,7 @@ class _Worker:
             self._cgroup.close()
 
     def ask(self, task: Task) -> TaskReport:
-        """Run a task over there; raise what it raised, OutOfMemory, or _WorkerDied."""
+        """Run a task in the process; raise what it raised, OutOfMemory, or _WorkerDied."""
         process = self._process or self._start()
         self._unsent += task.model_dump_json().encode() + b"\n"
         answer = self._exchange(process)
@@ -138,7 +138,7 @@ class _Worker:
         raise self._too_small(task, error.message, error.usage) if isinstance(error, OutOfMemory) else error
 
     def _exchange(self, process: "subprocess.Popen[bytes]") -> bytes:
-        """Send what is to be sent, and give the line that comes back; what ends early is a process that died, or was stopped too long."""
+        """Send what is unsent and return the answer, one line; it is incomplete if the process died, or was stopped for too long."""
         assert process.stdin
         assert process.stdout
         answer, stopped, poll = bytearray(), 0, select.poll()
@@ -153,7 +153,7 @@ class _Worker:
             elif process.stdin.fileno() in ready:
                 try:
                     del self._unsent[: process.stdin.write(self._unsent[: 1 << 16]) or 0]
-                except BrokenPipeError:  # its last words may still come
+                except BrokenPipeError:  # what it wrote before may still come
                     self._unsent.clear()
                 if not self._unsent:
                     poll.unregister(process.stdin)
@@ -171,13 +171,13 @@ class _Worker:
         return self._cgroup.hold if self._cgroup else "RLIMIT_DATA"
 
     def dismiss(self) -> None:
-        """Let the process end: there is nothing more to ask."""
+        """Let the process end: there are no more tasks."""
         if self._process and self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
 
     def give_up(self) -> None:
-        """Kill the process: its answer is not wanted any more."""
+        """Kill the process: its answer is no longer wanted."""
         self.given_up = True
         if process := self._process:
             process.kill()
@@ -190,7 +190,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             bufsize=0,
-            process_group=0,  # Ctrl-C is for this process alone, which then gives its workers up
+            process_group=0,  # Ctrl-C reaches the caller alone, which then kills its workers
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # idle BLAS threads cost memory
         )
         if self._cgroup and not self._cgroup.add(self._process.pid):
@@ -199,7 +199,7 @@ class _Worker:
             self._cgroup = None
             return self._start()
         assert self._process.stdin
-        os.set_blocking(self._process.stdin.fileno(), False)  # a worker that is stopped reads nothing
+        os.set_blocking(self._process.stdin.fileno(), False)  # a stopped worker reads nothing
         self._unsent, self._why = bytearray(self._job), ""
         return self._process
 
@@ -225,9 +225,9 @@ class _Worker:
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
         return _WorkerDied(f"its worker ended with status {status}" + "".join(f": {line}" for line in last))
 
-    def _too_small(self, task: Task, how: str, usage: Spent) -> OutOfMemory:
+    def _too_small(self, task: Task, reason: str, usage: Spent) -> OutOfMemory:
         error = OutOfMemory(
-            f"task {task.id} outgrew the {mib(self._allowed)} allowed, though {mib(task.memory)} were projected: {how}; "
+            f"task {task.id} outgrew the {mib(self._allowed)} allowed, though {mib(task.memory)} were projected: {reason}; "
             "use more shards, or allow more memory",
             task=task.id,
         )
@@ -236,14 +236,14 @@ class _Worker:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped a process; one that a debugger has stopped is left alone."""
+    """Return whether a signal has stopped a process; one that a debugger has stopped does not count."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     return False
 
 
 def _left_in_memory(tasks: Sequence[Task], job: Job, store: ObjectStore) -> int:
-    """Bytes, at most, that a worker may leave in files on a tmpfs, as ``/tmp`` often is."""
+    """Return the bytes, at most, that a worker leaves in files on a tmpfs, such as ``/tmp`` often is."""
     places = {part: locate(reference, store)[0] for part, reference in ((True, job.output), (False, f"{job.partials}/-"))}
     kept = {part for part, place in places.items() if place.in_memory}
     return sum(task.bytes_written for task in tasks if not task.written_to_memory and (task.part != PARTIAL) in kept)
