@@ -1,10 +1,14 @@
-"""mkdocstrings calls this module: the examples in docstrings, which Markdown would take for quotations, become blocks of code."""
+"""mkdocstrings calls this module: the examples in docstrings, which Markdown would take for quotations, become blocks of code.
+
+Defaults that are written into the type of a parameter go: the signature has them.
+"""
 
 import re
 from typing import Any
 
 import griffe
 
+DEFAULT = re.compile(r"^( *\w+ : .*?) \(default: .*\)$", re.MULTILINE)
 EXAMPLE = re.compile(r"(?:^>>> .*\n?(?:.+\n?)*)", re.MULTILINE)
 
 
@@ -14,4 +18,5 @@ class Doctests(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite one docstring."""
         if obj.docstring:
-            obj.docstring.value = EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", obj.docstring.value)
+            text = DEFAULT.sub(r"\1", obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text)

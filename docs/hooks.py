@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -37,6 +38,10 @@ WORKER = "https://unpkg.com/iframe-worker/shim"
 """What the theme loads for the search in pages opened from a disk; docs/worker.js does the same without a network."""
 
 LINK = re.compile(r"(?P<before>\]\()(?P<target>(?!https?:|mailto:|#)[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+LOADED = re.compile(r'<(?:script|img|link|iframe|source)[^>]*(?:src|href)="(https?://[^"]+)"')
+EXTERNAL = re.compile(r'<a [^>]*href="(https?://[^"]+)"')
+_external: set[str] = set()
+
 GENERATED = re.compile(r"^<!-- generated: (?P<name>\S+) ?(?P<argument>\S*) -->$", re.MULTILINE)
 
 
@@ -67,8 +72,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa: ARG001
-    """Load nothing from the network."""
-    return output.replace(WORKER, posixpath.relpath("worker.js", posixpath.dirname(page.url) or "."))
+    """Load nothing from the network; raise PluginError if something is loaded all the same. Note where the page leads outside."""
+    output = output.replace(WORKER, posixpath.relpath("worker.js", posixpath.dirname(page.url) or "."))
+    if loaded := LOADED.findall(output):
+        raise PluginError(f"{page.url} loads {', '.join(loaded)}; a page must be readable without a network")
+    _external.update(EXTERNAL.findall(output))
+    return output
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """List the links that lead outside, which are not followed."""
+    Path(config.site_dir, "external-links.txt").write_text("".join(f"{url}\n" for url in sorted(_external)))
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:  # noqa: ARG001
@@ -79,7 +93,8 @@ def on_post_template(output_content: str, template_name: str, config: MkDocsConf
 def decisions(_: str = "") -> str:
     """List the decisions, newest first."""
     lines, day = list[str](), ""
-    for path in sorted((ROOT / "docs" / "decisions").glob("2*.md"), key=lambda path: (path.name[:10], path.name), reverse=True):
+    paths = sorted((ROOT / "docs" / "decisions").glob("2*.md"))
+    for path in sorted(paths, key=lambda path: path.name[:10], reverse=True):
         title, date = path.read_text().split("\n", 3)[0].removeprefix("# "), path.name[:10]
         lines += [f"\n## {date}\n"] if date != day else []
         lines.append(f"- [{title}]({path.name})")
