@@ -11,6 +11,7 @@ RUN = python -m
 PYTEST = $(BIN)/$(RUN) pytest -n logical --maxprocesses 4 --dist worksteal
 export FLWR_TELEMETRY_ENABLED = 0
 export RAY_USAGE_STATS_ENABLED = 0
+export NO_MKDOCS_2_WARNING = 1
 
 .PHONY: demo test test-all rig lint types docs bench
 
@@ -31,7 +32,8 @@ lint: types # style, types, and who may import whom
 types: .venv/.ready
 	$(BIN)/mypy
 
-docs: .venv/.ready # runs the examples that the documents and docstrings show
+docs: .venv/.ready # the site, in site/, with its links checked; and its examples, run
+	$(BIN)/mkdocs build
 	$(BIN)/pytest tests/test_docs.py gradsharding
 
 bench: .venv/.ready # 6 GB of disk and 16 GB of memory, for an hour; the figures go to benchmarks/results/
