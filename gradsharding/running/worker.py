@@ -266,3 +266,7 @@ def limit_data(allowed: int) -> None:
     """
     now = _status("VmData") + max(0, allowed - _status("VmRSS"))
     resource.setrlimit(resource.RLIMIT_DATA, (now, now))
+
+
+if __name__ == "__main__":
+    main()
