@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from gradsharding.errors import NonFinite, TaskFailed, UserError, from_wire
+from gradsharding.planning.plan import Limits
 from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.running.executors import GivenLimits, Outcome, Progress, run_eagerly
-from gradsharding.planning.plan import Limits
 from gradsharding.stores.protocol import ObjectStore
 
 

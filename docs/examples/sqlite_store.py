@@ -15,7 +15,9 @@ from gradsharding.usage import count
 TABLES = """
 CREATE TABLE IF NOT EXISTS objects (key TEXT PRIMARY KEY, version TEXT NOT NULL, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS uploads (id TEXT PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS parts (upload TEXT REFERENCES uploads ON DELETE CASCADE, number INTEGER, data BLOB, PRIMARY KEY (upload, number));
+CREATE TABLE IF NOT EXISTS parts (
+    upload TEXT REFERENCES uploads ON DELETE CASCADE, number INTEGER, data BLOB, PRIMARY KEY (upload, number)
+);
 """
 
 LARGEST = 1_000_000_000
@@ -132,10 +134,11 @@ class SQLiteStore:
     @property
     def _db(self) -> sqlite3.Connection:
         """The connection of this thread: SQLite's are not shared."""
-        if not hasattr(self._threads, "db"):
-            self._threads.db = sqlite3.connect(self._path, timeout=60)
-            self._threads.db.execute("PRAGMA foreign_keys = ON")
-        return self._threads.db
+        found: sqlite3.Connection | None = getattr(self._threads, "db", None)
+        if found is None:
+            found = self._threads.db = sqlite3.connect(self._path, timeout=60)
+            found.execute("PRAGMA foreign_keys = ON")
+        return found
 
     def _stat(self, key: str) -> Stat:
         row = self._db.execute("SELECT length(data), version FROM objects WHERE key = ?", (check_key(key),)).fetchone()
