@@ -258,7 +258,7 @@ def test_copy_that_copies_nothing(rclone: S3Server, monkeypatch: pytest.MonkeyPa
     store.put_part("a", upload, 1, 0, bytes(6 * MIB))
     store.put_part("a", upload, 2, 6 * MIB, bytes(9))
 
-    with pytest.raises(StoreRefused, match=r"was told to make part 1 of .* from 6291456 bytes, and it has 0; nothing was published"):
+    with pytest.raises(StoreRefused, match=r"made part 1 of .* of 0 bytes, not of 6291456; nothing was published"):
         store.complete("a", upload, sizes)
     assert [] == [*store.list("")]
 
@@ -270,7 +270,7 @@ def test_equal_parts_are_asked_for(equal_parts: S3Server, monkeypatch: pytest.Mo
     round_ = Round.create(S3Store(f"s3://{equal_parts.make_bucket()}"), "r")
     for client, (arrays, weight) in updates.items():
         round_.submit(client, arrays, weight)
-    with pytest.raises(StoreRefused, match=rf"wants parts of one size; set {EQUAL_PARTS}=1 and run it again"):
+    with pytest.raises(StoreRefused, match=rf"requires parts of one size; set {EQUAL_PARTS}=1 and run it again"):
         aggregate(round_, topology=Sharded(shards=3))
     monkeypatch.setenv(EQUAL_PARTS, "1")
 

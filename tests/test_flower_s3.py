@@ -262,7 +262,7 @@ def test_credentials_that_end(ceph_store: S3Store, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", (dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)).isoformat())
 
     ends_in(300)
-    with pytest.raises(StoreRefused, match=r"URLs should be good for 900 s, and the credentials that sign them end in \d+ s"):
+    with pytest.raises(StoreRefused, match=r"URLs should last 900 s, and the credentials that sign them expire in \d+ s"):
         sharding(ceph_store).start(grid, record(initial()), num_rounds=1)
     for seconds, warned in ((3000, 1), (9000, 0)):
         ends_in(seconds)

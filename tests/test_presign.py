@@ -159,7 +159,9 @@ def test_no_more_than_it_says(ceph: Ceph, ceph_store: S3Store, tmp_path: Path, p
 def test_a_server_that_obeys(moto_store: S3Store, spooled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that obeys what is not signed is lent nothing, unless its owner says that nodes may have the server's keys."""
     monkeypatch.delenv(TRUST)
-    with pytest.raises(StoreRefused, match=rf"obeys x-amz-copy-source on a signed URL, .*\(presigned=False\).*set {TRUST}=1$"):
+    with pytest.raises(
+        StoreRefused, match=rf"obeys an x-amz-copy-source header that .* does not sign: .*\(presigned=False\).*set {TRUST}=1$"
+    ):
         grant(moto_store, KEY, offered(spooled), 60)
     assert [] == [*moto_store._list("")]
     monkeypatch.setenv(TRUST, "1")
@@ -200,7 +202,7 @@ def test_other_bytes_of_the_same_size(request: pytest.FixtureRequest, spooled: P
             store.client.upload_part(Bucket=store.bucket, Key=store.place(KEY), UploadId=granted.upload, PartNumber=number, Body=data)
     else:
         store.put(KEY, other)
-    with pytest.raises(InvalidUpdate, match=f"other bytes have arrived under {KEY} than were offered and permitted, though as many: 12"):
+    with pytest.raises(InvalidUpdate, match=rf"the 12\d* bytes that have arrived under {KEY} are not those that were offered"):
         settle(store, granted)
 
 
@@ -339,7 +341,7 @@ def test_urls_of_a_role(ministack: Mapping[str, str], profile: Path, monkeypatch
     assert 1500 <= longer <= 1800
     assert "test" != first
     with pytest.raises(
-        StoreRefused, match=r"for 7200 s, and the credentials that sign them end in 1\d+ s, .*; lend URLs for 1\d+ s, or use"
+        StoreRefused, match=r"for 7200 s, and the credentials that sign them expire in 1\d+ s, .*; let URLs last 1\d+ s, or use"
     ):
         lent(7200)
 
@@ -370,7 +372,7 @@ def test_credentials_that_nobody_can_renew(profile: Path, monkeypatch: pytest.Mo
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
         monkeypatch.setenv(f"AWS_{name}", name)
     assert (900, "ACCESS_KEY_ID") == lent(900)
-    for left, says in ((400, r"end in \d+ s, .*; lend URLs for \d+ s, or use"), (40, r"end in \d+ s, when the URLs end, too; use")):
+    for left, says in ((400, r"expire in \d+ s, .*; let URLs last \d+ s, or use"), (40, r"expire in \d+ s, and the URLs with them; use")):
         monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", in_seconds(left))
         with pytest.raises(StoreRefused, match=rf"good for 900 s, and the credentials that sign them {says} credentials that last"):
             lent(900)

@@ -1,6 +1,7 @@
 """Whatever AWS refuses, and however botocore fails, is one line that says what to do, and holds no secret."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -115,7 +116,9 @@ aws_access_key_id = AKIAIOSFODNN7EXAMPLE
 PROFILES = {
     "sso": r"^AWS: profile sso has no SSO login, or it has expired; run: aws sso login --profile sso$",
     "old-sso": r"^AWS: profile old-sso has no SSO login, or it has expired; run: aws sso login --profile old-sso$",
-    "login": r"^AWS: profile login has no login session, or it has expired; run: aws login --profile login$",
+    "login": r"^AWS: profile login has no login session, or it has expired; run: aws login --profile login$"
+    if importlib.util.find_spec("awscrt")
+    else r"^AWS: this needs the package awscrt .*; install it: pip install 'boto3\[crt\]'$",
     "process": r"^AWS: the credential_process of profile process failed \(vault: not logged in, token=…\); run that command by itself",
     "words": r"^AWS: the credential_process of profile words printed no JSON; run it by itself, and mend it in .*config$",
     "nothing": r"^AWS: the credential_process of profile nothing failed \(Missing required key in response: 'AccessKeyId'\); run that",

@@ -642,8 +642,8 @@ def test_demands(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Monkey
         ("REQUEST_PAYER", "me", "GRADSHARDING_S3_REQUEST_PAYER is 'me'; set it to requester"),
         ("EXPECTED_BUCKET_OWNER", "12", "set it to the 12 digits of an account"),
         ("ACL", "public-read", "GRADSHARDING_S3_ACL is 'public-read'; set it to private"),
-        ("SSE_KMS_KEY_ID", "key", "GRADSHARDING_S3_SSE_KMS_KEY_ID names a key, and GRADSHARDING_S3_SSE does not say what for"),
-        ("SEE", "aws:kms", "GRADSHARDING_S3_SEE is set, and no such setting is known; use GRADSHARDING_S3_SSE"),
+        ("SSE_KMS_KEY_ID", "key", "GRADSHARDING_S3_SSE_KMS_KEY_ID names a key, and GRADSHARDING_S3_SSE does not ask for it; set"),
+        ("SEE", "aws:kms", "GRADSHARDING_S3_SEE is not a setting; unset it, or use one of GRADSHARDING_S3_SSE"),
     ],
 )
 def test_demands_without_sense(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str) -> None:

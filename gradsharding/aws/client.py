@@ -46,8 +46,8 @@ S3_CONFIG: dict[str, Any] = {
 """Botocore's settings for S3."""
 
 
-PATIENCE = "gradsharding.patience"
-"""Where botocore keeps, with a request and with its answer, how patient we have been."""
+PATIENCE_KEY = "gradsharding.patience"
+"""Key of the Patience that botocore carries with each request, and with its answer."""
 
 Environment = tuple[tuple[str, str], ...]
 """Variables that a client is made by."""
@@ -80,12 +80,12 @@ def _before_send(request: Any, event_name: str, **_: Any) -> None:
 
 def _needs_retry(response: Any, caught_exception: Exception | None, request_dict: dict[str, Any], **_: Any) -> float | None:
     """Tell botocore how many seconds to wait before it asks again; None to take the answer as it is."""
-    patience: Patience = request_dict["context"].setdefault(PATIENCE, Patience())
+    patience: Patience = request_dict["context"].setdefault(PATIENCE_KEY, Patience())
     if response is None:
         return patience.broke() if isinstance(caught_exception, (NotConnected, HTTPClientError)) else None
     status, code = response[0].status_code, response[1].get("Error", {}).get("Code", "")
     if status in BUSY or code in THROTTLES:
-        response[1].setdefault("ResponseMetadata", {})[PATIENCE] = patience
+        response[1].setdefault("ResponseMetadata", {})[PATIENCE_KEY] = patience
         return patience.too_much()
     return patience.broke() if status in FAILURES or code in FAILED else None
 
@@ -178,7 +178,7 @@ def explained(error: Exception, doing: str) -> GradShardingError:
     ``details["denied"]`` says that it is, or looks like, a lack of permission.
     """
     meta: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
-    patience: Patience | None = meta.get(PATIENCE)
+    patience: Patience | None = meta.get(PATIENCE_KEY)
     if patience:
         return patience.error(doing, refusals.code_of(error) or str(meta["HTTPStatusCode"]))
     why, code = refusals.reason(error), refusals.code_of(error)

@@ -315,7 +315,7 @@ _FAILURES: dict[str, _Say] = {
     **dict.fromkeys(("HTTPClientError", "ConnectionError", "IncompleteReadError", "CapacityNotAvailableError"), _silent),
     **dict.fromkeys(("ChecksumError", "FlexibleChecksumError", "AwsChunkedWrapperError", "UnseekableStreamError"), _damaged),
     **dict.fromkeys(("WaiterError", "PaginationError"), _waited),
-    "MissingDependencyException": _refuse("{message}; install it: pip install 'botocore[crt]'"),
+    "MissingDependencyException": _refuse("this needs the package awscrt ({message}); install it: pip install 'boto3[crt]'"),
     "MD5UnavailableError": _refuse("this Python has no MD5, which S3 asks for; use one that is not held to FIPS"),
     **dict.fromkeys(
         (

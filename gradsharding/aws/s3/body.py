@@ -1,4 +1,4 @@
-"""A request's body reads straight from the memory of its buffers: no copy of a slice is made on its way out."""
+"""A request's body reads directly from the memory of its buffers, so that sending a slice makes no copy of it."""
 
 import hashlib
 import io
@@ -13,7 +13,7 @@ from gradsharding.format.dtypes import Buffer
 
 
 class Body(io.RawIOBase):
-    """Buffers as one binary file, which an HTTP client reads, and reads again from its start when it tries again."""
+    """Buffers as one binary file, for an HTTP client to read; the client seeks to the start before each retry."""
 
     def __init__(self, buffers: Sequence[Buffer]) -> None:
         self.buffers = [memoryview(buffer).cast("B") for buffer in buffers]
@@ -21,7 +21,7 @@ class Body(io.RawIOBase):
         self._at = 0
 
     def __len__(self) -> int:
-        """Bytes in all."""
+        """Bytes of all buffers."""
         return self._ends[-1] if self._ends else 0
 
     def readable(self) -> bool:
@@ -33,18 +33,18 @@ class Body(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Give the place of the next byte."""
+        """Return the position of the next byte."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place, as files do."""
+        """Set the position, as for any file; return it."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self)}[whence]
         return self._at
 
     def readinto(self, buffer: object) -> int:
-        """Copy the next bytes, at most to the end of one buffer."""
+        """Copy the next bytes, up to the end of one buffer; return their number."""
         into = memoryview(cast("bytearray", buffer)).cast("B")
-        index = bisect_right(self._ends, self._at)  # the first buffer that ends after this place, past empty ones
+        index = bisect_right(self._ends, self._at)  # the first buffer that ends after this position, past empty ones
         if index == len(self._ends):
             return 0
         source = self.buffers[index]
@@ -55,7 +55,7 @@ class Body(io.RawIOBase):
         return len(piece)
 
     def part(self, start: int, stop: int) -> "Body":
-        """Bytes ``start`` to ``stop`` as a body of their own, in the same memory."""
+        """Return bytes ``start`` to ``stop`` as another body over the same memory."""
         first, last = bisect_right(self._ends, start), bisect_left(self._ends, stop) + 1
         places = zip(self.buffers[first:last], self._ends[first:last], strict=True)
         return Body([source[max(0, start - end + len(source)) : max(0, stop - end + len(source))] for source, end in places])

@@ -1,7 +1,7 @@
-"""What a bucket's owner demands of each request stands in ``GRADSHARDING_S3_*``, and is added to every request in one place.
+"""Parameters that a bucket's owner demands of requests come from ``GRADSHARDING_S3_*``, and are added to each request here.
 
-A key of KMS's, the requester's payment, the owner who is expected, a canned ACL: the variables are named after S3's headers. Botocore's
-model of S3 says which requests take which; they are signed with the others, and go into URLs that are lent.
+They are a KMS key, requester pays, the expected bucket owner and a canned ACL; the variables are named after S3's headers. Botocore's
+model of S3 says which requests take which. They are signed like all headers, and are part of presigned URLs.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from gradsharding.errors import UserError
 PREFIX = "GRADSHARDING_S3_"
 
 TRUST = f"{PREFIX}TRUST_NODES"
-"""Set to 1, it says that every node may do what the server's keys can, so that URLs are lent on any server."""
+"""Set to 1, it declares that every node may do whatever the server's keys can, so that URLs are presigned for any S3 server."""
 
 EQUAL_PARTS = f"{PREFIX}EQUAL_PARTS"
-"""Set to 1, it says that the server wants all parts of an object but its last to be of one size."""
+"""Set to 1, it declares that the server requires all parts of an object but the last to have one size."""
 
-_OURS = (TRUST, EQUAL_PARTS)
-"""What is no parameter of a request."""
+_SETTINGS = (TRUST, EQUAL_PARTS)
+"""Variables that are not parameters of a request."""
 
 
 class _Demand(NamedTuple):
     member: str
     """Name in botocore's model."""
     pattern: str
-    says: str
+    allowed: str
 
 
 _DEMANDS = {
@@ -43,21 +43,21 @@ _DEMANDS = {
 
 
 def demanded() -> dict[str, str]:
-    """Give the parameters that the environment demands, by their names in botocore's model; raise UserError for one that makes no sense."""
-    ours = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in _OURS and value}
-    for name, value in ours.items():
+    """Return the parameters that the environment demands, by their names in botocore's model; raise UserError for an invalid one."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(PREFIX) and name not in _SETTINGS and value}
+    for name, value in found.items():
         if name not in _DEMANDS:
-            raise UserError(f"{name} is set, and no such setting is known; use {', '.join((*_DEMANDS, *_OURS))}")
+            raise UserError(f"{name} is not a setting; unset it, or use one of {', '.join((*_DEMANDS, *_SETTINGS))}")
         if not re.fullmatch(_DEMANDS[name].pattern, value):
-            raise UserError(f"{name} is {value!r}; set it to {_DEMANDS[name].says}, or unset it")
-    if f"{PREFIX}SSE_KMS_KEY_ID" in ours and not ours.get(f"{PREFIX}SSE", "").startswith("aws:kms"):
-        raise UserError(f"{PREFIX}SSE_KMS_KEY_ID names a key, and {PREFIX}SSE does not say what for; set that to aws:kms")
-    return {_DEMANDS[name].member: value for name, value in ours.items()}
+            raise UserError(f"{name} is {value!r}; set it to {_DEMANDS[name].allowed}, or unset it")
+    if f"{PREFIX}SSE_KMS_KEY_ID" in found and not found.get(f"{PREFIX}SSE", "").startswith("aws:kms"):
+        raise UserError(f"{PREFIX}SSE_KMS_KEY_ID names a key, and {PREFIX}SSE does not ask for it; set {PREFIX}SSE to aws:kms")
+    return {_DEMANDS[name].member: value for name, value in found.items()}
 
 
 @contextlib.contextmanager
 def expecting(owner: str) -> Iterator[None]:
-    """Have S3 compare the owner of each bucket with this account within, unless the environment demands another already."""
+    """Within, have S3 check that this account owns each bucket, unless the environment demands another owner already."""
     name = f"{PREFIX}EXPECTED_BUCKET_OWNER"
     if os.environ.get(name):
         yield
@@ -70,16 +70,16 @@ def expecting(owner: str) -> Iterator[None]:
 
 
 def meet_demands(client: Any) -> None:
-    """Have an S3 client of boto3's send with each request what the environment demands now."""
-    if wanted := demanded():
+    """Make an S3 client of boto3 send with each request what the environment demands now."""
+    if parameters := demanded():
 
         def add(params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:
-            return {name: value for name, value in wanted.items() if name in model.input_shape.members} | dict(params)
+            return {name: value for name, value in parameters.items() if name in model.input_shape.members} | dict(params)
 
         client.meta.events.register("provide-client-params.s3", add)
 
 
 def headers_of(client: Any, operation: str) -> dict[str, str]:
-    """Give the headers that stand for the demands in a request of an operation, such as PutObject, as whoever sends it must send them."""
+    """Return the headers that a request of an operation, such as PutObject, must have to meet the demands."""
     members = client.meta.service_model.operation_model(operation).input_shape.members
     return {members[name].serialization["name"]: value for name, value in demanded().items() if name in members}

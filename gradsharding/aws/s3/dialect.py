@@ -1,7 +1,7 @@
-"""How an S3 server differs from AWS's is told from its endpoint's name, and from the environment where the name does not tell.
+"""How an S3 server differs from AWS's follows from its endpoint's name, and from the environment where the name is not enough.
 
-What every server knows is asked of those that are not AWS's: bodies carry their MD5, where AWS gets a CRC-32, and a listing is sorted
-here. ``deploy/ENDPOINTS.md`` says which servers were tried.
+A server that is not AWS's gets only requests that every server knows: bodies carry an MD5, where AWS gets a CRC-32, and listings are
+sorted here. ``deploy/ENDPOINTS.md`` lists the servers that were tried.
 """
 
 import os
@@ -15,30 +15,30 @@ from gradsharding.aws.s3.demands import EQUAL_PARTS
 from gradsharding.errors import UserError
 
 R2 = ".r2.cloudflarestorage.com"
-"""Cloudflare's endpoints. All parts of an object but its last are of one size there
+"""End of the names of Cloudflare's endpoints. There, all parts of an object but the last must have one size
 (https://developers.cloudflare.com/r2/objects/multipart-objects)."""
 
 
 class Dialect(NamedTuple):
-    """What a server does."""
+    """How a server behaves."""
 
     aws: bool
-    """Whether it is AWS's own: it refuses to create what is there, checks CRC-32, tells the checksums of parts, and lists sorted."""
+    """Whether it is AWS's own: it refuses to replace what exists, checks CRC-32, lists the checksums of parts, and lists keys sorted."""
     equal_parts: bool
-    """Whether all parts of an object but its last must be of one size."""
+    """Whether all parts of an object but the last must have one size."""
 
 
 def dialect(endpoint: str) -> Dialect:
-    """Give the dialect of the server at a URL; raise UserError for a setting that makes no sense."""
-    if (wanted := os.environ.get(EQUAL_PARTS, "")) not in ("", "0", "1"):
-        raise UserError(f"{EQUAL_PARTS} is {wanted!r}; set it to 1 for a server that wants parts of one size, or unset it")
+    """Return the dialect of the server at a URL; raise UserError for an invalid setting."""
+    if (setting := os.environ.get(EQUAL_PARTS, "")) not in ("", "0", "1"):
+        raise UserError(f"{EQUAL_PARTS} is {setting!r}; set it to 1 for a server that requires parts of one size, or unset it")
     host = f".{urlsplit(endpoint).hostname}"
-    return Dialect(aws=host.endswith(_suffixes()), equal_parts=wanted == "1" or (host.endswith(R2) and wanted != "0"))
+    return Dialect(aws=host.endswith(_suffixes()), equal_parts=setting == "1" or (host.endswith(R2) and setting != "0"))
 
 
 @cache
 def _suffixes() -> tuple[str, ...]:
-    """What the names of AWS's endpoints end in, in all its partitions."""
+    """Domains of AWS's endpoints, in all its partitions."""
     partitions = botocore.session.get_session().get_data("partitions")["partitions"]
-    outputs = (one["outputs"] for one in partitions)
-    return tuple(sorted({f".{found[name]}" for found in outputs for name in ("dnsSuffix", "dualStackDnsSuffix")}))
+    outputs = (partition["outputs"] for partition in partitions)
+    return tuple(sorted({f".{output[name]}" for output in outputs for name in ("dnsSuffix", "dualStackDnsSuffix")}))

@@ -1,7 +1,7 @@
-"""Who holds no credentials reads an object by a URL, offers what it would write, and writes just that by the URLs it is given.
+"""A node without credentials reads an object by a presigned URL, offers an object, and writes exactly that by presigned URLs.
 
-A URL is as good as a password while it lasts: it appears in no error and in no log. Headers that are signed with it, because the store's
-owner demands them, stand behind its "#", which is not sent.
+A URL is as good as a password until it expires: it appears in no error and in no log. The headers that are signed with it, because the
+bucket's owner demands them, follow its "#", which is not sent.
 """
 
 import base64
@@ -33,11 +33,11 @@ from gradsharding.stores.protocol import Peeked, Stat, changed, missing
 from gradsharding.usage import carried, count
 
 PARALLEL = 4
-"""Pieces that are sent at once."""
+"""Pieces that are sent at the same time."""
 
 
 def offer(path: Path, piece: int) -> Offer:
-    """Offer a file, in pieces of ``piece`` bytes."""
+    """Return the offer of a file, in pieces of ``piece`` bytes."""
     pieces = []
     with path.open("rb") as file:
         while data := file.read(piece):
@@ -45,25 +45,25 @@ def offer(path: Path, piece: int) -> Offer:
     return Offer(pieces=tuple(pieces))
 
 
-def write(path: Path, what: Offer, permit: Permit) -> None:
-    """Write a file as it was offered; what has been written before stands.
+def write(path: Path, offered: Offer, permit: Permit) -> None:
+    """Write a file as it was offered; pieces that are there already stay.
 
-    Raise StoreRefused for a permit that has expired, ChangedObject if the file is not what was offered, or StoreFailed.
+    Raise StoreRefused if the permit has expired, ChangedObject if the file is not the one that was offered, or StoreFailed.
     """
     with path.open("rb") as file:
         data = Body([memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))])  # unmapped with its last view
-    single, ends = len(what.pieces) == 1, accumulate(piece.size for piece in what.pieces)
+    single, ends = len(offered.pieces) == 1, accumulate(piece.size for piece in offered.pieces)
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-upload") as pool:
-        sent = [
+        uploads = [
             pool.submit(carried(_put), piece, url, data.part(end - piece.size, end), single=single)
-            for piece, url, end in zip(what.pieces, permit.urls, ends, strict=True)
+            for piece, url, end in zip(offered.pieces, permit.urls, ends, strict=True)
         ]
-    for one in sent:
-        one.result()
+    for upload in uploads:
+        upload.result()
 
 
 def attempt(piece: Piece, url: str, headers: dict[str, str]) -> bool:
-    """Write a piece of no bytes by a URL, with more headers than were signed; tell whether it was done, or refused."""
+    """Write an empty piece by a URL, with more headers than were signed; return whether the store accepted it."""
     answer = _request("PUT", url, "trying out a signed URL", headers=_bound(piece) | headers, body=Body([]))
     answer.drain_conn()
     if answer.status >= 500:
@@ -72,18 +72,18 @@ def attempt(piece: Piece, url: str, headers: dict[str, str]) -> bool:
 
 
 class UrlSource:
-    """One object, which is read by a URL, and goes by its key."""
+    """One object, which is read by a presigned URL."""
 
     def __init__(self, key: str, url: str) -> None:
         self.key = key
         self._url = url
 
     def head(self, key: str) -> Stat:
-        """Tell the object's size and version; raise MissingObject or StoreRefused."""
+        """Return the object's size and version; raise MissingObject or StoreRefused."""
         return self.peek(key, 1)[0]
 
     def peek(self, key: str, nbytes: int) -> Peeked:
-        """Tell the same, and give the first bytes, as stores do."""
+        """Return the same and the first bytes, as stores do."""
         if key != self.key:
             raise missing(key, f"a URL of {self.key}")
         if not (answer := self._ask(0, nbytes, None)):
@@ -98,7 +98,7 @@ class UrlSource:
         headers = {"Range": f"bytes={start}-{stop - 1}"} | ({"If-Match": version} if version else {})
         answer = _request("GET", self._url, f"reading {self.key}", headers=headers)
         if answer.status == 206:
-            if version and answer.headers["ETag"] != version:  # some servers know no conditions
+            if version and answer.headers["ETag"] != version:  # some servers ignore conditions
                 answer.close()
                 raise changed(self.key, version, answer.headers["ETag"])
             return Answer(answer.headers["ETag"], int(answer.headers["Content-Range"].rpartition("/")[2]), answer)
@@ -118,8 +118,8 @@ def _put(piece: Piece, url: str, body: Body, *, single: bool) -> None:
     answer = _request("PUT", url, "writing the update", headers=headers, body=body)
     answer.drain_conn()
     if answer.status == 400:
-        raise ChangedObject("the update is not the one that was offered; train again")
-    if answer.status not in (200, 412):  # 412: it is written already, as it was offered: no other bytes could be
+        raise ChangedObject("the update is not the one that was offered; offer it anew")
+    if answer.status not in (200, 412):  # 412: it was written before, and the URL allows no other bytes
         raise _refused(answer.status, "writing the update")
 
 
@@ -128,19 +128,19 @@ def _bound(piece: Piece) -> dict[str, str]:
 
 
 def with_headers(url: str, headers: Mapping[str, str]) -> str:
-    """Say behind a URL which ``x-amz-*`` headers must be sent with it."""
+    """Append to a URL, behind "#", the ``x-amz-*`` headers that must be sent with it."""
     return f"{url}#{urlencode(headers)}" if headers else url
 
 
 def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body: Body | None = None) -> urllib3.BaseHTTPResponse:
-    url, _, more = url.partition("#")
-    headers = {name: value for name, value in parse_qsl(more) if name.lower().startswith("x-amz-")} | headers
+    url, _, signed = url.partition("#")
+    headers = {name: value for name, value in parse_qsl(signed) if name.lower().startswith("x-amz-")} | headers
     patience, content = Patience(), cast("IO[bytes] | None", body)
     ask = partial(_HTTP.request, method, url, headers=headers, body=content, preload_content=False, decode_content=False, redirect=False)
     while True:
         try:
             answer = ask()
-        except (HTTPError, OSError) as error:  # urllib3's own words, and its traceback, hold the URL
+        except (HTTPError, OSError) as error:  # urllib3's message and traceback contain the URL
             if (seconds := patience.broke()) is None:
                 broken = f"no answer, {times(patience.broken)} ({type(error).__name__})"
                 raise StoreFailed(f"{doing}: {broken}; check the network") from None
@@ -159,7 +159,7 @@ def _request(method: str, url: str, doing: str, *, headers: dict[str, str], body
 
 
 def _code(answer: urllib3.BaseHTTPResponse) -> str:
-    """Read what the store calls a refusal; "" if it is not S3's way to say it, or does not arrive."""
+    """Read S3's error code from an answer; "" if there is none, or it does not arrive."""
     with contextlib.suppress(HTTPError, OSError):
         return found[1].decode() if (found := re.search(rb"<Code>(\w{1,64})</Code>", answer.read(4096))) else ""
     return ""
@@ -169,18 +169,18 @@ def _refused(status: int, doing: str) -> GradShardingError:
     if status == 403:
         return StoreRefused(
             f"{doing}: the URL, or the session that signed it, has expired, or this machine's clock is wrong; "
-            "give URLs more time, sign them by credentials that last longer, or set the clock"
+            "let URLs last longer, sign them with credentials that last longer, or set the clock"
         )
-    return StoreFailed(f"{doing}: the store answered {status}; run it again")
+    return StoreFailed(f"{doing}: the store answered HTTP {status}; run it again")
 
 
 class _Discreet(logging.Filter):
-    """Keeps secrets out of what urllib3 logs."""
+    """Removes secrets from urllib3's log."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if (shown := without_secrets(text)) != text:
-            record.msg, record.args = shown, ()
+        if (safe := without_secrets(text)) != text:
+            record.msg, record.args = safe, ()
         return True
 
 
@@ -197,13 +197,13 @@ class _CountingPool(urllib3.HTTPConnectionPool):
 
 
 class _CountingSecurePool(_CountingPool, urllib3.HTTPSConnectionPool):
-    """The same, over TLS."""
+    """The same over TLS."""
 
 
 _HTTP = urllib3.PoolManager(
     maxsize=PARALLEL,
     blocksize=256 << 10,
     timeout=urllib3.Timeout(connect=10, read=60),
-    retries=False,  # ``_request`` asks again
+    retries=False,  # ``_request`` retries
 )
 _HTTP.pool_classes_by_scheme = {"http": _CountingPool, "https": _CountingSecurePool}

@@ -1,11 +1,11 @@
-"""The server lends out its right to read or write one object: each URL is bound to key, verb, size and digest, and soon expires.
+"""The server presigns URLs that read or write one object: each is bound to key, verb, size and digest, and expires soon.
 
-The store must refuse ``x-amz-*`` headers that are not signed. Otherwise who holds a URL for writing can ask for more: with
-``x-amz-copy-source`` a PUT copies any object that the lender's keys can read, and with ``x-amz-acl`` it publishes one. AWS demands that
-each such header be signed (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html) and answers AccessDenied, "There
-were headers present in the request which were not signed". Ceph 16 obeys them. There a URL is *sealed*: it signs the names of headers that
-do not come, and one that comes breaks the signature. Which of the two a store needs is tried out before the first URL is lent; where
-neither helps, no URL is lent.
+The store must refuse ``x-amz-*`` headers that are not signed. Otherwise the holder of a URL for writing could do more: with
+``x-amz-copy-source``, a PUT copies any object that the signer's keys can read; with ``x-amz-acl``, it makes one public. AWS requires
+every such header to be signed (https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html) and answers AccessDenied,
+"There were headers present in the request which were not signed". Ceph 16 obeys them. There, URLs are *sealed*: the signature covers the
+names of headers that are absent, so that adding one of them breaks it. A trial before the first URL shows which of the two a store needs;
+if neither helps, no URL is presigned.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 MINUTE = 60
-"""Seconds for which it makes sense to lend a URL, at least."""
+"""Shortest useful life of a URL, in seconds."""
 
 PIECE = 64 << 20
-"""Bytes of a piece: an object of no more is written by one request."""
+"""Bytes of a piece; an object of at most one piece is written by one request."""
 
 SEALED = "gradsharding-sealed"
-"""Botocore's name for the signature of sealed URLs."""
+"""Name of the signature of sealed URLs in botocore."""
 
 _TRYING = threading.Lock()
 
@@ -88,33 +88,33 @@ class S3Lender:
 
 
 def readable(store: S3Store, key: str, seconds: int) -> str:
-    """Give a URL by which anyone may read the object under ``key`` for so many seconds, or as many as ``lasting`` gives."""
+    """Return a URL by which anyone can read the object under ``key`` for ``lasting(seconds)`` seconds."""
     return _signed(store.client, "get_object", "GetObject", {"Bucket": store.bucket, "Key": store.place(key)}, lasting(seconds))
 
 
 def lasting(seconds: int) -> int:
-    """Give the seconds that a URL is good for which should be good for ``seconds``: it ends with the credentials that sign it.
+    """Return the seconds for which a URL is valid: at most ``seconds``, as it expires with the credentials that sign it.
 
-    Those that end before half of that are renewed first. Raise StoreRefused if they cannot be, or then do not last half as long either.
-    A session token that comes without a time when it expires is taken to last: nobody can know.
+    Credentials that expire before half of ``seconds`` are renewed first. Raise StoreRefused if they cannot be renewed, or if the new ones
+    do not last half of ``seconds`` either. A session token without an expiry time is assumed to last.
     """
     left = seconds_left(seconds / 2)
     if left is None or left >= seconds:
         return seconds
     if left < max(seconds / 2, 1):
-        ends = f"end in {left:.0f} s" if left >= 0 else "have expired"
-        shorter = f"lend URLs for {int(left)} s, or " if left >= MINUTE else ""
+        ends = f"expire in {left:.0f} s" if left >= 0 else "have expired"
+        shorter = f"let URLs last {int(left)} s, or " if left >= MINUTE else ""
         raise StoreRefused(
-            f"URLs should be good for {seconds} s, and the credentials that sign them {ends}, when the URLs end, too; "
+            f"URLs should last {seconds} s, and the credentials that sign them {ends}, and the URLs with them; "
             f"{shorter}use credentials that last longer"
         )
     return int(left)
 
 
 def grant(store: S3Store, key: str, offer: Offer, seconds: int) -> Grant:
-    """Permit to create the object that is offered, and no other, under ``key``, within so many seconds, or as many as ``lasting`` gives.
+    """Permit the creation of the offered object, and of no other, under ``key``, for ``lasting(seconds)`` seconds.
 
-    One piece is written once: its URL demands that there be no such object. Several go into an upload, which ``settle`` completes.
+    The URL of a single piece requires that the object does not exist. Several pieces go into an upload, which ``settle`` completes.
     Raise StoreRefused as ``lasting`` does, and as ``try_out``, which the first grant calls.
     """
     signer, place, seconds = try_out(store), store.place(key), lasting(seconds)
@@ -128,14 +128,14 @@ def grant(store: S3Store, key: str, offer: Offer, seconds: int) -> Grant:
 
 
 def settle(store: S3Store, granted: Grant) -> Peeked:
-    """See that what was permitted has arrived, byte for byte, and publish it; give its first bytes. Again, it changes nothing.
+    """Check that the permitted bytes have arrived, publish them, and return the first of them. A second call changes nothing.
 
-    Raise InvalidUpdate if it has not arrived, or something else has.
+    Raise InvalidUpdate if they have not arrived, or if other bytes have.
     """
     key, offer = granted.key, granted.offer
     try:
         if granted.upload:
-            with contextlib.suppress(MissingObject, ObjectExists):  # completed before, maybe
+            with contextlib.suppress(MissingObject, ObjectExists):  # an earlier call may have completed it
                 store.complete(key, granted.upload, {number: piece.size for number, piece in enumerate(offer.pieces, 1)})
         peeked = store.peek(key, FIRST_READ)
     except MissingObject:
@@ -144,24 +144,24 @@ def settle(store: S3Store, granted: Grant) -> Peeked:
     if size != offer.nbytes:
         raise InvalidUpdate(f"{size} bytes have arrived under {key}, where {offer.nbytes} were offered and permitted")
     if version.strip('"') != etag(offer) and not _as_offered(store, key, offer, version):
-        raise InvalidUpdate(f"other bytes have arrived under {key} than were offered and permitted, though as many: {size}")
+        raise InvalidUpdate(f"the {size} bytes that have arrived under {key} are not those that were offered and permitted")
     return peeked
 
 
 def etag(offer: Offer) -> str:
-    """Give the ETag that S3 gives to an object that was written as it was offered, unless it encrypts it with a key of KMS's or its own.
+    """Return the ETag of an object that was written as offered, unless S3 encrypts it with a KMS key or a customer's key.
 
-    (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html; of several parts, it is the MD5 of their MD5s, and their number.)
+    (https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html; for several parts, it is the MD5 of their MD5s, and their number.)
     """
     digests = [b64decode(piece.md5) for piece in offer.pieces]
     return digests[0].hex() if len(digests) == 1 else f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
 
 
 def settling(store: S3Store, offer: Offer, header_bytes: int) -> Usage:
-    """What permitting and settling an offer of an update, and reading its header, asks of the store at most.
+    """Upper bound of the usage for permitting and settling an offer of an update, and reading its header.
 
-    Where it is encrypted with a key of KMS's, it is read once more, to compare its digest; this knows of that only if the environment
-    demands it, and not if the bucket does it by default.
+    An update that is encrypted with a KMS key is read once more, to compare its digest; this is counted only if the environment demands
+    the key, and not if the bucket uses one by default.
     """
     count = len(offer.pieces)
     upload = Usage(puts=1) + store.charges.whole(count) if count > 1 else Usage()
@@ -171,16 +171,16 @@ def settling(store: S3Store, offer: Offer, header_bytes: int) -> Usage:
 
 
 def withdraw(store: S3Store, granted: Grant) -> None:
-    """Forget what was permitted and has not been settled; URLs of single pieces expire by themselves."""
+    """Withdraw a permit that has not been settled; the URL of a single piece just expires."""
     if granted.upload:
         store.abort(granted.key, granted.upload)
 
 
 def try_out(store: S3Store) -> "S3Client":
-    """Give the client to sign URLs for writing with: one whose URLs let nobody do more than they say.
+    """Return the client that signs URLs for writing: one whose URLs permit nothing but what they say.
 
-    The first call for a store tries that out with empty objects below ``.gradsharding/``, which it deletes: by three PUT requests on AWS,
-    by five on Ceph 16. Raise StoreRefused if the store obeys headers that are not signed, or if it cannot be written to.
+    The first call for a store tries it with empty objects below ``.gradsharding/``, which it deletes: three PUT requests on AWS, five on
+    Ceph 16. Raise StoreRefused if the store obeys headers that are not signed, or if it cannot be written to.
     """
     with _TRYING:
         return _try_out(store.url, environment())
@@ -207,7 +207,7 @@ def _try_out(url: str, _: Environment) -> "S3Client":
     finally:
         store._delete([own, *others])  # noqa: SLF001 - hidden keys are no keys of the store
     raise StoreRefused(
-        f"{plain.meta.endpoint_url} obeys x-amz-copy-source on a signed URL, although it is not signed: a node could read all that the "
+        f"{plain.meta.endpoint_url} obeys an x-amz-copy-source header that a presigned URL does not sign: a node could read all that the "
         f"server's keys can; use another S3 server, or give nodes keys of their own (presigned=False), or, if each node may do what the "
         f"server's keys can, set {TRUST}=1"
     )
@@ -217,20 +217,20 @@ _EMPTY = Piece(size=0, md5=b64encode(hashlib.md5(b"", usedforsecurity=False).dig
 
 
 def _writable(signer: "S3Client", store: S3Store, place: str, piece: Piece, seconds: int, **bound: Any) -> str:
-    """Give a URL for writing a piece: as an object, or as a part, if ``bound`` says of which upload."""
+    """Return a URL for writing a piece: as an object, or as a part if ``bound`` names an upload."""
     verb, operation = ("upload_part", "UploadPart") if "UploadId" in bound else ("put_object", "PutObject")
-    what = {"Bucket": store.bucket, "Key": place, "ContentLength": piece.size, "ContentMD5": piece.md5}
-    return _signed(signer, verb, operation, what | bound, seconds)
+    parameters = {"Bucket": store.bucket, "Key": place, "ContentLength": piece.size, "ContentMD5": piece.md5}
+    return _signed(signer, verb, operation, parameters | bound, seconds)
 
 
-def _signed(signer: "S3Client", verb: str, operation: str, what: Any, seconds: int) -> str:
-    with explaining(f"signing a URL for {operation} of s3://{what['Bucket']}/{what['Key']}"):
-        url = signer.generate_presigned_url(verb, Params=what, ExpiresIn=seconds)
+def _signed(signer: "S3Client", verb: str, operation: str, parameters: Any, seconds: int) -> str:
+    with explaining(f"signing a URL for {operation} of s3://{parameters['Bucket']}/{parameters['Key']}"):
+        url = signer.generate_presigned_url(verb, Params=parameters, ExpiresIn=seconds)
     return with_headers(url, headers_of(signer, operation))
 
 
 def _as_offered(store: S3Store, key: str, offer: Offer, version: str) -> bool:
-    """Whether what has arrived has the digests that were offered, told by reading it."""
+    """Whether the object has the digests that were offered; it is read."""
     start = 0
     for piece in offer.pieces:
         digest = hashlib.md5(usedforsecurity=False)
@@ -243,10 +243,10 @@ def _as_offered(store: S3Store, key: str, offer: Offer, version: str) -> bool:
 
 
 class _Sealed(S3SigV4QueryAuth):
-    """Signs the names of all headers that S3 knows; the canonical request has only those that come."""
+    """Signs the names of all headers that S3 knows; the canonical request has only those that are present."""
 
     def signed_headers(self, headers_to_sign: Any) -> str:
-        """Name them in order."""
+        """Return their names, sorted."""
         names: str = super().signed_headers(headers_to_sign)
         return ";".join(sorted({*names.split(";"), *_known_headers()}))
 
@@ -256,9 +256,9 @@ AUTH_TYPE_MAPS[f"{SEALED}-query"] = _Sealed
 
 @cache
 def _known_headers() -> frozenset[str]:
-    """The ``x-amz-*`` headers that botocore knows of S3's requests which write: those of a copy, too."""
+    """The ``x-amz-*`` headers of S3's writing requests, copies included, according to botocore."""
     model = botocore.session.get_session().get_service_model("s3")
     shapes = (model.operation_model(name).input_shape for name in ("PutObject", "CopyObject", "UploadPart", "UploadPartCopy"))
     members = (member.serialization for shape in shapes if shape for member in shape.members.values())
-    names = {one["name"].lower() for one in members if one.get("location") == "header"}
+    names = {member["name"].lower() for member in members if member.get("location") == "header"}
     return frozenset(name for name in names if name.startswith("x-amz-"))

@@ -1,4 +1,4 @@
-"""A stream of bytes goes on where it broke off: what has come is good, and the rest is asked for again."""
+"""A read that breaks off continues at the byte where it stopped, with another request for the rest."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from gradsharding.errors import StoreFailed
 from gradsharding.format.dtypes import Buffer
 
 STAGE = 256 << 10
-"""Bytes of a read buffer: fits the second-level cache."""
+"""Bytes of a read buffer, which fits in the second-level cache."""
 
 
 class _Readable(Protocol):
@@ -20,7 +20,7 @@ class _Readable(Protocol):
 
 
 class Answer(NamedTuple):
-    """What a ranged request brought: the object's version, its size in bytes, and a body with ``readinto`` and ``close``."""
+    """The answer to a ranged request: the object's version, its size in bytes, and a body with ``readinto`` and ``close``."""
 
     version: str
     size: int
@@ -28,14 +28,14 @@ class Answer(NamedTuple):
 
 
 Ask = Callable[[int, int, str | None], Answer | None]
-"""Asks for bytes ``start`` to ``stop`` of an object at a version, or at whichever it is; None if all of it lies beyond the end."""
+"""Requests bytes ``start`` to ``stop`` of an object at a version, or at any if it is None; None if the range is beyond the end."""
 
 
-def stream(ask: Ask, start: int, stop: int, version: str | None, what: str, broken: tuple[type[Exception], ...] = ()) -> Iterator[Buffer]:
-    """Give bytes ``start`` to ``stop``, all of one version.
+def stream(ask: Ask, start: int, stop: int, version: str | None, doing: str, broken: tuple[type[Exception], ...] = ()) -> Iterator[Buffer]:
+    """Yield bytes ``start`` to ``stop``, all of one version.
 
-    Raise what ``ask`` raises, or StoreFailed, which names ``what``, when the body has broken off six times. ``broken`` are the
-    errors, beside urllib3's and the system's, by which a client says that it did.
+    Raise what ``ask`` raises, or StoreFailed, which begins with ``doing``, once the body has broken off six times. ``broken`` are the
+    errors that a client raises when a body breaks off, beside urllib3's and the system's.
     """
     breaks: tuple[type[Exception], ...] = (HTTPError, OSError, *broken)
     buffer, failures = memoryview(bytearray(max(0, min(STAGE, stop - start)))), 0
@@ -50,12 +50,12 @@ def stream(ask: Ask, start: int, stop: int, version: str | None, what: str, brok
         except breaks as error:
             failures += 1
             if failures == ATTEMPTS:
-                raise StoreFailed(f"{what} broke off {ATTEMPTS} times ({type(error).__name__}); run it again") from None
+                raise StoreFailed(f"{doing} broke off {ATTEMPTS} times ({type(error).__name__}); run it again") from None
             pause(failures)
 
 
-def first_of(answer: Answer, ask: Ask, nbytes: int, what: str, broken: tuple[type[Exception], ...] = ()) -> bytes:
-    """Give the first ``nbytes`` bytes of an object, from an ``answer`` that is there already; where it breaks off, the rest by ``ask``."""
-    there = iter([answer])
-    asked = stream(lambda *range_: next(there, None) or ask(*range_), 0, nbytes, answer.version, what, broken)
-    return b"".join(bytes(chunk) for chunk in asked)
+def first_of(answer: Answer, ask: Ask, nbytes: int, doing: str, broken: tuple[type[Exception], ...] = ()) -> bytes:
+    """Return the first ``nbytes`` bytes of an object from an ``answer``; where that breaks off, request the rest by ``ask``."""
+    answers = iter([answer])
+    chunks = stream(lambda *range_: next(answers, None) or ask(*range_), 0, nbytes, answer.version, doing, broken)
+    return b"".join(bytes(chunk) for chunk in chunks)

@@ -1,8 +1,7 @@
-"""S3 as a store: its own rules (5 MiB parts, pages, empty ranges, lost answers) end here. Its client counts what it sends."""
+"""S3 as a store. Its peculiarities (parts of 5 MiB, pages, empty ranges, lost answers) are hidden here; its client counts requests."""
 
 import contextlib
 import hashlib
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +10,20 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
 
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from gradsharding.aws.client import PATIENCE, explained, s3_client
+from gradsharding.aws.client import PATIENCE_KEY, s3_client
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
-from gradsharding.aws.refusals import READS, code_of, scrubbed
+from gradsharding.aws.refusals import code_of
+from gradsharding.aws.s3 import address
 from gradsharding.aws.s3.body import Body
-from gradsharding.aws.s3.demands import EQUAL_PARTS
 from gradsharding.aws.s3.dialect import Dialect, dialect
+from gradsharding.aws.s3.failures import REMEDY, Request, explaining, failure
 from gradsharding.aws.s3.ranged import Answer, Ask, first_of, stream
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError
 from gradsharding.format.dtypes import Buffer
-from gradsharding.planning.platform import CHARGES, DIRECTORY_BUCKETS, GRAIN, LARGEST_PUT, PARALLEL, READING
+from gradsharding.planning.platform import CHARGES, GRAIN, LARGEST_PUT, PARALLEL, READING
 from gradsharding.stores.charges import Charges
 from gradsharding.stores.compose import MINIMUM, Composed, piece
-from gradsharding.stores.protocol import Peeked, Reach, Stat, changed, check_arrived, check_key, missing, no_upload, root_of, taken
+from gradsharding.stores.protocol import Peeked, Reach, Stat, changed, check_arrived, check_key, no_upload, root_of, taken
 from gradsharding.usage import carried, count
 
 if TYPE_CHECKING:
@@ -34,41 +34,28 @@ if TYPE_CHECKING:
     from gradsharding.stores.lending import Lender
 
 BROKEN = (HTTPClientError, IncompleteReadError)
-"""By what boto3 says that an answer broke off."""
+"""The errors that boto3 raises when a body breaks off."""
 
 CHECKSUM = "CRC32"
-"""What S3 compares each body with on arrival, by the name in its API: zlib computes it, in a function too
+"""The checksum that S3 checks on arrival, by its name in S3's API; zlib computes it, in a function too
 (https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html)."""
 
 FORMER = "CRC32C"
-"""The checksum that uploads of earlier releases declare. All parts of an upload must come with the one that it declares."""
+"""The checksum that uploads of earlier releases declare. Each part must have the checksum that its upload declares."""
 
 FETCHING = 32
-"""Small objects that are read at the same time, at most: more threads do not get more out of one process."""
+"""Small objects to read at the same time, at most; more threads read no faster in one process."""
 
 LISTED = ("PartNumber", "ETag", f"Checksum{CHECKSUM}")
-"""What a request to complete an upload must say about each part."""
-
-OTHERS = "use an S3 server that deploy/ENDPOINTS.md says to work"
-"""What to do where a server will not do."""
-
-_BUCKET = re.compile(
-    r"""s3://(
-        arn:aws[a-z-]*:s3:[a-z0-9-]*:[0-9]{12}:accesspoint[/:][A-Za-z0-9.-]{1,63} |
-        arn:aws[a-z-]*:s3-outposts:[a-z0-9-]+:[0-9]{12}:outpost[/:][A-Za-z0-9-]{1,63}[/:]accesspoint[/:][A-Za-z0-9-]{1,63} |
-        (?:[A-Za-z0-9_]+:)? [A-Za-z0-9] [A-Za-z0-9._-]{1,253} [A-Za-z0-9]
-    )(?:/(.*))?""",
-    re.VERBOSE | re.DOTALL,
-)
-"""A bucket's name, and what follows. Ceph allows capitals and "_", and a tenant before a ":"."""
+"""What the request that completes an upload must say about each part."""
 
 
 class S3Store:
     """Objects in a bucket, below a prefix: ``s3://bucket/prefix``. Endpoint, region and credentials come from the AWS environment.
 
-    A URL is plain text after the bucket, as ``aws s3 ls`` prints it: nothing in it is decoded. A bucket may be an access point's ARN.
-    Unfinished work lies in ``.gradsharding/`` below the prefix, and in multipart uploads; that of an object which a URL names in
-    ``results/`` lies beside ``results/``.
+    The bucket may be an access point's ARN. What follows it is plain text, as ``aws s3 ls`` prints it: nothing in it is decoded.
+    Unfinished work is kept in ``.gradsharding/`` below the prefix, and in multipart uploads; for an object in ``results/``, that
+    directory is beside ``results/``.
     """
 
     grain = GRAIN
@@ -77,8 +64,8 @@ class S3Store:
     in_memory = False
 
     def __init__(self, url: str) -> None:
-        """Use what ``url`` names; nothing is asked of it yet. Raise UserError for no bucket, one of S3 Express, or an odd prefix."""
-        self.bucket, prefix = _parsed(url)
+        """Use the bucket and prefix of ``url``, without a request. Raise UserError for no bucket, one of S3 Express, or an odd prefix."""
+        self.bucket, prefix = address.split(url)
         prefix = prefix.removesuffix("/")
         try:
             self.prefix = f"{check_key(prefix)}/" if prefix else ""
@@ -90,21 +77,21 @@ class S3Store:
 
     @classmethod
     def holding(cls, url: str) -> "tuple[S3Store, str]":
-        """Give the store that an object lies in, and its key there: "" if the URL names none. Any key will do that HTTP can carry.
+        """Return the store that holds an object, and the object's key there: "" if the URL names none, else any key that HTTP can carry.
 
-        Raise UserError for a URL that names no bucket, or one of S3 Express, InvalidId for "." and "..", which HTTP clients resolve.
+        Raise UserError for a URL without a bucket, or with one of S3 Express; InvalidId for "." and "..", which HTTP clients resolve.
         """
-        bucket, whole = _parsed(url)
+        bucket, whole = address.split(url)
         head, slash, key = whole.rpartition("/")
         if {".", ".."} & {*whole.split("/")} or "\0" in whole:
-            raise InvalidId(f"{url!r} cannot be asked for as it is, for HTTP resolves '.' and '..'; copy the object to another key")
+            raise InvalidId(f"{url!r} cannot be requested, since HTTP resolves '.' and '..'; copy the object to another key")
         store = cls(f"s3://{bucket}")
         store.prefix, store._check, store._root = head + slash, str, root_of(head + slash)
         store.url = f"s3://{bucket}/{head}".removesuffix("/")
         return store, key
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str]]:
-        """Another process opens it anew."""
+        """Pickle the URL: another process opens the store anew."""
         return S3Store, (self.url,)
 
     @property
@@ -116,21 +103,21 @@ class S3Store:
 
     @property
     def client(self) -> "S3Client":
-        """boto3's client of the environment as it is now."""
+        """boto3's client for the environment as it is now."""
         return s3_client(self.bucket)
 
     @property
     def dialect(self) -> Dialect:
-        """What the server does that the environment leads to now."""
+        """The dialect of the server that the environment names now."""
         return dialect(self.client.meta.endpoint_url)
 
     @property
     def charges(self) -> Charges:
-        """Requests that the verbs take there."""
+        """Number of requests that each verb takes on that server."""
         return CHARGES.model_copy(update={"equal": self.dialect.equal_parts, "doubted": not self.dialect.aws})
 
     def place(self, key: str) -> str:
-        """S3's own key for a key of this store; raise InvalidId."""
+        """Return S3's own key for a key of this store; raise InvalidId."""
         self._check(key)
         with contextlib.suppress(UnicodeEncodeError):
             if len((self.prefix + key).encode()) <= 1024:
@@ -165,19 +152,21 @@ class S3Store:
                 return Stat(len(body), _quoted(written["ETag"]))
             except (BotoCoreError, ClientError) as error:
                 code = code_of(error)
-                if code == "ConditionalRequestConflict" and attempt < ATTEMPTS:  # who wins is not decided yet
+                if (
+                    code == "ConditionalRequestConflict" and attempt < ATTEMPTS
+                ):  # two writers at once: S3 has not decided yet which one wins
                     pause(attempt)
                     continue
-                tried_again = isinstance(error, ClientError) and error.response["ResponseMetadata"]["RetryAttempts"]
-                if code == "PreconditionFailed" and tried_again and (ours := self._written(key, body)):
+                retried = isinstance(error, ClientError) and error.response["ResponseMetadata"]["RetryAttempts"]
+                if code == "PreconditionFailed" and retried and (ours := self._written(key, body)):
                     return ours
-                raise self._error(error, "PutObject", key) from error
+                raise failure(error, self._request("PutObject", key)) from error
         raise AssertionError("unreachable")
 
     def list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
         found = self._list(self.prefix + prefix)
         for place, stat in found if self.dialect.aws else sorted(found):  # SeaweedFS lists directory by directory
-            with contextlib.suppress(InvalidId):  # hidden, or a console's "folder"
+            with contextlib.suppress(InvalidId):  # hidden keys, and the "folders" of AWS's console
                 yield check_key(place.removeprefix(self.prefix)), stat
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -185,7 +174,7 @@ class S3Store:
 
     def fetch(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         wanted = [*keys]
-        if len(wanted) < 2:  # most often it is one record: no thread is started for it
+        if len(wanted) < 2:  # mostly it is one record, which needs no thread
             yield from zip(wanted, map(self._whole, wanted), strict=True)
             return
         with ThreadPoolExecutor(min(FETCHING, len(wanted)), thread_name_prefix="gradsharding-fetch") as pool:
@@ -205,7 +194,7 @@ class S3Store:
     def put_part(self, key: str, upload: str, number: int, offset: int, data: Buffer) -> None:
         body = Body([data])
         if len(body) > LARGEST_PUT:
-            raise UserError(f"part {number} of {key} has {len(body)} bytes; S3 takes {LARGEST_PUT} in one part: use more shards")
+            raise UserError(f"part {number} of {key} has {len(body)} bytes; S3 takes at most {LARGEST_PUT} in one part: use more shards")
         if not self.charges.keeps(offset, len(body)):
             self._upload_part(key, upload, number, body)
             return
@@ -223,14 +212,14 @@ class S3Store:
     def complete(self, key: str, upload: str, sizes: Mapping[int, int], *, overwrite: bool = False) -> Stat:
         written, kept = self._arrived(key, upload)
         check_arrived(key, sizes, {number: part["Size"] for number, part in written.items()} | kept)
-        if not overwrite and self._is_there(key):  # Ceph before 20 does not know the condition below
+        if not overwrite and self._is_there(key):  # Ceph before 20 ignores the condition below
             raise taken(key, self.url)
         composed = self.charges.composed(sizes, kept)
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="gradsharding-compose") as pool:
             [*pool.map(carried(partial(self._compose, key, upload)), composed)]
         final = (sizes.keys() - kept.keys()) | {part.number for part in composed}
         written = self._written_parts(key, upload)
-        if not final <= written.keys():  # SeaweedFS lists no parts of an upload that another has completed meanwhile
+        if not final <= written.keys():  # SeaweedFS lists no parts of an upload that another caller has just completed
             raise no_upload(key, upload)
         self._check_composed(key, written, composed)
         listed: Any = [{name: value for name, value in written[number].items() if name in LISTED} for number in sorted(final)]
@@ -240,7 +229,7 @@ class S3Store:
                 Bucket=self.bucket, Key=self.place(key), UploadId=upload, MultipartUpload={"Parts": listed}, **condition
             )
         self._delete([self._keeping(upload, number) for number in kept])
-        if not done["ETag"].strip('"'):  # Ceph 16 does not tell
+        if not done["ETag"].strip('"'):  # Ceph 16 returns none
             return self.head(key)
         return Stat(sum(sizes.values()), _quoted(done["ETag"]))
 
@@ -250,7 +239,7 @@ class S3Store:
         self._delete([place for place, _ in self._list(self._keeping(upload))])
 
     def _ranged(self, key: str) -> Ask:
-        """Give what asks for a range of an object."""
+        """Return the function that requests a range of an object."""
         place = self.place(key)
 
         def ask(start: int, stop: int, version: str | None) -> Answer | None:
@@ -260,68 +249,38 @@ class S3Store:
             except (BotoCoreError, ClientError) as error:
                 if code_of(error) == "InvalidRange":
                     return None
-                raise self._error(error, "GetObject", key, version=version) from error
-            if version and _quoted(answer["ETag"]) != version:  # rclone, for one, knows no conditions
+                raise failure(error, self._request("GetObject", key, version=version)) from error
+            if version and _quoted(answer["ETag"]) != version:  # rclone, for example, ignores conditions
                 answer["Body"].close()
                 raise changed(key, version, answer["ETag"])
             return Answer(answer["ETag"], int(answer["ContentRange"].rpartition("/")[2]), answer["Body"])
 
         return ask
 
-    def _asking(self, verb: str, key: str, *, upload: str | None = None) -> "contextlib.AbstractContextManager[None]":
-        """Turn what AWS answers into our errors."""
-        return _translating(lambda error: self._error(error, verb, key, upload=upload))
+    def _asking(self, operation: str, key: str, *, upload: str | None = None) -> "contextlib.AbstractContextManager[None]":
+        """Within, turn errors of botocore's into ours."""
+        return explaining(self._request(operation, key, upload=upload))
 
-    def _error(
-        self, error: BotoCoreError | ClientError, verb: str, key: str, *, version: str | None = None, upload: str | None = None
-    ) -> Exception:
-        match code_of(error):
-            case "NoSuchBucket":
-                return StoreRefused(f"there is no bucket {self.bucket!r}; check its name and the region, or create it", key=key)
-            case "NoSuchUpload" if upload:
-                return no_upload(key, upload)
-            case "NoSuchKey" | "404":
-                return missing(key, self.url)
-            case "PreconditionFailed" | "412" if verb.startswith("Get"):
-                return changed(key, version, "another")
-            case "PreconditionFailed" | "ConditionalRequestConflict":
-                return taken(key, self.url)
-        found = self._unable(error, verb, key) or explained(error, f"{verb} of {self.url}/{key}")
-        if verb in READS and "denied" in found.details:
-            found.details["unread"] = f"{self.url}/{key}"
-        return found
-
-    def _unable(self, error: BotoCoreError | ClientError, verb: str, key: str) -> StoreRefused | None:
-        """Say what a server that is not AWS's cannot do, if that is what it answers."""
-        match code_of(error):
-            case "NotImplemented" | "MethodNotAllowed":
-                return StoreRefused(f"{verb} of {self.url}/{key}: {self._server} cannot do that ({scrubbed(error)}); {OTHERS}", key=key)
-            case "InvalidPart" if "same length" in str(error):
-                return StoreRefused(f"{self._server} wants parts of one size; set {EQUAL_PARTS}=1 and run it again", key=key)
-        return None
-
-    @property
-    def _server(self) -> str:
-        """The server's name, for people."""
-        return self.client.meta.endpoint_url
+    def _request(self, operation: str, key: str, *, version: str | None = None, upload: str | None = None) -> Request:
+        return Request(operation, key, self.bucket, self.url, self.client.meta.endpoint_url, version, upload)
 
     def _digest(self, body: Body) -> Any:
         """The checksum that the server compares a body with: CRC-32 on AWS, and elsewhere MD5, which every server knows."""
         return {f"Checksum{CHECKSUM}": body.crc32()} if self.dialect.aws else {"ContentMD5": body.md5()}
 
     def _check_composed(self, key: str, written: "Mapping[int, PartTypeDef]", composed: Sequence[Composed]) -> None:
-        """Raise StoreRefused unless what was composed is as long as it should be: rclone answers 200 to a copy, and copies nothing."""
+        """Raise StoreRefused unless each composed part has its length: rclone answers 200 to a copy, and copies nothing."""
         for part in composed:
             if (found := written[part.number]["Size"]) != part.nbytes:
                 raise StoreRefused(
-                    f"{self._server} was told to make part {part.number} of {self.url}/{key} from {part.nbytes} bytes, and it has {found}; "
-                    f"nothing was published: {OTHERS}",
+                    f"{self.client.meta.endpoint_url} made part {part.number} of {self.url}/{key} of {found} bytes, not of "
+                    f"{part.nbytes}; nothing was published: {REMEDY}",
                     key=key,
                 )
 
     @staticmethod
     def _all(body: "StreamingBody") -> bytes:
-        """Read a small answer."""
+        """Read the whole body of a small answer."""
         data = body.read()
         count("s3", bytes_read=len(data))
         return data
@@ -332,7 +291,7 @@ class S3Store:
         return False
 
     def _written(self, key: str, body: Body) -> Stat | None:
-        """What is under ``key``, if it is ``body``: an answer that was lost on its way said that it has been written."""
+        """Return the stat of the object under ``key`` if its bytes are those of ``body``: then it is ours, and only the answer was lost."""
         stat, sent = self.head(key), hashlib.sha256()
         for buffer in body.buffers:
             sent.update(buffer)
@@ -342,7 +301,7 @@ class S3Store:
         return stat if found.digest() == sent.digest() else None
 
     def _put_in_parts(self, key: str, body: Body) -> Stat:
-        """Create an object that is too large for one PUT."""
+        """Create an object that is too large for one request."""
         size = piece(len(body))
         starts = dict(enumerate(range(0, len(body), size), 1))
         upload = self.begin(key)
@@ -366,7 +325,7 @@ class S3Store:
             )
 
     def _compose(self, key: str, upload: str, part: Composed) -> None:
-        """Write a part that is made of kept ones: by S3 itself if it lies in one of them, else through here."""
+        """Write a part that consists of kept parts: S3 copies it if it lies within one of them, else it is read and uploaded."""
         spans = [(self._keeping(upload, span.number), f"bytes={span.start}-{span.stop - 1}", span) for span in part.spans]
         if len(spans) == 1 and part.nbytes >= MINIMUM:
             place, wanted, _ = spans[0]
@@ -388,27 +347,27 @@ class S3Store:
         self._upload_part(key, upload, part.number, Body(data))
 
     def _arrived(self, key: str, upload: str) -> "tuple[dict[int, PartTypeDef], dict[int, int]]":
-        """The parts that S3 has, and the bytes of those that are kept as objects."""
+        """Return the parts that S3 lists, and the bytes of those that are kept as objects."""
         written = self._written_parts(key, upload)
         kept = {int(place.rpartition("/")[2]): stat.size for place, stat in self._list(self._keeping(upload))}
-        # where all are kept, those that S3 has are of a composition that was interrupted
+        # where all parts are kept, those that S3 lists come from a composition that was interrupted
         return ({} if kept and self.charges.equal else written), kept
 
     def _written_parts(self, key: str, upload: str) -> "dict[int, PartTypeDef]":
         with self._asking("ListParts", key, upload=upload):
             pages = [*self.client.get_paginator("list_parts").paginate(Bucket=self.bucket, Key=self.place(key), UploadId=upload)]
-        if pages[0].get("ChecksumAlgorithm") == FORMER:  # its missing parts cannot be written: it counts as lost, and is begun anew
+        if pages[0].get("ChecksumAlgorithm") == FORMER:  # parts that are missing cannot be written: the upload counts as lost
             self.abort(key, upload)
             raise no_upload(key, upload)
         return {part["PartNumber"]: part for page in pages for part in page.get("Parts", [])}
 
     def _keeping(self, upload: str, number: int | None = None) -> str:
-        """Place of a part that is kept as an object, or of all of an upload."""
+        """S3's key of a part that is kept as an object, or the prefix of all that an upload keeps."""
         place = f"{self._root}.gradsharding/uploads/{hashlib.sha256(upload.encode()).hexdigest()[:32]}/"
         return place if number is None else f"{place}{number:05d}"
 
     def _list(self, prefix: str) -> Iterator[tuple[str, Stat]]:
-        """Give S3's own keys that begin with ``prefix``."""
+        """Yield S3's own keys that begin with ``prefix``."""
         with self._asking("ListObjectsV2", prefix):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix):
                 for found in page.get("Contents", []):
@@ -421,34 +380,17 @@ class S3Store:
                 key, batch = left[0].removeprefix(self.prefix), {"Objects": [{"Key": place} for place in left], "Quiet": True}
                 with self._asking("DeleteObjects", key):
                     failed = self.client.delete_objects(Bucket=self.bucket, Delete=cast("Any", batch)).get("Errors", [])
-                left = [one.get("Key", "") for one in failed]
-                for one in failed[:1]:
-                    code, wait = one.get("Code", ""), patience.after(one.get("Code", ""))
-                    told: Any = {PATIENCE: patience} if code in THROTTLES else {}
-                    meta: Any = {"Error": {"Code": code, "Message": one.get("Message", "")}, "ResponseMetadata": told}
-                    error = self._error(ClientError(meta, "DeleteObjects"), "DeleteObjects", key)
+                left = [item.get("Key", "") for item in failed]
+                for item in failed[:1]:
+                    code, wait = item.get("Code", ""), patience.after(item.get("Code", ""))
+                    metadata: Any = {PATIENCE_KEY: patience} if code in THROTTLES else {}
+                    answer: Any = {"Error": {"Code": code, "Message": item.get("Message", "")}, "ResponseMetadata": metadata}
+                    error = failure(ClientError(answer, "DeleteObjects"), self._request("DeleteObjects", key))
                     if wait is None or not isinstance(error, StoreFailed):
                         raise error
-                    time.sleep(wait)  # S3 may be asked for too much, and Ceph fails where another deletes the same object at the same time
-
-
-@contextlib.contextmanager
-def _translating(translate: Callable[[BotoCoreError | ClientError], Exception]) -> Iterator[None]:
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        raise translate(error) from error
-
-
-def _parsed(url: str) -> tuple[str, str]:
-    """Give the bucket of a URL, and what follows it; raise UserError."""
-    if not (found := _BUCKET.fullmatch(url)):
-        raise UserError(f"{url!r} names no bucket; write s3://bucket or s3://bucket/prefix")
-    if found[1].endswith(("--x-s3", "--xa-s3")):  # by AWS's rules, no other bucket's or access point's name may end so
-        raise UserError(f"{found[1]} is an S3 Express bucket, which is no store: {DIRECTORY_BUCKETS}; use a general purpose bucket")
-    return found[1], found[2] or ""
+                    time.sleep(wait)  # S3 throttles, and Ceph fails where another caller deletes the same object at the same time
 
 
 def _quoted(etag: str) -> str:
-    """An ETag as HTTP writes it; some servers omit the quotes in XML."""
+    """Return an ETag with its quotes, which some servers omit in XML."""
     return etag if etag.startswith('"') else f'"{etag}"'
