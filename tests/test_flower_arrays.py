@@ -22,7 +22,7 @@ from gradsharding.errors import InvalidUpdate
 from gradsharding.testing import assert_same
 from gradsharding_flower import from_state_dict, to_state_dict, upload_mod
 from gradsharding_flower.arrays import NPY, RAW, from_raw, to_raw, to_record
-from gradsharding_flower.reference import write
+from gradsharding_flower.reference import write_arrays
 
 DTYPES = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")
 arrays = hnp.arrays(
@@ -59,7 +59,7 @@ def test_model_through_the_store(state: Mapping[str, npt.NDArray[Any]], random: 
     names = list(state)
     random.shuffle(names)
     store = MemoryStore()
-    reference = write("model.safetensors", ArrayRecord({name: npy(state[name]) for name in names}), store)
+    reference = write_arrays("model.safetensors", ArrayRecord({name: npy(state[name]) for name in names}), store)
     loaded = reference.load(store)
     assert names == list(loaded)
     little = {name: np.asarray(state[name]).astype(state[name].dtype.newbyteorder("<")) for name in names}
@@ -120,7 +120,7 @@ def test_mangled_npy_never_fails_otherwise(noise: bytes, place: int, array: npt.
     data[place : place + len(noise)] = noise
     with contextlib.suppress(InvalidUpdate):
         raw = to_raw("w", Array("float32", (1,), NPY, bytes(data)))
-        assert len(raw.data) == write("key", to_record({"w": raw}), MemoryStore()).nbytes
+        assert len(raw.data) == write_arrays("key", to_record({"w": raw}), MemoryStore()).nbytes
 
 
 @pytest.mark.parametrize("data", [BROKEN["no header"], BROKEN["too short in Fortran order"]])

@@ -35,7 +35,7 @@ from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.running.executors import Progress
 from gradsharding.testing import assert_same
 from gradsharding_flower import from_state_dict, upload_mod
-from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find, write
+from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find_reference, write_arrays
 
 BAD, GOOD = 3, (1, 2, 14)
 
@@ -133,7 +133,7 @@ def after_upload(store: ObjectStore, change: Change) -> Sequence[Mod]:
 
     def tamper(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         answer = call_next(message, context)
-        if reference := next(map(find, answer.content.array_records.values()), None):
+        if reference := next(map(find_reference, answer.content.array_records.values()), None):
             change(store, reference, answer.content)
         return answer
 
@@ -163,7 +163,7 @@ def deleted(store: ObjectStore, reference: Reference, _: RecordDict) -> None:
 def altered(store: ObjectStore, reference: Reference, _: RecordDict) -> None:
     """Write the object again, with other values of the same layout."""
     store.delete([reference.source])
-    write(reference.source, record(initial()), store)
+    write_arrays(reference.source, record(initial()), store)
 
 
 def garbage(store: ObjectStore, reference: Reference, content: RecordDict) -> None:
@@ -174,13 +174,16 @@ def garbage(store: ObjectStore, reference: Reference, content: RecordDict) -> No
 
 RECEIPTS: dict[str, tuple[Change, list[str]]] = {
     "deleted": (deleted, ["there is no object 'rounds/", f"{client_id(BAD)}.safetensors'"]),
-    "altered": (altered, ["is at version", "as in its receipt"]),
+    "altered": (altered, ["is at version", "its receipt for"]),
     "garbage": (garbage, [f"{client_id(BAD)}.safetensors: ", "safetensors"]),
-    "another version": (point_at(version="1"), ["not '1' as in its receipt"]),
-    "another's key": (point_at_another, [f"updates/{client_id(1)}.safetensors', where", f"updates/{client_id(BAD)}.safetensors is due"]),
-    "passwords": (point_at(source="file:///etc/passwd"), ["its receipt is for 'file:///etc/passwd', where", "is due"]),
-    "upwards": (point_at(source="../../etc/passwd"), ["its receipt is for '../../etc/passwd', where", "is due"]),
-    "other names": (point_at(names=("a", "b", "c")), ["its receipt names 3 tensors, others than the 3"]),
+    "another version": (point_at(version="1"), ["its receipt for '1'"]),
+    "another's key": (
+        point_at_another,
+        [f"updates/{client_id(1)}.safetensors', not for", "own key", f"updates/{client_id(BAD)}.safetensors"],
+    ),
+    "passwords": (point_at(source="file:///etc/passwd"), ["its receipt is for 'file:///etc/passwd', not for its own key"]),
+    "upwards": (point_at(source="../../etc/passwd"), ["its receipt is for '../../etc/passwd', not for its own key"]),
+    "other names": (point_at(names=("a", "b", "c")), ["its receipt names 3 tensors, and", "holds 3 with other names"]),
     "fewer names": (point_at(names=("a", "b")), ["its receipt names 2 tensors"]),
     "a name twice": (point_at(names=("a", "b", "b")), ["its receipt names 3 tensors"]),
     "no JSON": (replaced_by(b"{"), ["a malformed reference", "use the same gradsharding on all nodes"]),
@@ -207,7 +210,7 @@ def test_a_bad_receipt_is_left_out(fault: str, flower_log: pytest.LogCaptureFixt
 def test_a_foreign_path_is_never_opened(tmp_path: Path) -> None:
     """A receipt for a file outside its place is refused before the file is opened, however good the file is."""
     foreign = DirectoryStore(tmp_path / "foreign")
-    write("model.safetensors", record(initial()), foreign)
+    write_arrays("model.safetensors", record(initial()), foreign)
     version = foreign.head("model.safetensors").version
     opened: list[str] = []
     watching = [True]
@@ -216,7 +219,7 @@ def test_a_foreign_path_is_never_opened(tmp_path: Path) -> None:
         if watching and event == "open":
             opened.append(str(arguments[0]))
 
-    sys.addaudithook(watch)  # a hook stays for good: it is told when to be silent
+    sys.addaudithook(watch)  # a hook cannot be removed: a flag silences it
     try:
         lie = point_at(source=f"{foreign.url}/model.safetensors", version=version)
         grid = grid_of({BAD: client(mods=after_upload(foreign, lie))})
@@ -252,7 +255,7 @@ def test_an_update_lost_during_aggregation(again: bool, words: str, flower_log: 
         [source] = [term.source for term in job.terms if term.client == client_id(BAD)]
         store.delete([source])
         if again:
-            write(source, record(initial()), store)
+            write_arrays(source, record(initial()), store)
 
     result = sharding(store, executor=Meddling(meddle)).start(grid_of(), record(initial()), num_rounds=1)
     [line] = lines(flower_log)
@@ -314,7 +317,7 @@ def test_a_round_without_a_good_client_is_given_up(how: Train, flower_log: pytes
 
     result = strategy.start(grid_of({node: client(first_bad) for node in NODES}), record(initial()), num_rounds=2, evaluate_fn=evaluate)
     [line] = lines(flower_log, "ERROR")
-    assert line.startswith("aggregate_train: round 1 is given up, the model stays: 0 usable updates are too few, 1 are needed")
+    assert line.startswith("aggregate_train: round 1 is given up, the model stays: too few usable updates: 0 (at least 1 needed)")
     assert len(NODES) == len(lines(flower_log))
     assert_same(initial(), seen[1])
     assert_same(averaged(NODES, 2, initial()), state_of(result.arrays))
@@ -335,7 +338,7 @@ def test_min_replies(least: int, rounds: list[int], flower_log: pytest.LogCaptur
     result = strategy.start(grid_of({BAD: client(with_value("a", (0,), np.nan))}), record(initial()), num_rounds=1)
     assert rounds == [report.server_round for report in strategy.history]
     assert_same(averaged(GOOD, 1, initial()) if rounds else initial(), state_of(result.arrays))
-    assert (not rounds) == any("3 usable updates are too few, 4 are needed" in line for line in lines(flower_log, "ERROR"))
+    assert (not rounds) == any("too few usable updates: 3 (at least 4 needed)" in line for line in lines(flower_log, "ERROR"))
 
 
 def test_a_failure_of_the_functions_gives_the_round_up(flower_log: pytest.LogCaptureFixture) -> None:
@@ -366,7 +369,7 @@ def test_too_little_memory_is_said() -> None:
 def test_server_step_on_bfloat16_is_refused() -> None:
     """A strategy that computes on the server cannot take a bfloat16 model, and says so before any client trains."""
     half = from_state_dict({"w": torch.zeros(3, dtype=torch.bfloat16)})
-    with pytest.raises(UserError, match="FedAdam takes its step in numpy, which has no bfloat16"):
+    with pytest.raises(UserError, match="FedAdam computes in numpy, which has no bfloat16"):
         sharding(MemoryStore(), FedAdam()).start(grid_of(), half, num_rounds=1)
 
 
@@ -437,16 +440,16 @@ def test_metrics_of_another_kind(flower_log: pytest.LogCaptureFixture) -> None:
     app = answering(model_of, lambda node: {"num-examples": 1, "loss": [1.0, 2.0] if node == 2 else 0.5})
     _, warnings, nodes = federation(app, flower_log)
     assert (1, 3) == nodes
-    assert "its metrics are loss[2], num-examples, where loss, num-examples are common" in warnings[-1]
+    assert "its metrics are loss[2], num-examples, while most replies have loss, num-examples" in warnings[-1]
 
 
 @pytest.mark.parametrize("weight", [2**53, 1e-12])
 def test_extreme_weight(flower_log: pytest.LogCaptureFixture, weight: float) -> None:
-    """A weight that does not go together with the others' costs its own client the round, not everybody."""
+    """A weight that does not fit the others' costs its own client the round, not the others."""
     app = answering(model_of, lambda node: {"num-examples": weight if node == 2 else 1.5})
     _, warnings, nodes = federation(app, flower_log)
     assert (1, 3) == nodes
-    assert any("node 2 is left out" in line and "does not go together with those of 2 other nodes" in line for line in warnings)
+    assert any("node 2 is left out" in line and "does not fit the weights of 2 other nodes" in line for line in warnings)
 
 
 def test_set_up_that_cannot_work_ends_the_run() -> None:

@@ -30,15 +30,15 @@ from gradsharding_flower.mod import ORDERS
 from gradsharding_flower.permits import KEY as OFFER_KEY
 from gradsharding_flower.permits import STYPE as OFFER
 from gradsharding_flower.permits import find_offer
-from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find
-from gradsharding_flower.replies import Most, blaming, read_evaluation, read_training
+from gradsharding_flower.reference import KEY, STYPE, Reference, client_id, find_reference
+from gradsharding_flower.replies import Bounds, blaming, read_evaluation, read_training
 from gradsharding_flower.testing import LocalGrid
 
 REPLIES = int(os.environ.get("GRADSHARDING_FUZZ", "400"))
 SEEDS = [20261128, int(os.environ.get("GRADSHARDING_FUZZ_SEED") or secrets.randbits(32))]
 MODEL: State = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(5, np.int64)}
 HONEST = (7, 1_000, 2_000)
-AT_ONCE = 40
+PARALLEL_NODES = 40
 """Fuzzed nodes in a round."""
 
 TEXTS = [
@@ -296,7 +296,7 @@ def test_replies(seed: int, record_property: Callable[[str, object], None]) -> N
     draw, done = Draw(seed), 0
     while done < REPLIES:
         mode = draw.choice(["direct", "relay", "mixed"])
-        store, nodes = MemoryStore(), draw.sample(range(10, 900), AT_ONCE)
+        store, nodes = MemoryStore(), draw.sample(range(10, 900), PARALLEL_NODES)
         apps = {node: honest([] if mode == "relay" or (mode == "mixed" and node == 7) else [upload_mod]) for node in HONEST}
         grid = Fuzzed(apps | dict.fromkeys(nodes, honest([])), draw)
         strategy = sharding(store, FedAvg(), mode=mode, keep=True, shards=draw.choice([1, 3]))
@@ -321,12 +321,12 @@ def test_readers(seed: int) -> None:
     """What reads arrays, receipts, offers and whole replies gives a value, or raises an error of ours whose message is short."""
     print(f"GRADSHARDING_FUZZ_SEED={seed}")  # noqa: T201 - to draw the same again
     draw = Draw(seed)
-    most = Most(header=70_000, data=1 << 20)
+    most = Bounds(header=70_000, data=1 << 20)
     LocalGrid({})  # it says who sends
     asked = Message(RecordDict(), dst_node_id=3, message_type="train")
     readers: list[Callable[[], object]] = [
         lambda: to_raw(draw.text(), draw.array()),
-        lambda: find(ArrayRecord({KEY: draw.receipt([])}), most.header),
+        lambda: find_reference(ArrayRecord({KEY: draw.receipt([])}), most.header),
         lambda: find_offer(ArrayRecord({OFFER_KEY: draw.offer()}), most.header),
         lambda: read_training(Message(draw.content([]), reply_to=asked), "num-examples", most),
         lambda: read_evaluation(Message(draw.content([]), reply_to=asked), "num-examples"),
@@ -346,5 +346,5 @@ def test_readers(seed: int) -> None:
 def test_a_reference_is_bounded() -> None:
     """A receipt of more bytes than a few times the model's names is refused before it is parsed."""
     receipt = Reference(source="s", version="v", nbytes=1, names=tuple(str(i) for i in range(100_000)))
-    with pytest.raises(GradShardingError, match=r"its receipt takes \d+ bytes, where 70000"):
-        find(receipt.record(), 70_000)
+    with pytest.raises(GradShardingError, match=r"its receipt takes \d+ bytes; at most 70000"):
+        find_reference(receipt.record(), 70_000)

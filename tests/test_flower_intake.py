@@ -22,10 +22,10 @@ from gradsharding.stores.updates import Update
 from gradsharding.testing import FlakyStore, assert_same
 from gradsharding_flower import upload_mod
 from gradsharding_flower.ballot import Ballot
-from gradsharding_flower.grid import TOGETHER, FollowUp, WatchedGrid, Work
+from gradsharding_flower.grid import BATCH, FollowUp, WatchedGrid, Work
 from gradsharding_flower.permits import find_offer
 from gradsharding_flower.testing import LocalGrid
-from gradsharding_flower.weighing import too_far
+from gradsharding_flower.weighing import incompatible_weights
 
 
 def asking(*nodes: int, arrays: bool = False) -> list[Message]:
@@ -58,7 +58,7 @@ class Echo(LocalGrid):
         return made
 
 
-@pytest.mark.parametrize(("arrays", "calls"), [(False, [TOGETHER, TOGETHER, 50]), (True, [1] * 250)])
+@pytest.mark.parametrize(("arrays", "calls"), [(False, [BATCH, BATCH, 50]), (True, [1] * 250)])
 def test_replies_without_arrays_come_together(arrays: bool, calls: list[int]) -> None:
     """Who was sent arrays may send some back, and is asked alone; the others are asked by the hundred."""
     grid = Echo(range(1, 251))
@@ -88,7 +88,7 @@ def test_a_reply_to_nothing_is_dropped(flower_log: pytest.LogCaptureFixture) -> 
 
     replies = list(WatchedGrid(Double((1, 2)), keep).send_and_receive(asking(1, 2), timeout=5))
     assert [1, 2] == sorted(reply.metadata.src_node_id for reply in replies)
-    assert 2 == flower_log.text.count("is to no message that waits for one; it is dropped")
+    assert 2 == flower_log.text.count("answers no message that is waiting for one; it is dropped")
 
 
 def test_a_reply_that_cannot_be_pulled(flower_log: pytest.LogCaptureFixture) -> None:
@@ -138,7 +138,7 @@ amounts = st.one_of(st.integers(1, 2**53), st.floats(min_value=5e-324, max_value
 @given(st.dictionaries(st.integers(1, 40), amounts, min_size=1, max_size=12))
 def test_weights_that_stay_go_together(weights: dict[int, float]) -> None:
     """Those who stay have integers that sum to 2**53 at most; somebody stays, unless equal weights alone are too many."""
-    gone = too_far(weights)
+    gone = incompatible_weights(weights)
     stay = {str(node): weight for node, weight in weights.items() if node not in gone}
     if stay and (len({*stay.values()}) > 1 or sum(stay.values()) <= 2**53):
         assert sum(integral_weights(stay).values()) <= 2**53
@@ -160,7 +160,7 @@ def test_weights_that_stay_go_together(weights: dict[int, float]) -> None:
 def test_the_outlier_is_left_out(weights: list[float], gone: list[float]) -> None:
     """Whose weight is too far from those of most is left out, in whatever order and under whatever ids they come."""
     for order in itertools.permutations(weights):
-        left_out = too_far(dict(enumerate(order)))
+        left_out = incompatible_weights(dict(enumerate(order)))
         assert {*gone} == {order[node] for node in left_out}
 
 
@@ -175,7 +175,7 @@ def test_a_node_that_claims_all(heavy: int, flower_log: pytest.LogCaptureFixture
     strategy = sharding(MemoryStore(), FedAvg(fraction_evaluate=0.0), shards=1)
     result = strategy.start(grid, record({"w": np.zeros(2, np.float32)}), num_rounds=1)
     assert_same({"w": np.full(2, 3 - heavy, np.float32)}, state_of(result.arrays))
-    assert "its weight 9007199254740992 does not go together with those of 1 other nodes, 100 to 100" in flower_log.text
+    assert "its weight 9007199254740992 does not fit the weights of 1 other nodes, 100 to 100" in flower_log.text
 
 
 layouts = [Layout.of({"w": (dtype, (size,))}) for dtype, size in (("F32", 2), ("F64", 2), ("F16", 2), ("F32", 3), ("F32", 4))]
@@ -203,7 +203,7 @@ EVALUATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "negative weight": ({"num-examples": -8, "total": 1.0}, "it has weight -8"),
     "list for a number": (
         {"num-examples": 1, "total": [1.0]},
-        "its metrics are total[1], num-examples, where total, num-examples are common",
+        "its metrics are total[1], num-examples, while most replies have total, num-examples",
     ),
     "another name": ({"num-examples": 1, "x" * 5000: 1.0}, "its metrics are xxxxx"),
     "thousands of bits": ({"num-examples": 1, "total": 10**4400}, "its metric 'total' is a number of"),
@@ -268,7 +268,7 @@ def test_a_header_beyond_the_models_is_refused(flower_log: pytest.LogCaptureFixt
         assert [3] == [*strategy.history[0].left_out]
         assert_same(averaged((1, 2, 14), 1, initial()), state_of(result.arrays))
     assert "its arrays" not in flower_log.text
-    assert 1 == flower_log.text.count("it names 2000 tensors in ")
+    assert 1 == flower_log.text.count("its 2000 tensors need a header of ")
     assert 1 == flower_log.text.count("are read")
 
 

@@ -16,7 +16,7 @@ from gradsharding import DirectoryStore, MemoryStore
 from gradsharding.errors import ChangedObject
 from gradsharding.testing import CountingStore, assert_same
 from gradsharding_flower import from_state_dict, refer, upload_mod
-from gradsharding_flower.reference import find
+from gradsharding_flower.reference import find_reference
 from gradsharding_flower.testing import LocalGrid
 from gradsharding_flower.trust import ALLOW_KEY
 
@@ -100,7 +100,7 @@ def test_initial_model_by_reference(tmp_path: Path) -> None:
     elsewhere = DirectoryStore(tmp_path / "store")
     store = CountingStore(elsewhere)
     reference = refer(path, store)
-    found = find(reference)
+    found = find_reference(reference)
     assert found is not None
     assert (path.as_uri(), sum(array.nbytes for array in initial().values())) == (found.source, found.nbytes)
     assert 0 == store.puts == store.gets

@@ -163,7 +163,7 @@ def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("dies", "it was permitted to write its update, and has not said in time that it did"),
+        ("dies", "it was permitted to write its update, and did not report in time that it has"),
         ("another spool", "nothing has arrived under .* bytes were offered and permitted"),
         ("changed spool", "it could not write its update: .*the update is not the one that was offered"),
     ],
@@ -211,7 +211,7 @@ def test_offer_cut_otherwise(ceph_store: S3Store) -> None:
         lender.permit("r", "k", Offered(update=Offer(pieces=tuple(Piece(size=size, md5=digest) for size in sizes)), names=("w",)), model)
     for sizes in ((5, 5), (piece - 1, piece), (piece, 0), (0,)):
         offered = Offered(update=Offer(pieces=tuple(Piece(size=size, md5=digest) for size in sizes)), names=("w",))
-        with pytest.raises(InvalidUpdate, match=f"it offers {len(sizes)} pieces that are not of {piece} bytes each"):
+        with pytest.raises(InvalidUpdate, match=f"it offers {len(sizes)} pieces; all but the last must have {piece} bytes"):
             lender.permit("r", "k", offered, model)
     lender.close()
     assert "Uploads" not in ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket)
@@ -239,15 +239,15 @@ def test_spool_of_someone_else(ceph_store: S3Store, tmp_path: Path) -> None:
 
 def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store without URLs, seconds without sense, a model that no URL reaches and wrong credentials end it before any node trains."""
-    with pytest.raises(UserError, match="can give no URLs; use an s3:// store"):
+    with pytest.raises(UserError, match="cannot lend URLs; use an s3:// store"):
         sharding(DirectoryStore(tmp_path), presigned=True)
     for seconds in (0, 7 * 86_400 + 1):
-        with pytest.raises(UserError, match=f"URLs cannot be good for {seconds} seconds"):
+        with pytest.raises(UserError, match=f"URLs cannot be valid for {seconds} seconds"):
             sharding(ceph_store, url_seconds=seconds)
     copy = DirectoryStore(tmp_path / "store")
     sharding(copy, keep=True).start(grid_of(), record(initial()), num_rounds=0)
     (path,) = (tmp_path / "store").glob("results/*")
-    with pytest.raises(UserError, match=r"nodes cannot reach file://.* by a URL of s3://"):
+    with pytest.raises(UserError, match=r"nodes cannot read file://.* by a URL of s3://"):
         sharding(ceph_store).start(grid_of(), refer(path, ceph_store), num_rounds=1)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreRefused, match="the secret key does not belong to the access key"):
@@ -268,7 +268,7 @@ def test_credentials_that_end(ceph_store: S3Store, monkeypatch: pytest.MonkeyPat
         ends_in(seconds)
         flower_log.clear()
         sharding(ceph_store).start(grid, record(initial()), num_rounds=0)
-        said = "end in .* a round may take 3600 s, and URLs should be good for 900 s: .* use credentials that last longer"
+        said = "expire in .* a round may take 3600 s, and URLs should be valid for 900 s: .* use credentials that last longer"
         assert warned == len(re.findall(said, flower_log.text))
 
 

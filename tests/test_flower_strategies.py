@@ -254,7 +254,7 @@ def test_a_subclass_that_leaves_aggregation_alone_is_accepted() -> None:
 
 def test_unknown_mode_is_refused() -> None:
     """A mode that does not exist is named, and those that do."""
-    with pytest.raises(UserError, match="'fast'; use direct, relay or mixed"):
+    with pytest.raises(UserError, match="'fast' is not a mode; use direct, relay or mixed"):
         GradSharding(FedAvg(), store=MemoryStore(), mode="fast")  # type: ignore[arg-type]
 
 

@@ -13,8 +13,8 @@ from gradsharding import DirectoryStore, MemoryStore
 from gradsharding.errors import ChangedObject, UserError
 from gradsharding.testing import assert_same
 from gradsharding_flower import refer
-from gradsharding_flower.reference import Reference, find, write
-from gradsharding_flower.trust import ALLOW_KEY, load, pinned
+from gradsharding_flower.reference import Reference, find_reference, write_arrays
+from gradsharding_flower.trust import ALLOW_KEY, load_model, load_pinned
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def private(tmp_path: Path) -> Path:
 
 def named(path: Path) -> Reference:
     """Make a reference that is right in all: source, version, names."""
-    found = find(refer(path, MemoryStore()))
+    found = find_reference(refer(path, MemoryStore()))
     assert found
     return found
 
@@ -51,8 +51,8 @@ def test_a_foreign_file_is_not_opened(tmp_path: Path, private: Path, dots: str, 
     try:
         for source in (reference.source, dots.format(shared=shared, home=home)):
             config = {ALLOW_KEY: allowed.format(shared=shared, home=home)}
-            with pytest.raises(UserError, match=r"this node opens only its own store; .*--node-config 'gradsharding-allow"):
-                load(reference.model_copy(update={"source": source}), DirectoryStore(tmp_path / "shared"), config)
+            with pytest.raises(UserError, match=r"this node reads only its own store; .*--node-config 'gradsharding-allow"):
+                load_model(reference.model_copy(update={"source": source}), DirectoryStore(tmp_path / "shared"), config)
     finally:
         watching.clear()
     assert [] == [path for path in opened if "private" in path]
@@ -62,7 +62,7 @@ def test_a_foreign_file_is_not_opened(tmp_path: Path, private: Path, dots: str, 
 def test_an_allowed_file_is_opened(tmp_path: Path, private: Path, allowed: str) -> None:
     """A model below one of the URLs that the node's owner allows is read."""
     config = {ALLOW_KEY: allowed.format(home=private.parent.as_uri())}
-    assert_same(initial(), state_of(load(named(private), DirectoryStore(tmp_path / "shared"), config)))
+    assert_same(initial(), state_of(load_model(named(private), DirectoryStore(tmp_path / "shared"), config)))
 
 
 def test_a_model_in_the_store_needs_no_leave(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_errors_tell_no_version(private: Path, version: str) -> None:
     told = []
     for key in (private.name, "shadow", "missing"):
         with pytest.raises(ChangedObject) as caught:
-            load(Reference(source=key, version=version, nbytes=4, names=("w",)), store, {})
+            load_model(Reference(source=key, version=version, nbytes=4, names=("w",)), store, {})
         told.append(caught.value.message.removeprefix(key))
     assert 1 == len({*told})
     assert store.head(private.name).version not in told[0]
@@ -90,8 +90,8 @@ def test_errors_tell_no_version(private: Path, version: str) -> None:
 
 def test_a_lent_url_leads_to_keys_only(private: Path) -> None:
     """A node that reads by signed URLs opens no file that the reference beside the URL names."""
-    with pytest.raises(UserError, match="by URLs that the server lends, or not at all"):
-        pinned(reference := named(private), MemoryStore(), reference.source)
+    with pytest.raises(UserError, match="this node reads only by URLs that the server lends"):
+        load_pinned(reference := named(private), MemoryStore(), reference.source)
 
 
 def test_nodes_without_leave_are_left_out(tmp_path: Path, private: Path, flower_log: pytest.LogCaptureFixture) -> None:
@@ -105,4 +105,4 @@ def test_nodes_without_leave_are_left_out(tmp_path: Path, private: Path, flower_
 def test_keys_are_read_from_the_nodes_store(tmp_path: Path) -> None:
     """A plain key is a key of the node's store."""
     store = DirectoryStore(tmp_path)
-    assert_same(initial(), state_of(load(write("a/model", record(initial()), store), store, {})))
+    assert_same(initial(), state_of(load_model(write_arrays("a/model", record(initial()), store), store, {})))

@@ -1,4 +1,4 @@
-"""Flower's arrays and safetensors' are the same bytes behind different headers: nothing here computes."""
+"""An array is the same bytes in Flower and in safetensors, behind another header: converting computes nothing."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -19,16 +19,16 @@ NPY = "numpy.ndarray"
 """Flower's own serialization type: the bytes of an .npy file."""
 
 RAW = "gradsharding.raw.v1"
-"""Ours, for what numpy does not have: the plain bytes, little-endian, in C order."""
+"""Our serialization type, for dtypes that numpy lacks: the plain bytes, little-endian, in C order."""
 
 MAX_DIMS = 64
-"""Dimensions of an array, as in numpy."""
+"""The most dimensions that an array may have; numpy's own limit."""
 
 _NAMES = {np.dtype(text): name for name, text in NUMPY.items() if name != "BF16"}
 
 
 def to_raw(name: str, array: Array) -> Raw:
-    """View a Flower array as bytes, without a copy where they are little-endian and in C order; raise InvalidUpdate."""
+    """View a Flower array as bytes; copy only what is big-endian or in Fortran order. Raise InvalidUpdate for a malformed array."""
     if array.stype == RAW:
         _check(name, array.dtype, array.shape, len(array.data))
         return Raw(array.dtype, tuple(array.shape), array.data)
@@ -39,7 +39,7 @@ def to_raw(name: str, array: Array) -> Raw:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except Exception as error:  # noqa: BLE001 - numpy's parser lets errors of many kinds through
+    except Exception as error:  # noqa: BLE001 - numpy's parser raises errors of many kinds
         raise InvalidUpdate(f"tensor {name!r} is not an .npy array ({type(error).__name__}); send numpy arrays") from None
     little = dtype.newbyteorder("<")
     if dtype.hasobject or little not in _NAMES:
@@ -53,19 +53,19 @@ def to_raw(name: str, array: Array) -> Raw:
 
 
 def _check(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> None:
-    """Raise InvalidUpdate unless an array of this dtype and shape has ``nbytes``; extents are bounded before they are multiplied."""
+    """Raise InvalidUpdate unless an array of this dtype and shape takes ``nbytes``; extents are bounded before they are multiplied."""
     if dtype not in ITEM_SIZE:
         raise InvalidUpdate(f"tensor {name!r} has dtype {dtype[:80]!r}; supported are {', '.join(ITEM_SIZE)}")
     if len(shape) > MAX_DIMS or not all(type(extent) is int and 0 <= extent < 1 << 63 for extent in shape):
-        raise InvalidUpdate(f"tensor {name!r} has {len(shape)} extents; at most {MAX_DIMS} may be, each an integer from 0 to below 2**63")
+        raise InvalidUpdate(f"tensor {name!r} has {len(shape)} extents; send at most {MAX_DIMS}, each an integer from 0 to 2**63 - 1")
     needed = math.prod(shape) * ITEM_SIZE[dtype]
     if nbytes != needed:
-        due = str(needed) if needed < 1 << 63 else "more than 2**63"
-        raise InvalidUpdate(f"tensor {name!r} has {nbytes} bytes where {dtype}{list(shape)[:8]} needs {due}; send it again")
+        expected = str(needed) if needed < 1 << 63 else "more than 2**63"
+        raise InvalidUpdate(f"tensor {name!r} has {nbytes} bytes, but {dtype}{list(shape)[:8]} needs {expected}; send it again")
 
 
 def from_raw(raw: Raw) -> Array:
-    """Make a Flower array: numpy's where numpy has the dtype, else raw."""
+    """Make a Flower array: an .npy file if numpy has the dtype, plain bytes otherwise."""
     if raw.dtype == "BF16":
         return Array(raw.dtype, raw.shape, RAW, bytes(raw.data))
     dtype, stream = np.dtype(NUMPY[raw.dtype]), BytesIO()
@@ -80,8 +80,8 @@ def to_record(raws: Mapping[str, Raw], names: Iterable[str] | None = None) -> Ar
 
 
 def from_state_dict(state: "Mapping[str, torch.Tensor]") -> ArrayRecord:
-    """Make an ArrayRecord of a torch ``state_dict``; bfloat16 tensors, which Flower cannot carry, included."""
-    import torch  # noqa: PLC0415 - the user's own: not every federation has it
+    """Make an ArrayRecord of a torch ``state_dict``. It may hold bfloat16 tensors, which Flower itself cannot serialize."""
+    import torch  # noqa: PLC0415 - not every federation has it installed
 
     arrays = {}
     for name, tensor in state.items():

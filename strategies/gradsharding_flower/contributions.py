@@ -1,4 +1,4 @@
-"""What may enter the mean is averaged; what turns out to be unusable then is left out, and the rest is averaged again."""
+"""Contributions are averaged; those that turn out to be unusable are left out, and the others are averaged again."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 from gradsharding import Result, Round
 from gradsharding.errors import GradShardingError, NonFinite, TooFewClients, quoted
 from gradsharding.format.layout import Layout
-from gradsharding.planning.manifest import Contribution as OfRound
+from gradsharding.planning.manifest import Contribution as Sealed
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.projection import commanded
 from gradsharding.rounds.records import RECORD
@@ -21,64 +21,66 @@ from gradsharding_flower.tidy import tidying
 log = logging.getLogger("flwr")
 
 LeaveOut = Callable[[int, str], None]
-"""Takes the node that is left out of a round, and why."""
+"""Is called with a node that is left out of the round, and the reason."""
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """What a node adds to the mean."""
+    """What a node contributes to the mean."""
 
     node: int
     content: RecordDict
-    """Of its reply, without arrays."""
+    """The records of its reply, without arrays."""
     weight: float
     source: str
     update: Update
 
     @property
     def client(self) -> str:
-        """The node as the client of a round."""
+        """The node's id as a client of the round."""
         return client_id(self.node)
 
     @property
-    def of_round(self) -> OfRound:
-        """The same, for a round's manifest."""
-        return OfRound(self.client, self.source, self.update, self.weight)
+    def sealed(self) -> Sealed:
+        """The same, as a round's manifest takes it."""
+        return Sealed(self.client, self.source, self.update, self.weight)
 
 
-def mean(
+def average_usable(
     contributions: Sequence[Contribution], round_: Round, run: Callable[[Round], Result], at_least: int, leave_out: LeaveOut
 ) -> Result:
-    """Average the contributions; those that turn out to be unusable are left out, and the rest is averaged again.
+    """Average the contributions; leave out those that turn out to be unusable, and average the others again.
 
-    Each attempt is a round of its own, ``run`` aggregates it; what attempts have asked of stores in vain is in the result. Raise
-    TooFewClients, or what is no client's fault.
+    Each attempt is a round of its own, which ``run`` aggregates. The result includes what failed attempts asked of stores. Raise
+    TooFewClients if fewer than ``at_least`` remain; raise an error that is no client's fault as it is.
     """
-    kept, vain = list(contributions), dict[str, Usage]()
+    kept, wasted = list(contributions), dict[str, Usage]()
     for attempt in range(len(kept) + 1):
         if len(kept) < max(at_least, 1):
-            raise TooFewClients(f"{len(kept)} usable updates are too few, {max(at_least, 1)} are needed; see why the others were left out")
+            raise TooFewClients(
+                f"too few usable updates: {len(kept)} (at least {max(at_least, 1)} needed); the log says why others were left out"
+            )
         trial = Round.create(round_.store, f"{round_.id}-{attempt}")
         try:
-            manifest = trial.freeze(Manifest.of(trial.id, (one.of_round for one in kept)))
+            manifest = trial.freeze(Manifest.of(trial.id, (contribution.sealed for contribution in kept)))
             records = commanded({}, trial.store.charges, manifest.json_bytes + RECORD, found=trial.found)
-            return run(trial).within(vain, records)
+            return run(trial).within(wasted, records)
         except GradShardingError as error:
-            vain = together(vain, error.usage)
-            with tidying("what a failed attempt has left"):
+            wasted = together(wasted, error.usage)
+            with tidying("the objects of a failed attempt"):
                 trial.abandon()
             faults = _faults(error, kept[0].update.layout)
             if not faults:
                 raise
-            for one in kept:
-                if one.client in faults:
-                    leave_out(one.node, faults[one.client])
-            kept = [one for one in kept if one.client not in faults]
+            for contribution in kept:
+                if contribution.client in faults:
+                    leave_out(contribution.node, faults[contribution.client])
+            kept = [contribution for contribution in kept if contribution.client not in faults]
     raise AssertionError("each attempt but the last leaves a client out")
 
 
 def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:
-    """Which clients an error is the fault of, and how; by tensor and index where it says a byte."""
+    """Find the clients that caused an error, and what is wrong with each; a byte offset becomes a tensor and an index."""
     if isinstance(error, NonFinite):
         overflowing = {*error.details.get("overflowing", ())}
         return {client: _place(layout, byte, finite=client in overflowing) for client, byte in error.details["found"]}
@@ -87,5 +89,5 @@ def _faults(error: GradShardingError, layout: Layout) -> dict[str, str]:
 
 def _place(layout: Layout, byte: int, *, finite: bool) -> str:
     tensor, index = layout.locate(byte)
-    what = "a value so large that sums overflow" if finite else "NaN or infinity"
-    return f"tensor {quoted(tensor.name)} holds {what} at {list(index)}"
+    value = "a value so large that sums overflow" if finite else "NaN or infinity"
+    return f"tensor {quoted(tensor.name)} holds {value} at {list(index)}"

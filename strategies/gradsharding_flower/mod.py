@@ -1,4 +1,4 @@
-"""The client's side: real arrays for the training function, references for the wire."""
+"""On a node the training function sees arrays, and the wire carries references: the mod translates between them."""
 
 import traceback
 
@@ -10,81 +10,81 @@ from gradsharding.errors import ObjectExists
 from gradsharding.usage import FIGURES, Usage, counting, total
 from gradsharding_flower import trust
 from gradsharding_flower.permits import PERMIT, PIECE, ByUrl
-from gradsharding_flower.reference import Reference, client_id, describe, find, write
-from gradsharding_flower.replies import line
+from gradsharding_flower.reference import Reference, client_id, find_reference, reference_to, write_arrays
+from gradsharding_flower.replies import one_line
 
 ORDERS = "gradsharding"
-"""Key of the ConfigRecord by which the strategy switches the mod on, for one message."""
+"""Key of the ConfigRecord by which the strategy switches the mod on for a message."""
 
 FAILED = "failed"
-"""In what the mod tells beside its figures: why its node failed. Flower's own error has no room for figures."""
+"""Key of the error in the mod's report: it travels with the usage figures, for which Flower's own error has no field."""
 
 STORE_KEY = "gradsharding-store"
-"""Key of a node's own ``--node-config``: the store's URL as seen from this node, where it differs."""
+"""Key in a node's ``--node-config``: the store's URL as seen from this node, if it differs from the server's."""
 
 
 def upload_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Load the global model from the store, and write the update there; only a receipt goes to the server.
+    """Load the global model from the store, and write the update to it; only a receipt goes to the server.
 
-    Put it first in ``ClientApp(mods=[upload_mod, ...])``: mods after it, such as differential privacy's, see real arrays
-    both ways. A message from another strategy passes untouched, so one ClientApp serves both. Where the server lends its
-    rights by URLs, the node needs no credentials: the update waits in a file until the server has permitted it. What is raised
-    goes to the node's standard error, and to the server, which so learns what the node has asked of the store in vain.
+    Put it first in ``ClientApp(mods=[upload_mod, ...])``: the mods after it, such as differential privacy, see real arrays
+    both ways. Messages of other strategies pass unchanged, so one ClientApp serves both. If the server lends URLs, the node
+    needs no credentials: the update waits in a file until the server permits it. An exception goes to the node's standard
+    error, and to the server together with the node's usage of the store.
     """
     if ORDERS not in message.content.config_records:
         return call_next(message, context)
     failed: dict[str, str] = {}
     with counting() as ledger:
         try:
-            reply = _obeyed(message.content.config_records[ORDERS], message, context, call_next)
-        except Exception as error:  # noqa: BLE001 - as Flower's own runtime does, whatever a client does wrong is its answer
+            reply = _run(message.content.config_records[ORDERS], message, context, call_next)
+        except Exception as error:  # noqa: BLE001 - a client may fail in any way; Flower's own runtime catches the same
             traceback.print_exc()
-            reply, failed = Message(RecordDict(), reply_to=message), {FAILED: line(f"{type(error).__name__}: {error}")}
+            reply, failed = Message(RecordDict(), reply_to=message), {FAILED: one_line(f"{type(error).__name__}: {error}")}
     if reply.has_content():
         reply.content[ORDERS] = ConfigRecord(total(ledger.spent).model_dump() | failed)
     return reply
 
 
-def heard(asked: Message, reply: Message) -> tuple[Usage | None, Message]:
-    """Take out of a reply what its node says that it has asked of the store, None if it says nothing that could be so.
+def take_usage(asked: Message, reply: Message) -> tuple[Usage | None, Message]:
+    """Split a reply into the usage that its node reports, None if it reports nothing plausible, and the rest.
 
-    The reply of a node that has failed comes back as Flower's error.
+    The reply of a failed node is returned as Flower's error.
     """
-    if not reply.has_content() or not isinstance(told := reply.content.pop(ORDERS, None), ConfigRecord):
+    if not reply.has_content() or not isinstance(report := reply.content.pop(ORDERS, None), ConfigRecord):
         return None, reply
-    figures = {name: told.get(name) for name in FIGURES}
-    possible = all(type(figure) is int and 0 <= figure < 1 << 53 for figure in figures.values())
-    if FAILED in told:
-        reply = Message(Error(code=0, reason=str(told[FAILED])), reply_to=asked)
-    return Usage.model_validate(figures) if possible else None, reply
+    figures = {name: report.get(name) for name in FIGURES}
+    plausible = all(type(figure) is int and 0 <= figure < 1 << 53 for figure in figures.values())
+    if FAILED in report:
+        reply = Message(Error(code=0, reason=str(report[FAILED])), reply_to=asked)
+    return Usage.model_validate(figures) if plausible else None, reply
 
 
-def _obeyed(orders: ConfigRecord, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Do what the server ordered, around the training."""
+def _run(orders: ConfigRecord, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Carry out the server's orders, around the training."""
     if PERMIT in orders:
         ByUrl(orders, context).write()
         return Message(RecordDict(), reply_to=message)
-    way = ByUrl(orders, context) if PIECE in orders else ByStore(orders, context)
+    access = ByUrl(orders, context) if PIECE in orders else ByStore(orders, context)
     content = RecordDict({key: record for key, record in message.content.items() if key != ORDERS})
     for key, record in content.array_records.items():
-        if reference := find(record):
-            content[key] = way.load(reference)
+        if reference := find_reference(record):
+            content[key] = access.load(reference)
     message.content = content
     reply = call_next(message, context)
     if message.metadata.message_type.startswith(MessageType.TRAIN) and reply.has_content():
         reply.content = RecordDict(
-            {key: way.hand_over(record) if isinstance(record, ArrayRecord) else record for key, record in reply.content.items()}
+            {key: access.hand_over(record) if isinstance(record, ArrayRecord) else record for key, record in reply.content.items()}
         )
     return reply
 
 
-def orders(store: ObjectStore, round_id: str) -> ConfigRecord:
-    """What the server tells the mod of a node that reaches the store: where it is, and which round this is."""
+def store_orders(store: ObjectStore, round_id: str) -> ConfigRecord:
+    """Orders for a node that reaches the store itself: the store's URL, and the round."""
     return ConfigRecord({"store": store.url, "round": round_id})
 
 
 class ByStore:
-    """What the mod of a node that reaches the store does with a model and an update."""
+    """Access of a node that reaches the store itself."""
 
     def __init__(self, orders: ConfigRecord, context: Context) -> None:
         self._config = context.node_config
@@ -93,11 +93,11 @@ class ByStore:
 
     def load(self, reference: Reference) -> ArrayRecord:
         """Read the model."""
-        return trust.load(reference, self._store, self._config)
+        return trust.load_model(reference, self._store, self._config)
 
     def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Write the update; give its receipt."""
+        """Write the update, and return its receipt."""
         try:
-            return write(self._key, arrays, self._store).record()
-        except ObjectExists:  # the message was delivered twice: what was uploaded first stands
-            return describe(self._key, self._store, tuple(arrays)).record()
+            return write_arrays(self._key, arrays, self._store).record()
+        except ObjectExists:  # the message was delivered twice: the first upload counts
+            return reference_to(self._key, self._store, tuple(arrays)).record()

@@ -1,7 +1,7 @@
-"""Nodes without credentials: the model comes by a URL; an update is offered, permitted and written, and the server describes it.
+"""Nodes need no credentials: the server lends URLs, one to read the model, and others to write the update that a node offers.
 
-A node that has trained keeps its update in a file, its *spool*, and replies with an offer: sizes and digests. The server answers
-with a permit, in a message of its own, and the node writes. No update passes the server, and no credentials leave it.
+A node that has trained keeps its update in a file, its *spool*, and replies with an offer: sizes and digests. The server sends a permit,
+in another message, and the node writes. No update passes through the server, and no credentials leave it.
 """
 
 import contextlib
@@ -27,51 +27,51 @@ from gradsharding.usage import Usage
 from gradsharding.value import Value
 from gradsharding_flower.arrays import to_raw
 from gradsharding_flower.reference import Reference, client_id
-from gradsharding_flower.trust import pinned
+from gradsharding_flower.trust import load_pinned
 
 SPOOL_KEY = "gradsharding-spool"
-"""Key of a node's own ``--node-config``: the directory that its updates wait in; by default, one in the system's for temporary files."""
+"""Key in a node's ``--node-config``: the directory of its spool; by default, one in the system's directory for temporary files."""
 
 MODEL, PIECE, PERMIT = "model", "piece", "permit"
-"""In the mod's orders: a URL of the model; bytes of a piece, which asks for an offer; a permit, which asks to write what was offered."""
+"""Keys in the mod's orders: the model's URL; the bytes of a piece, which asks for an offer; a permit to write the update."""
 
 KEY, STYPE = "gradsharding.offer", "gradsharding.offer.v1"
-"""The one key of an ArrayRecord that is an offer, and its array's serialization type."""
+"""The only key of an ArrayRecord that is an offer, and the serialization type of its array."""
 
 ABANDONED = 7 * 86_400
-"""Seconds after which an update in a spool is nobody's: no URL by which it could still be written is good for longer."""
+"""Seconds after which an update in a spool is deleted: no URL to write it is valid for longer."""
 
-WIDEST = 8
-"""No dtype is wider than so many times another: a larger update than the model would be in it is not permitted."""
+WIDEST_RATIO = 8
+"""The widest dtype divided by the narrowest: an update may be that many times larger than its model."""
 
-ROOM = 64 << 20
-"""Bytes that an update may take beside its tensors' data."""
+HEADROOM = 64 << 20
+"""The most bytes of an update besides its tensors' data."""
 
-A_PIECE = 100
-"""Bytes of a piece in an offer, at most."""
+PIECE_ENTRY_BYTES = 100
+"""The most bytes that a piece takes in an offer."""
 
 
 class Offered(Value):
-    """What a node says of the update that it would write: its bytes, and the order in which its record names the tensors."""
+    """A node's offer of an update: its bytes, and the order in which its record names the tensors."""
 
     update: Offer
     names: tuple[str, ...] = Field(max_length=1_000_000)
 
     def record(self) -> ArrayRecord:
-        """The ArrayRecord that travels."""
+        """The ArrayRecord that is sent."""
         return ArrayRecord({KEY: Array("offer", (), STYPE, self.model_dump_json().encode())})
 
 
 def find_offer(record: ArrayRecord, names: int) -> Offered | None:
-    """Read the offer that ``record`` is, or None if it is none; raise InvalidUpdate if it is malformed.
+    """Return the offer in ``record``, or None if it holds none; raise InvalidUpdate if the offer is malformed.
 
-    ``names`` bounds the bytes that the names of its tensors take.
+    The names of its tensors may take ``names`` bytes at most.
     """
     array = record.get(KEY)
     if array is None or array.stype != STYPE:
         return None
-    if len(array.data) > (most := names + A_PIECE * MAX_PARTS):
-        raise InvalidUpdate(f"its offer takes {len(array.data)} bytes, where {most} are enough for {MAX_PARTS} pieces")
+    if len(array.data) > (most := names + PIECE_ENTRY_BYTES * MAX_PARTS):
+        raise InvalidUpdate(f"its offer takes {len(array.data)} bytes; at most {most} are accepted, enough for {MAX_PARTS} pieces")
     try:
         return Offered.model_validate_json(array.data)
     except ValidationError as error:
@@ -79,22 +79,22 @@ def find_offer(record: ArrayRecord, names: int) -> Offered | None:
 
 
 class ByUrl:
-    """The node's side: what its mod does with a model and an update."""
+    """Access of a node without credentials."""
 
     def __init__(self, orders: ConfigRecord, context: Context) -> None:
         self._orders = orders
         self._client = client_id(context.node_id)
-        given = context.node_config.get(SPOOL_KEY)
-        place = Path(str(given)) if given else Path(tempfile.gettempdir()) / f"gradsharding-spool-{os.getuid()}"
-        self._directory = private_directory(place, f"set {SPOOL_KEY} in the node's --node-config to a directory of its own")
+        chosen = context.node_config.get(SPOOL_KEY)
+        spool = Path(str(chosen)) if chosen else Path(tempfile.gettempdir()) / f"gradsharding-spool-{os.getuid()}"
+        self._directory = private_directory(spool, f"set {SPOOL_KEY} in the node's --node-config to a directory of its own")
         self._path = self._directory / f"{check_id(str(orders['round']))}.{self._client}.safetensors"
 
     def load(self, reference: Reference) -> ArrayRecord:
         """Read the model."""
-        return pinned(reference, UrlSource(reference.source, str(self._orders[MODEL])), reference.source)
+        return load_pinned(reference, UrlSource(reference.source, str(self._orders[MODEL])), reference.source)
 
     def hand_over(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Keep the update in its spool; give the offer of it."""
+        """Keep the update in the spool, and return an offer of it."""
         self._tidy()
         piece = self._orders[PIECE]
         assert isinstance(piece, int)
@@ -106,7 +106,7 @@ class ByUrl:
         return offered.record()
 
     def write(self) -> None:
-        """Write what was offered; if it is not there any more, a permit has come twice: the server knows what has arrived."""
+        """Write the update that was offered. If it is gone, the permit was delivered twice, and the update is written."""
         if not self._path.exists():
             return
         update, permit = (str(self._orders[name]) for name in ("update", PERMIT))
@@ -114,74 +114,74 @@ class ByUrl:
         self._path.unlink(missing_ok=True)
 
     def _tidy(self) -> None:
-        """Delete what this node kept of other rounds of this run, and what anyone has abandoned: other runs may use the same spool now."""
+        """Delete this node's updates of other rounds of this run, and all that are too old; other runs may use the same spool."""
         run = str(self._orders["round"]).rpartition("-")[0]
         past = {*self._directory.glob(f"{run}-*.{self._client}.*")} - {*self._directory.glob(f"{self._path.stem}.*")}
         for kept in self._directory.glob(f"*.{'[0-9]' * len(self._client)}.*"):
-            with contextlib.suppress(FileNotFoundError):  # another node tidies, too
+            with contextlib.suppress(FileNotFoundError):  # another node deletes, too
                 if kept in past or time.time() - kept.stat().st_mtime > ABANDONED:
                     kept.unlink()
 
 
 class Lender:
-    """The server's side: it permits, in the store's name, what a node offers, and sees that it arrives."""
+    """The server's side: it lends URLs of its store, and checks that permitted updates arrive."""
 
     def __init__(self, store: ObjectStore, seconds: int) -> None:
-        """Lend for ``seconds``; raise UserError if the store knows no URLs."""
+        """Lend URLs that are valid for ``seconds``; raise UserError if the store has no URLs to lend."""
         if not isinstance(store, Lending):
-            raise UserError(f"{store.url} can give no URLs; use an s3:// store, or nodes that reach the store by themselves")
+            raise UserError(f"{store.url} cannot lend URLs; use an s3:// store, or nodes that reach the store themselves")
         if not 1 <= seconds <= 7 * 86_400:
-            raise UserError(f"URLs cannot be good for {seconds} seconds; use 1 to {7 * 86_400}, such as {EXPIRES}")
+            raise UserError(f"URLs cannot be valid for {seconds} seconds; use 1 to {7 * 86_400}, such as {EXPIRES}")
         self._url, self._lender = store.url, store.lender
         self._seconds = seconds
         self._open: dict[str, Grant] = {}
 
     def orders(self, round_id: str, model: Reference) -> ConfigRecord:
-        """What the mod is told beside the model's reference; raise UserError if no URL can lead to the model, or as ``try_out`` does."""
+        """Orders for a node without credentials; raise UserError if no URL leads to the model, or as ``try_out`` does."""
         if "://" in model.source:
-            raise UserError(f"nodes cannot reach {model.source} by a URL of {self._url}; give the first model's arrays themselves")
+            raise UserError(f"nodes cannot read {model.source} by a URL of {self._url}; pass the first model as arrays")
         self._lender.try_out()
         url = self._lender.readable(model.source, self._seconds)
         return ConfigRecord({"round": round_id, MODEL: url, PIECE: self._piece_for(model)})
 
     def doubts(self, timeout: float) -> str | None:
-        """Say why late updates of a round of ``timeout`` seconds cannot be permitted; None if they can, as far as is known."""
+        """Say why late updates of a round of ``timeout`` seconds cannot be permitted; None if nothing is known against it."""
         left = self._lender.seconds_left()
         if left is None or left - self._seconds / 2 >= timeout:
             return None
         return (
-            f"the credentials in the environment end in {left:.0f} s, a round may take {timeout:.0f} s, and URLs should be good for "
-            f"{self._seconds} s: updates that come late cannot be permitted; use credentials that last longer, or a role's"
+            f"the credentials in the environment expire in {left:.0f} s, a round may take {timeout:.0f} s, and URLs should be valid for "
+            f"{self._seconds} s: late updates cannot be permitted; use credentials that last longer, or a role's"
         )
 
     def check(self, offered: Offered, model: Reference) -> None:
-        """Raise InvalidUpdate if no update of the model can be so large, or if it is not cut as nodes are told to."""
+        """Raise InvalidUpdate if the update is larger than any of this model, or is cut into other pieces than ordered."""
         pieces, most, piece = offered.update.pieces, most_bytes(model.nbytes), self._piece_for(model)
-        if any(one.size > most for one in pieces) or offered.update.nbytes > most:  # each before their sum: any number may be in an offer
-            offers = sum(min(one.size, most + 1) for one in pieces)
-            raise InvalidUpdate(f"it offers {offers} bytes or more, where the model has {model.nbytes} and {most} are permitted")
-        if any(one.size != piece for one in pieces[:-1]) or not 0 < pieces[-1].size <= piece:
-            raise InvalidUpdate(f"it offers {len(pieces)} pieces that are not of {piece} bytes each, and one for the rest")
+        if any(cut.size > most for cut in pieces) or offered.update.nbytes > most:  # each before the sum: an offer may hold any number
+            offers = sum(min(cut.size, most + 1) for cut in pieces)
+            raise InvalidUpdate(f"it offers {offers} bytes or more; at most {most} are permitted for a model of {model.nbytes}")
+        if any(cut.size != piece for cut in pieces[:-1]) or not 0 < pieces[-1].size <= piece:
+            raise InvalidUpdate(f"it offers {len(pieces)} pieces; all but the last must have {piece} bytes, and the last no more")
 
     def permit(self, round_id: str, key: str, offered: Offered, model: Reference) -> ConfigRecord:
-        """Permit what a node offers, under ``key``; raise InvalidUpdate if it may not be."""
+        """Permit a node to write the update that it offers, under ``key``; raise InvalidUpdate as ``check`` does."""
         self.check(offered, model)
         self._withdraw(key)
         self._open[key] = granted = self._lender.grant(key, offered.update, self._seconds)
         return ConfigRecord({"round": round_id, "update": granted.offer.model_dump_json(), PERMIT: granted.permit.model_dump_json()})
 
     def settle(self, key: str) -> Peeked:
-        """See that what was permitted under ``key`` has arrived, and give its first bytes; raise InvalidUpdate if it has not."""
+        """Check that the update permitted under ``key`` has arrived, and return its first bytes; raise InvalidUpdate if it has not."""
         peeked = self._lender.settle(self._open[key])
         del self._open[key]
         return peeked
 
     def settling(self, offered: Offered, header_bytes: int) -> Usage:
-        """What permitting and settling an offer asks of the store, at most."""
+        """The most that permitting and settling an offer asks of the store."""
         return self._lender.settling(offered.update, header_bytes)
 
     def close(self) -> None:
-        """Withdraw what was permitted and has not arrived."""
+        """Withdraw the permits of updates that have not arrived."""
         for key in [*self._open]:
             self._withdraw(key)
 
@@ -194,5 +194,5 @@ class Lender:
 
 
 def most_bytes(nbytes: int) -> int:
-    """Bytes that an update of a model of ``nbytes`` may have."""
-    return WIDEST * nbytes + ROOM
+    """The most bytes of an update of a model of ``nbytes``."""
+    return WIDEST_RATIO * nbytes + HEADROOM

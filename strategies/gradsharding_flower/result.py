@@ -1,4 +1,4 @@
-"""What a run leaves: a report of each round, and a result whose arrays are read when they are first used."""
+"""A run leaves a report of each round, and a result whose arrays are read when they are first used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,32 +18,32 @@ from gradsharding_flower.reference import Reference
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round of training did; sizes in bytes."""
+    """The figures of one round of training; sizes in bytes."""
 
     server_round: int
     clients: tuple[int, ...]
     """Node ids whose updates were averaged."""
     left_out: dict[int, str]
-    """Node ids that were not, and why."""
+    """Node ids whose updates were not, and the reasons."""
     server_sent: int
-    """Through the Flower server, to the clients."""
+    """Messages through the Flower server, to the clients."""
     server_received: int
-    """Through the Flower server, from the clients."""
+    """Messages through the Flower server, from the clients."""
     uploaded: int
-    """Through the store: the clients' updates."""
+    """The clients' updates, in the store."""
     read: int
-    """Through the store: what the functions read."""
+    """Read from the store by the functions."""
     written: int
-    """Through the store: what the functions wrote."""
+    """Written to the store by the functions."""
     gets: int
-    """GET and HEAD requests of the server and the functions for the training, counted, attempts that failed included."""
+    """GET and HEAD requests of the server and the functions for the training, as counted, including failed attempts."""
     puts: int
     """Their PUT, COPY, POST and LIST requests."""
     projected_gets: int
-    """As planned, at most, if nothing fails."""
+    """The most that was planned, if nothing fails."""
     projected_puts: int
     nodes_gets: int | None
-    """Those of the nodes with ``upload_mod``, as they say; None if none says so."""
+    """GET and HEAD requests of the nodes with ``upload_mod``, as they report; None if none does."""
     nodes_puts: int | None
     projected_nodes_gets: int
     projected_nodes_puts: int
@@ -52,34 +52,34 @@ class RoundReport:
     nodes_written: int | None
     """Bytes of updates that they wrote to it."""
     evaluation_gets: int | None
-    """Those of the evaluation that followed, of the server and of the nodes as they say; None until it is over."""
+    """GET and HEAD requests of the evaluation that followed, of the server and the nodes; None until it is over."""
     evaluation_puts: int | None
     functions: int
     peak_memory: int | None
-    """Of a function; None if its memory could not be told from that of its process (inline, threads, pools)."""
+    """The largest of a function; None if functions share their process's memory (inline, threads, pools)."""
     projected_memory: int
     seconds: float
     digest: str | None
-    """SHA-256 of the mean's data section, if it was summed exactly."""
+    """SHA-256 of the mean's data section, if the sums were exact."""
 
     @classmethod
     def of(
         cls, server_round: int, kept: Sequence[Contribution], left_out: dict[int, str], averaged: Averaged, traffic: Traffic, books: Books
     ) -> "RoundReport":
-        """Put a round's figures together."""
-        observed = averaged.reports
-        asked, planned = total(together(books.counted, averaged.usage)), total(together(books.planned, averaged.plan.usage))
+        """Collect the figures of a round."""
+        tasks = averaged.reports
+        counted, planned = total(together(books.counted, averaged.usage)), total(together(books.planned, averaged.plan.usage))
         return cls(
             server_round=server_round,
-            clients=tuple(one.node for one in kept),
+            clients=tuple(contribution.node for contribution in kept),
             left_out=left_out,
             server_sent=traffic.sent,
             server_received=traffic.received,
-            uploaded=sum(one.update.stat.size for one in kept),
-            read=sum(report.bytes_read for report in observed),
-            written=sum(report.bytes_written for report in observed),
-            gets=asked.gets,
-            puts=asked.puts,
+            uploaded=sum(contribution.update.stat.size for contribution in kept),
+            read=sum(report.bytes_read for report in tasks),
+            written=sum(report.bytes_written for report in tasks),
+            gets=counted.gets,
+            puts=counted.puts,
             projected_gets=planned.gets,
             projected_puts=planned.puts,
             nodes_gets=books.nodes.gets if books.nodes else None,
@@ -90,19 +90,19 @@ class RoundReport:
             nodes_written=books.nodes.bytes_written if books.nodes else None,
             evaluation_gets=None,
             evaluation_puts=None,
-            functions=len(observed),
+            functions=len(tasks),
             peak_memory=averaged.peak_memory,
             projected_memory=averaged.plan.memory,
-            seconds=sum(report.seconds for report in observed),
+            seconds=sum(report.seconds for report in tasks),
             digest=averaged.record.digest,
         )
 
 
 class LazyResult(Result):
-    """Flower's Result; ``arrays`` reads the final model from the store, once."""
+    """Flower's Result; its ``arrays`` are read from the store when they are first used."""
 
     def __init__(self, result: Result, model: Reference, store: ObjectStore) -> None:
-        """Take the metrics of ``result``, and ``model`` in the place of its arrays."""
+        """Take the metrics of ``result``, and ``model`` in place of its arrays."""
         self.model = model
         """Reference to the final model: ``model.source`` names its safetensors object."""
         self._store = store

@@ -1,18 +1,18 @@
-"""GradSharding wraps a strategy and takes over one thing: the weighted mean, which is computed slice by slice, elsewhere."""
+"""GradSharding wraps a strategy and replaces its weighted mean, which is computed slice by slice, outside the server."""
 
 import logging
 import os
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from gradsharding import Executor, LambdaFLTree, LIFLTree, Limits, ObjectStore, Round, Sharded, aggregate, open_executor, open_store
+from gradsharding import Executor, Limits, ObjectStore, Round, Sharded, aggregate, open_executor, open_store
 from gradsharding import Result as Averaged
 from gradsharding.arithmetic.fold import Arithmetic
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
@@ -28,13 +28,13 @@ from gradsharding.stores.updates import inspect, loading
 from gradsharding.stores.urls import locate
 from gradsharding.usage import counting
 from gradsharding_flower.books import Books
-from gradsharding_flower.contributions import mean
+from gradsharding_flower.contributions import average_usable
 from gradsharding_flower.evaluations import Evaluations
 from gradsharding_flower.grid import Step, Traffic, WatchedGrid
 from gradsharding_flower.intake import Intake
-from gradsharding_flower.mod import ORDERS, orders
+from gradsharding_flower.mod import ORDERS, store_orders
 from gradsharding_flower.permits import Lender
-from gradsharding_flower.reference import Reference, find, put
+from gradsharding_flower.reference import Reference, find_reference, put_arrays
 from gradsharding_flower.result import LazyResult, RoundReport
 from gradsharding_flower.tidy import tidying
 from gradsharding_flower.wrapped import needs_arrays
@@ -42,42 +42,43 @@ from gradsharding_flower.wrapped import needs_arrays
 log = logging.getLogger("flwr")
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+"""Flower's: takes the round's number and the model, and returns metrics."""
 Mode = Literal["direct", "relay", "mixed"]
 
 
 class GradSharding(Strategy):
-    """Any weighted-mean strategy, with its mean taken slice by slice from a store.
+    """A weighted-mean strategy whose mean is computed slice by slice, from updates in a store.
 
     Parameters
     ----------
     inner : FedAvg
-        The strategy to wrap: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi, FedAdagrad. With FedAvg and FedProx no array
-        is ever in the server's memory; the others hold the average there once a round, to take their step.
+        The strategy to wrap: FedAvg, FedProx, FedAvgM, FedAdam, FedYogi or FedAdagrad. With FedAvg and FedProx no array
+        is ever in the server's memory; the others load the average once a round, for their server step.
     store : ObjectStore | str | PathLike
-        Where updates and models lie; all nodes must reach it, unless ``mode`` is "relay".
+        The store of updates and models; all nodes must reach it, unless ``mode`` is "relay".
     shards : int | None (default: None)
-        Number of slices; by default as many as fit the limits and the store.
+        Number of slices; by default chosen to fit the limits and the store.
     executor : Executor | str (default: "processes")
-        Where the slices are averaged.
+        What averages the slices.
     limits : Limits | None (default: None)
-        What one function may use (default: 512 MiB, or what the Lambda function has).
+        Memory that one function may use (default: 512 MiB, or the memory of the Lambda function).
     exact : bool (default: False)
-        Sum exactly: the mean has the same bits whatever the topology, its slices, the executor and the order of anything.
-        Takes more memory and time, and refuses float64 tensors; the server reads each mean once, for its digest.
+        Sum exactly: the bits of the mean do not depend on the topology, the slices, the executor or any order. Exact sums
+        take more memory and time, and refuse float64 tensors; the server reads each mean once, for its digest.
     mode : str (default: "direct")
-        "direct": every ClientApp has ``upload_mod``; updates go to the store and only receipts to the server.
-        "relay": no ClientApp has it; the server writes updates to the store as they come in, one at a time.
-        "mixed": both kinds in one federation; a node gets arrays until its first receipt, and references from then on.
+        "direct": every ClientApp has ``upload_mod``; updates go to the store, and only receipts to the server.
+        "relay": no ClientApp has it; the server writes each update to the store as it arrives, one at a time.
+        "mixed": some have it; a node gets arrays until its first receipt, and references from then on.
     presigned : bool | None (default: None)
-        Whether nodes with ``upload_mod`` read the model and write their updates by URLs that the server signs, for one object
-        each, and hold no credentials; by default if the store can sign, as an s3:// store does.
+        Whether nodes with ``upload_mod`` have no credentials and use URLs that the server signs, each for one object, to read
+        the model and write their updates; by default if the store can sign URLs, as on S3.
     url_seconds : int (default: 900)
-        Seconds that such a URL is good for: enough for a node to begin, and then to upload. It ends with the credentials that sign it;
-        those that end in less than half of that, and cannot be renewed, lend none.
+        Seconds for which such a URL is valid: enough for a node to begin, and then to upload. A URL expires with the credentials that
+        sign it; credentials that expire in less than half of that time and cannot be renewed sign none.
     min_replies : int (default: 1)
-        A round with fewer usable updates is given up, with an error in the log, and the model stays.
+        A round with fewer usable updates is given up with an error in the log, and the model stays as it is.
     keep : bool (default: False)
-        Keep all updates and models in the store, instead of the current and the previous model only.
+        Keep all updates and models in the store, and not only the current and the previous model.
     """
 
     def __init__(
@@ -97,13 +98,13 @@ class GradSharding(Strategy):
     ) -> None:
         self._needs_arrays = needs_arrays(inner)
         if mode not in ("direct", "relay", "mixed"):
-            raise UserError(f"no mode is known as {mode!r}; use direct, relay or mixed")
+            raise UserError(f"{mode!r} is not a mode; use direct, relay or mixed")
         self.inner = inner
         self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
         self.limits = limits
         self.topology: Topology = Sharded(shards=shards)
-        """How the mean is divided over functions."""
+        """How the work is divided among functions."""
         self.arithmetic: Arithmetic = "exact" if exact else "float64"
         self.mode = mode
         self.min_replies = min_replies
@@ -111,7 +112,7 @@ class GradSharding(Strategy):
         lends = isinstance(self.store, Lending) if presigned is None else presigned
         self._lender = Lender(self.store, url_seconds) if lends and mode != "relay" else None
         self.history: list[RoundReport] = []
-        """One report a round of training, of the last ``start``."""
+        """A report of each round of training of the last ``start``."""
         self._run = ""
         self._layout = Layout.of({})
         self._model: Reference | None = None
@@ -122,7 +123,7 @@ class GradSharding(Strategy):
         self._server_round = 0
         self._books = Books()
         self._intake: Intake | Evaluations | None = None
-        """What takes in replies, as they come."""
+        """Handles replies as they arrive."""
 
     def summary(self) -> None:
         """Log the configuration, then the wrapped strategy's."""
@@ -130,8 +131,8 @@ class GradSharding(Strategy):
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
         log.info("\t│\t├── Topology: %s | executor: %s", self.topology, type(self.executor).__name__)
         log.info("\t│\t├── Arithmetic: %s", self.arithmetic)
-        log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "by themselves")
-        log.info("\t│\t└── Allowed memory of a function: %s", mib(self.limits.memory) if self.limits else "what the executor has")
+        log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "themselves")
+        log.info("\t│\t└── Memory of a function, at most: %s", mib(self.limits.memory) if self.limits else "the executor's")
         self.inner.summary()
 
     def start(
@@ -146,16 +147,16 @@ class GradSharding(Strategy):
     ) -> LazyResult:
         """Run the federation, as ``Strategy.start`` does. ``initial_arrays`` may be a reference (``refer``).
 
-        ``evaluate_fn`` gets real arrays, read for each call; the result's ``arrays`` are read when first used.
+        ``evaluate_fn`` gets real arrays, which are read for each call; the result's ``arrays`` are read when they are first used.
         """
         self._run, self.history, self._direct_nodes, self._previous = uuid.uuid4().hex[:12], [], set(), None
-        if self.store.charges.doubted:  # before anybody trains for a round that could not be kept
+        if self.store.charges.doubted:  # before nodes train for a round that the store could not keep
             try_out(self.store, self._round(0).id)
-        if given := find(initial_arrays):
-            self._model, self._layout = given, inspect(given.source, self.store).layout
+        if reference := find_reference(initial_arrays):
+            self._model, self._layout = reference, inspect(reference.source, self.store).layout
         else:
             key = self._round(0).result_key()
-            update = put(key, initial_arrays, self.store)
+            update = put_arrays(key, initial_arrays, self.store)
             self._model, self._layout = Reference.to(key, update, tuple(initial_arrays)), update.layout
         self._check(self._layout)
         if self._lender and (doubts := self._lender.doubts(timeout)):
@@ -171,22 +172,22 @@ class GradSharding(Strategy):
                 timeout,
                 train_config,
                 evaluate_config,
-                self._materialised(evaluate_fn) if evaluate_fn else None,
+                self._with_arrays(evaluate_fn) if evaluate_fn else None,
             )
             self._note_evaluation()
         return LazyResult(result, self._model, self.store)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Let the wrapped strategy choose nodes and settings; references go where the model would."""
+        """Let the wrapped strategy choose nodes and settings; send references in place of the model."""
         self._note_evaluation()
         self._server_round = server_round
         self._before = replace(self._traffic)
-        self._books.open()
-        shown = self._load(arrays) if self._needs_arrays else arrays
-        messages = self._address(self.inner.configure_train(server_round, shown, config, grid), arrays)
+        self._books.begin_round()
+        real = self._load(arrays) if self._needs_arrays else arrays
+        messages = self._address(self.inner.configure_train(server_round, real, config, grid), arrays)
         self._asked = {message.metadata.dst_node_id for message in messages}
-        if reference := find(arrays):
-            direct = sum(reference == find(message.content.array_records[self.inner.arrayrecord_key]) for message in messages)
+        if reference := find_reference(arrays):
+            direct = sum(reference == find_reference(message.content.array_records[self.inner.arrayrecord_key]) for message in messages)
             self._books.nodes_planned += loading(len(self._layout.header()), reference.nbytes) * direct
         assert self._model
         self._intake = Intake(
@@ -201,15 +202,15 @@ class GradSharding(Strategy):
         return messages
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """The same, for evaluation on the clients."""
+        """Do the same for evaluation on the clients."""
         self._intake = Evaluations(server_round, self.inner.weighted_by_key, self._books)
         return self._address(self.inner.configure_evaluate(server_round, arrays, config, grid), arrays)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average what can be averaged. The log names each node that is left out, and why.
+        """Average the usable updates. The log names each node that is left out, and the reason.
 
-        Too few usable updates, or a failure of the functions, end the round with an error in the log; the run goes on
-        with the model it has.
+        With too few usable updates, or if the functions fail, the round is given up with an error in the log, and the run
+        goes on with its last model.
         """
         if not self._asked:
             return None, None
@@ -227,77 +228,75 @@ class GradSharding(Strategy):
         kept = intake.contributions(leave_out)
         intake.plan_headers(kept)
         try:
-            averaged = mean(kept, intake.round_, self._aggregate, self.min_replies, leave_out)
+            averaged = average_usable(kept, intake.round_, self._aggregate, self.min_replies, leave_out)
         except GradShardingError as error:
-            if (
-                isinstance(error, PlanTooLarge | StoreRefused) or type(error) is UserError
-            ):  # a mistake in the set-up: so would every round end
-                raise
-            log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - no bug: no traceback
+            if isinstance(error, PlanTooLarge | StoreRefused) or type(error) is UserError:
+                raise  # a mistake in the set-up, which would end every round
+            log.error("aggregate_train: round %d is given up, the model stays: %s", server_round, error.message)  # noqa: TRY400 - not a bug: no traceback
             self._forget()
             return None, None
-        kept = [one for one in kept if one.node not in left_out]
+        kept = [contribution for contribution in kept if contribution.node not in left_out]
         log.info("aggregate_train: averaged %d updates in %d slices", len(kept), averaged.plan.functions)
         record = averaged.record
         model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=self._names(record.layout.names))
         self._layout = record.layout
         if self._needs_arrays:
             model = self._server_step(server_round, model)
-        metrics = self.inner.train_metrics_aggr_fn([one.content for one in kept], self.inner.weighted_by_key)
+        metrics = self.inner.train_metrics_aggr_fn([contribution.content for contribution in kept], self.inner.weighted_by_key)
         self._previous, self._model = self._model, model
         self._forget()
         self.history.append(RoundReport.of(server_round, kept, left_out, averaged, self._traffic - self._before, self._books))
-        self._books.close()
+        self._books.end_training()
         return model.record(), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The wrapped strategy's, of the replies whose metrics can be averaged."""
+        """Let the wrapped strategy average the metrics that can be averaged."""
         assert isinstance(self._intake, Evaluations)
         return self.inner.aggregate_evaluate(server_round, self._intake.usable(replies))
 
     def _note_evaluation(self) -> None:
-        """Enter the evaluation of the last round, which is over, into its report."""
-        if asked := self._books.evaluation:
-            self.history[-1] = replace(self.history[-1], evaluation_gets=asked.gets, evaluation_puts=asked.puts)
+        """Add the evaluation of the last round, now that it is over, to the round's report."""
+        if usage := self._books.evaluation:
+            self.history[-1] = replace(self.history[-1], evaluation_gets=usage.gets, evaluation_puts=usage.puts)
 
     def _round(self, server_round: int) -> Round:
         return Round(self.store, f"{self._run}-{server_round:06d}")
 
     def _check(self, layout: Layout) -> None:
-        """Refuse, before any client trains, what no round could do."""
+        """Raise UserError, before any client trains, if no round could succeed."""
         halves = [tensor.name for tensor in layout.tensors if tensor.dtype == "BF16"]
         if self._needs_arrays and halves:
             step = type(self.inner).__name__
-            raise UserError(f"{step} takes its step in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
-        one = Term(client="", source="", version="", base=0, weight=1)
-        manifest = Manifest(round="", layout=layout, terms=(one,))
+            raise UserError(f"{step} computes in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
+        term = Term(client="", source="", version="", base=0, weight=1)
+        manifest = Manifest(round="", layout=layout, terms=(term,))
         limits = self.executor.limits(self.limits)
-        if said := taken(self.executor, limits):
-            log.info("Concurrency: %s", said)
+        if concurrency := taken(self.executor, limits):
+            log.info("Concurrency: %s", concurrency)
         store = self.store
         self.topology.plan(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
-    def _names(self, found: tuple[str, ...]) -> tuple[str, ...]:
-        """Order the result's tensors as the model does; tensors that it does not have, as their bytes lie."""
+    def _names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Order the result's names as the model's, if they are the same names."""
         assert self._model
-        return self._model.names if sorted(self._model.names) == sorted(found) else found
+        return self._model.names if sorted(self._model.names) == sorted(names) else names
 
     def _load(self, arrays: ArrayRecord) -> ArrayRecord:
-        reference = find(arrays)
+        reference = find_reference(arrays)
         if not reference:
             return arrays
         self._books.plan(locate(reference.source, self.store)[0], loading(len(self._layout.header()), reference.nbytes))
         return reference.load(self.store)
 
-    def _materialised(self, evaluate: EvaluateFn) -> EvaluateFn:
+    def _with_arrays(self, evaluate: EvaluateFn) -> EvaluateFn:
         return lambda server_round, arrays: evaluate(server_round, self._load(arrays))
 
     def _address(self, messages: Iterable[Message], arrays: ArrayRecord) -> list[Message]:
-        """Give each message what its node can read: a reference and the mod's orders, or arrays."""
+        """Put into each message what its node can read: a reference and the mod's orders, or arrays."""
         addressed = list(messages)
-        told = self._orders()
+        orders = self._orders()
         plain: ArrayRecord | None = None
         for message in addressed:
             direct = self.mode == "direct" or message.metadata.dst_node_id in self._direct_nodes
@@ -306,94 +305,48 @@ class GradSharding(Strategy):
             content = RecordDict(dict(message.content))
             content[self.inner.arrayrecord_key] = arrays if direct or plain is None else plain
             if self.mode != "relay":
-                content[ORDERS] = told
+                content[ORDERS] = orders
             message.content = content
         return addressed
 
     def _orders(self) -> ConfigRecord:
         assert self._model
-        name = self._round(self._server_round).id
-        return self._lender.orders(name, self._model) if self._lender else orders(self.store, name)
+        round_id = self._round(self._server_round).id
+        return self._lender.orders(round_id, self._model) if self._lender else store_orders(self.store, round_id)
 
     def _received(self, asked: Message, reply: Message) -> Step:
-        """Take a reply in; one to a message that a wrapped strategy sends by itself is kept as it is."""
-        return self._intake.take(asked, reply) if self._intake else reply
+        """Handle a reply; one to a message that the wrapped strategy sends by itself is kept unchanged."""
+        return self._intake.receive(asked, reply) if self._intake else reply
 
     def _aggregate(self, round_: Round) -> Averaged:
         return aggregate(round_, topology=self.topology, arithmetic=self.arithmetic, limits=self.limits, executor=self.executor)
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
-        """Hand the wrapped strategy one reply, the average, of weight 1: x * 1.0 is x. Integers keep their dtype."""
+        """Pass the average to the wrapped strategy, as the only reply, of weight 1: x * 1.0 is x. Integers keep their dtype."""
         arrays = self._load(average.record())
-        one = Message(RecordDict({self.inner.arrayrecord_key: arrays}), dst_node_id=0, message_type=MessageType.TRAIN)
-        one.content["metrics"] = MetricRecord({self.inner.weighted_by_key: 1.0})
-        stepped, _ = self.inner.aggregate_train(server_round, [one])
+        reply = Message(RecordDict({self.inner.arrayrecord_key: arrays}), dst_node_id=0, message_type=MessageType.TRAIN)
+        reply.content["metrics"] = MetricRecord({self.inner.weighted_by_key: 1.0})
+        stepped, _ = self.inner.aggregate_train(server_round, [reply])
         assert stepped is not None
         for name, array in stepped.items():
             kind = np.dtype(arrays[name].dtype)
             if kind.kind in "iub":
                 stepped[name] = Array(np.asarray(np.rint(array.numpy()), kind))
         key = self._round(server_round).result_key()
-        written = put(key, stepped, self.store)
-        self._books.plan(self.store, self.store.charges.put(written.stat.size))
-        return Reference.to(key, written, tuple(stepped))
+        update = put_arrays(key, stepped, self.store)
+        self._books.plan(self.store, self.store.charges.put(update.stat.size))
+        return Reference.to(key, update, tuple(stepped))
 
     def _forget(self) -> None:
-        """Delete this run's objects but the current model and the one before it, which slow clients may still read."""
-        with tidying("what nodes were permitted to write, and have not"):
+        """Delete this run's objects, except the current model and the one before it, which slow clients may still read."""
+        with tidying("permitted updates that have not arrived"):
             if self._lender:
                 self._lender.close()
         if self.keep:
             return
         needed = {model.source for model in (self._model, self._previous) if model}
         with tidying("updates and models of past rounds"):
-            for place in ("rounds", "results"):
-                found = [key for key, _ in self.store.list(f"{place}/{self._run}-")]
-                self._books.plan(self.store, self.store.charges.list(len(found)))
-                self.store.delete(key for key in found if key not in needed)
-
-
-class LambdaFL(GradSharding):
-    """The same wrapper with λ-FL's topology: leaves sum whole models, a root sums the sums. Each function holds a whole model.
-
-    Parameters
-    ----------
-    inner : FedAvg
-        The strategy to wrap.
-    fan_in : int | None (default: None)
-        Updates that a leaf takes; by default √N, rounded up.
-    levels : int (default: 2)
-        Levels of the tree.
-    **settings
-        Those of ``GradSharding``, but for ``shards``.
-    """
-
-    def __init__(self, inner: FedAvg, *, fan_in: int | None = None, levels: int = 2, **settings: Any) -> None:
-        super().__init__(inner, **_without_shards("LambdaFL", settings))
-        self.topology: Topology = LambdaFLTree(fan_in=fan_in, levels=levels)
-
-
-class LIFL(GradSharding):
-    """The same wrapper with LIFL's topology: leaf, middle and top aggregators. Each function holds a whole model.
-
-    Parameters
-    ----------
-    inner : FedAvg
-        The strategy to wrap.
-    fan_in : int | None (default: None)
-        Inputs of a leaf or middle aggregator; by default ∛N, rounded up.
-    shared_memory : bool (default: False)
-        Pass partial sums through this machine's memory, as LIFL itself does; the functions must be processes on it.
-    **settings
-        Those of ``GradSharding``, but for ``shards``.
-    """
-
-    def __init__(self, inner: FedAvg, *, fan_in: int | None = None, shared_memory: bool = False, **settings: Any) -> None:
-        super().__init__(inner, **_without_shards("LIFL", settings))
-        self.topology: Topology = LIFLTree(fan_in=fan_in, shared_memory=shared_memory)
-
-
-def _without_shards(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    if "shards" in settings:
-        raise UserError(f"{name} has no shards: its functions hold whole models; use GradSharding")
-    return settings
+            for folder in ("rounds", "results"):
+                keys = [key for key, _ in self.store.list(f"{folder}/{self._run}-")]
+                self._books.plan(self.store, self.store.charges.list(len(keys)))
+                self.store.delete(key for key in keys if key not in needed)

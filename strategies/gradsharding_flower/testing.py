@@ -1,4 +1,4 @@
-"""A federation in one process: a real ClientApp behind a small real Grid, for tests and for trying things out."""
+"""A federation in one process: real ClientApps behind a small real Grid, for tests and experiments."""
 
 import copy
 import uuid
@@ -12,17 +12,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 
 class LocalGrid(Grid):
-    """Runs ``apps[node]`` on each message to ``node``, when its reply is first asked for.
+    """Runs ``apps[node]`` on a message to ``node`` when its reply is pulled.
 
-    A raised exception becomes an error reply, as a SuperNode makes it. Contents are copied both ways, so that nodes
-    share nothing.
+    An exception becomes an error reply, as on a SuperNode. Contents are copied both ways, so that nodes share nothing.
     """
 
     def __init__(self, apps: Mapping[int, ClientApp]) -> None:
-        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # who sends: Flower's runtime says so otherwise
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # the sender, which Flower's runtime sets otherwise
         self.apps = dict(apps)
         self.silent: set[int] = set()
-        """Nodes that never answer."""
+        """Nodes that never reply."""
         self._messages: dict[str, Message] = {}
         self._contexts = {node: Context(0, node, {}, RecordDict(), {}) for node in self.apps}
 
@@ -31,7 +30,7 @@ class LocalGrid(Grid):
         return list(self.apps)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages in."""
+        """Accept messages, and return their new ids."""
         ids = []
         for message in messages:
             ids.append(uuid.uuid4().hex)
@@ -40,20 +39,20 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Give replies, once each."""
-        taken = [self._messages.pop(one) for one in message_ids if one in self._messages and not self._is_silent(one)]
+        """Return replies, each of them once."""
+        taken = [self._messages.pop(id_) for id_ in message_ids if id_ in self._messages and not self._is_silent(id_)]
         return [self._answer(message) for message in taken]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:  # noqa: ARG002
-        """Push, and pull at once."""
+        """Push messages, and pull their replies at once."""
         return self.pull_messages(self.push_messages(messages))
 
     def set_run(self, run: Any) -> None:
-        """There is one run only."""
+        """Do nothing: there is only one run."""
 
     @property
     def run(self) -> Any:
-        """None: there is one run only."""
+        """None: there is only one run."""
         return None
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
@@ -67,8 +66,8 @@ class LocalGrid(Grid):
         node = message.metadata.dst_node_id
         try:
             reply = copy.deepcopy(self.apps[node](message, self._contexts[node]))
-        except Exception as error:  # noqa: BLE001 - whatever a client does wrong is its answer
+        except Exception as error:  # noqa: BLE001 - a client may fail in any way
             return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=message)
         if reply.metadata.reply_to_message_id != message.metadata.message_id:  # a SuperLink takes no other
-            return Message(Error(code=0, reason="what the ClientApp gave is no reply to its message"), reply_to=message)
+            return Message(Error(code=0, reason="the ClientApp's reply is not to the message that it got"), reply_to=message)
         return reply

@@ -1,4 +1,4 @@
-"""Tidying up that fails leaves something behind, and a line in the log; it never ends what it was done for."""
+"""A failed clean-up leaves objects behind and a line in the log; it never fails the work that it follows."""
 
 import logging
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ log = logging.getLogger("flwr")
 
 
 @contextmanager
-def tidying(what: str) -> Iterator[None]:
-    """Go on if a store fails, or refuses, to delete ``what``."""
+def tidying(leftovers: str) -> Iterator[None]:
+    """Log an error of a store that fails or refuses to delete ``leftovers``, and go on."""
     try:
         yield
     except (GradShardingError, OSError) as error:
-        log.warning("%s could not be deleted: %s; what is left takes room, and does no harm", what, error)
+        log.warning("%s could not be deleted: %s; they take space and do no harm", leftovers, error)

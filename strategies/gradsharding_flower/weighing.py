@@ -1,7 +1,7 @@
-"""The weights of a round must fit together below 2**53: the largest group of nodes whose weights do is kept.
+"""The weights of a round must sum to at most 2**53 as integers: the largest group of nodes whose weights do is kept.
 
-Weights are compared as amounts, never by whose they are, and equal ones stay or go together; of groups of one size the lightest is kept.
-So a node that claims 2**53 goes, whoever else is there, and so does one that claims 1e-12 among hundreds.
+Only the weights decide, never whose they are: equal weights stay or go together, and of two groups of one size the lighter is kept. A node
+that claims 2**53 is left out, whoever else is there; so is one that claims 1e-12 among hundreds.
 """
 
 import math
@@ -17,11 +17,13 @@ _BITS = 29
 """Non-integral weights are scaled so that the smallest has this many bits (``gradsharding.arithmetic.weights``)."""
 
 
-def too_far(weights: Mapping[int, float]) -> dict[int, str]:
-    """Name the nodes whose weights do not go together with those of the largest group, and say why; none, if all fit together.
+def incompatible_weights(weights: Mapping[int, float]) -> dict[int, str]:
+    """Find the nodes whose weights are too far from those of the largest group, and say why; empty if all fit together.
 
-    >>> list(too_far({1: 100, 2: 2**53})), list(too_far({1: 1.5, 2: 1e-12, 3: 1.5})), too_far({1: 100, 2: 0.5})
-    ([2], [2], {})
+    >>> list(incompatible_weights({1: 100, 2: 2**53})), list(incompatible_weights({1: 1.5, 2: 1e-12, 3: 1.5}))
+    ([2], [2])
+    >>> incompatible_weights({1: 100, 2: 0.5})
+    {}
     """
     if _all_fit(weights):
         return {}
@@ -29,7 +31,7 @@ def too_far(weights: Mapping[int, float]) -> dict[int, str]:
     low, high = _largest([(amount, counts[amount]) for amount in sorted(counts)])
     kept = sum(low <= weight <= high for weight in weights.values())
     return {
-        node: f"its weight {weight:.17g} does not go together with those of {kept} other nodes, {low:.17g} to {high:.17g}: "
+        node: f"its weight {weight:.17g} does not fit the weights of {kept} other nodes, {low:.17g} to {high:.17g}: "
         "as integers they would sum to more than 2**53; use numbers of examples"
         for node, weight in weights.items()
         if not low <= weight <= high
@@ -45,7 +47,7 @@ def _all_fit(weights: Mapping[int, float]) -> bool:
 
 
 def _largest(amounts: list[tuple[float, int]]) -> tuple[float, float]:
-    """Find the run of neighbouring amounts, given with how many nodes have each, that fit together and belong to most nodes."""
+    """Find the range of amounts that fit together and belong to most nodes; ``amounts`` has each amount and its number of nodes, sorted."""
     sums = list(accumulate((Fraction(amount) * count for amount, count in amounts), initial=Fraction(0)))
     nodes = list(accumulate((count for _, count in amounts), initial=0))
     broken = list(accumulate((amount != int(amount) for amount, _ in amounts), initial=0))

@@ -1,11 +1,11 @@
-"""Which strategies GradSharding may stand in for: those that use the clients' arrays for nothing but a weighted mean."""
+"""GradSharding can wrap a strategy that uses the clients' arrays for a weighted mean, and for nothing else."""
 
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
 
 from gradsharding.errors import UserError
 
 _SERVER_STEP = {kind.aggregate_train for kind in (FedAvgM, FedAdagrad, FedAdam, FedYogi)}
-"""``aggregate_train`` of the strategies that take a weighted mean, then a step of their own."""
+"""The ``aggregate_train`` of strategies that take a weighted mean and then a server step."""
 
 _REASONS = {
     "Krum": "it selects clients by the distances between whole updates",
@@ -24,9 +24,9 @@ _REASONS = {
 
 
 def needs_arrays(inner: Strategy) -> bool:
-    """Tell whether ``inner`` takes a server step, which needs the average in its memory; raise UserError if it cannot be wrapped.
+    """Whether ``inner`` takes a server step, which needs the average in memory; raise UserError if it cannot be wrapped.
 
-    FedAvg, FedProx and subclasses that leave ``aggregate_train`` alone need no array on the server.
+    FedAvg, FedProx and subclasses that do not override ``aggregate_train`` need no array on the server.
     """
     reasons = [_REASONS[kind.__name__] for kind in type(inner).__mro__ if kind.__name__ in _REASONS]
     name = type(inner).__name__

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from gradsharding import open_store
 from gradsharding_flower import GradSharding, from_state_dict
 from gradsharding_flower.demo.federation import initial_model
-from gradsharding_flower.reference import write
+from gradsharding_flower.reference import write_arrays
 
 app = ServerApp()
 
@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     average = FedAvg(fraction_evaluate=0.0, min_train_nodes=nodes, min_available_nodes=nodes)
     if config["strategy"] == "fedavg":
         result = average.start(grid, initial, num_rounds=rounds)
-        report: dict[str, Any] = {"model": write("plain.safetensors", result.arrays, store).source}
+        report: dict[str, Any] = {"model": write_arrays("plain.safetensors", result.arrays, store).source}
     else:
         strategy = GradSharding(average, store=store, shards=3, executor="processes:1")
         model = strategy.start(grid, initial, num_rounds=rounds).model
