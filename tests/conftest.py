@@ -49,10 +49,11 @@ MARKS = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the fixtures that they use, before pytest selects by marks."""
+    """Mark tests by the fixtures that they use, before pytest selects by marks; begin with those that take long."""
     for item in items:
         for mark in {MARKS[name] for name in getattr(item, "fixturenames", ()) if name in MARKS}:
             item.add_marker(mark)
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") or item.get_closest_marker("flower")))  # the longest first
 
 
 @pytest.hookimpl(wrapper=True)

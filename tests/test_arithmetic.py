@@ -33,19 +33,20 @@ def narrow(clients: int, **how: Any) -> dict[str, Any]:
     }
 
 
-def digests(updates: Updates, paths: int, arithmetic: Any) -> set[str]:
+def digests(updates: Updates, paths: int, arithmetic: Any, seed: int = 5) -> set[str]:
     """Take paths that are drawn at random."""
-    draw = random.Random(5)
+    draw = random.Random(seed)
     return {walk(updates, draw_way(draw), arithmetic)[0] for _ in range(paths)}
 
 
 @pytest.mark.slow
-def test_two_thousand_paths() -> None:
-    """2,000 orders, topologies, slices, ways to read, executors and sizes of a step make one digest, and it is the right one."""
+def test_new_paths() -> None:
+    """500 orders, topologies, slices, ways to read, executors and sizes of a step, others each time, make one digest: the right one."""
     updates = draw_updates("a pair that cancels, 2**40 times as large", clients=7, elements=300)
     right, _ = walk(updates, draw_way(random.Random(0)), "exact", check=True)
+    seed = random.SystemRandom().randrange(1 << 32)
 
-    assert {right} == digests(updates, 2_000, "exact")
+    assert (seed, {right}) == (seed, digests(updates, 500, "exact", seed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,8 +54,8 @@ def test_many_paths(kind: str) -> None:
     """Whatever the data, exact rounds have one digest; in float64, data that cancel have several."""
     updates = draw_updates(kind, elements=300)
 
-    assert 1 == len(digests(updates, 25, "exact"))
-    assert (1 == len(digests(updates, 25, "float64"))) is (kind == "gradients")
+    assert 1 == len(digests(updates, 10, "exact"))
+    assert (1 == len(digests(updates, 10, "float64"))) is (kind == "gradients")
 
 
 @pytest.mark.parametrize("name", TREES)
