@@ -18,11 +18,11 @@ export NO_MKDOCS_2_WARNING = 1
 demo: .venv/.ready # real federated training, on real images, on this machine
 	$(BIN)/gradsharding demo
 
-test: .venv/.ready # what takes seconds
+test: .venv/.ready # what takes seconds: nothing marked slow, and no programs of `make rig` or Flower
 	$(PYTEST) -m "not slow and not flower and not rig"
 
-test-all: .venv/.ready # and what takes minutes or gigabytes, or starts Flower's own processes
-	$(PYTEST)
+test-all: .venv/.ready # everything: also minutes, gigabytes, Ceph, Slurm, Lambda's emulator and Flower's own processes; more random examples
+	$(PYTEST) --hypothesis-profile=full
 
 rig: .venv/.rig # what the cloud's and the cluster's tests run against, and skip without: Ceph, Lambda's runtime emulator, SAM, checkov, ministack, SeaweedFS, rclone, Slurm, exFAT
 

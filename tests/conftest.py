@@ -20,9 +20,10 @@ from rigs.lambdas import emulator_missing  # noqa: E402
 from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server, moto_server  # noqa: E402
 from rigs.stack import account_missing, local_account, tool  # noqa: E402
 
-# A loaded machine is slow, not wrong: no example has a deadline.
-settings.register_profile("gradsharding", deadline=None)
-settings.load_profile("gradsharding")
+# A loaded machine is slow, not wrong: no example has a deadline. `make test-all` and CI load "full".
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.register_profile("full", deadline=None)
+settings.load_profile("quick")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +44,7 @@ MARKS = {
     "sam": "rig",
     "checkov": "rig",
     "wheels": "slow",
+    "embedded_figures": "slow",
 }
 """Fixtures, and the mark that every test bears which uses one, directly or through another fixture."""
 

@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def embedded_figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The report of a quick run of ``embedded.py``."""
     directory = tmp_path_factory.mktemp("embedded")
     command = [sys.executable, str(BENCHMARKS / "embedded.py"), "--quick", "--repetitions", "2", "--dir", str(directory)]
@@ -27,45 +27,45 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-def test_report_names_its_question_its_machine_and_its_rivals(figures: Any) -> None:
+def test_report_names_its_question_its_machine_and_its_rivals(embedded_figures: Any) -> None:
     """A report says what was asked, on which machine, and of whom."""
     facts = {"cpu", "cores", "memory_bytes", "kernel", "python", "versions", "load_average_before", "date", "commit", "command"}
 
-    assert {"question", "setup", "machine", "rivals", "targets", "verified"} == set(figures)
-    assert facts == set(figures["machine"])
-    assert {"gradsharding", "numpy", "flwr"} == set(figures["machine"]["versions"])
-    assert ["ours", "exact", "flower", "numpy", "read"] == list(figures["rivals"])
+    assert {"question", "setup", "machine", "rivals", "targets", "verified"} == set(embedded_figures)
+    assert facts == set(embedded_figures["machine"])
+    assert {"gradsharding", "numpy", "flwr"} == set(embedded_figures["machine"]["versions"])
+    assert ["ours", "exact", "flower", "numpy", "read"] == list(embedded_figures["rivals"])
 
 
-def test_report_gives_every_repetition_of_every_rival(figures: Any) -> None:
+def test_report_gives_every_repetition_of_every_rival(embedded_figures: Any) -> None:
     """Seconds and bytes of memory come as a median with all the values it was taken from."""
-    for rival in figures["rivals"].values():
+    for rival in embedded_figures["rivals"].values():
         for found in (rival["seconds"], rival["memory"]["own"], rival["memory"]["high_water_marks"]):
             assert 2 == len(found["all"])
             assert 0 < found["least"] <= found["median"] <= found["most"]
 
 
-def test_phases_sum_to_the_time_they_explain(figures: Any) -> None:
+def test_phases_sum_to_the_time_they_explain(embedded_figures: Any) -> None:
     """No part of our own or of Flower's time is left unexplained, in any repetition."""
     for name in ("ours", "exact", "flower"):
-        rival = figures["rivals"][name]
+        rival = embedded_figures["rivals"][name]
         sums = [sum(values) for values in zip(*(phase["all"] for phase in rival["phases"].values()), strict=True)]
 
         assert pytest.approx(rival["seconds"]["all"]) == sums
 
 
-def test_targets_are_ratios_of_the_medians(figures: Any) -> None:
+def test_targets_are_ratios_of_the_medians(embedded_figures: Any) -> None:
     """What a target compares can be recomputed from the report."""
-    ours, flower, targets = figures["rivals"]["ours"], figures["rivals"]["flower"], figures["targets"]
+    ours, flower, targets = embedded_figures["rivals"]["ours"], embedded_figures["rivals"]["flower"], embedded_figures["targets"]
 
     assert ours["seconds"]["median"] / flower["seconds"]["median"] == targets["time"]["found"]
     assert ours["memory"]["own"]["median"] / flower["memory"]["own"]["median"] == targets["memory"]["found"]
     assert (0.4, 0.125) == (targets["time"]["at_most"], targets["memory"]["at_most"])
 
 
-def test_the_three_results_agree(figures: Any) -> None:
+def test_the_three_results_agree(embedded_figures: Any) -> None:
     """Ours and numpy's have the same bits; Flower's differ, within the rounding errors of float32."""
-    verified = figures["verified"]
+    verified = embedded_figures["verified"]
 
     assert verified["ours_equals_numpy_bit_for_bit"]
     assert 0 < verified["flower_differs_by"] <= verified["flower_may_differ_by"]

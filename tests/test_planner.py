@@ -65,6 +65,7 @@ def test_a_functions_memory_covers_its_projection() -> None:
         assert option.memory >= option.plan.memory + RUNTIME
 
 
+@pytest.mark.slow
 def test_best_is_next_to_the_cheapest() -> None:
     """No option that fits is more than a tenth cheaper than the one to take, nor among those of its price faster."""
     advice = advise(5 * GB, 100)
@@ -75,7 +76,7 @@ def test_best_is_next_to_the_cheapest() -> None:
     assert all(option.forecast.seconds.p50 >= advice.best.forecast.seconds.p50 for option in fit if option.usd <= advice.best.usd)
 
 
-@pytest.mark.parametrize("deadline", [30.0, 60.0, 120.0])
+@pytest.mark.parametrize("deadline", [30.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (60.0, 120.0))])
 def test_deadline(deadline: float) -> None:
     """Whoever is in a hurry gets more functions; what takes longer says so."""
     advice = advise(6 * GB, 50, deadline=deadline)
@@ -85,6 +86,7 @@ def test_deadline(deadline: float) -> None:
     assert (by_name(advice)["flat"].problem or "").startswith(("memory", "time limit"))
 
 
+@pytest.mark.slow
 def test_impossible() -> None:
     """Where nothing fits, nothing is named, and each topology says what stands against it."""
     advice = advise(6 * GB, 50, deadline=0.5)
@@ -106,6 +108,7 @@ def test_memory() -> None:
     assert "may have 512.0 MiB" in (found["lambda-fl"].problem or "")
 
 
+@pytest.mark.slow
 def test_budget() -> None:
     """A budget that a round keeps to changes nothing; one that it does not is named with the sum."""
     free = advise(528_000_000, 20, on_aws=True)
@@ -118,6 +121,7 @@ def test_budget() -> None:
     assert all("; $0.001 is allowed" in (option.problem or "") for option in too_little.options)
 
 
+@pytest.mark.slow
 def test_concurrency_binds() -> None:
     """Few functions at once make waves, and the advice says that they bind it."""
     advice = advise(5 * GB, 100, concurrency=10)
@@ -127,6 +131,7 @@ def test_concurrency_binds() -> None:
     assert advise(GB, 300, concurrency=3).options[1].waves > 1
 
 
+@pytest.mark.slow
 def test_time_limit() -> None:
     """So many clients that a function could not read a slice of each in its time get a tree of slices."""
     advice = advise(10**12, 10_000)
@@ -218,6 +223,7 @@ def test_figures_have_sources() -> None:
         assert date(2025, 1, 1) < date.fromisoformat(figure.date)
 
 
+@pytest.mark.slow
 def test_payload() -> None:
     """An invocation that would name too many updates is not proposed."""
     advice = advise(100 * MB, 60_000)

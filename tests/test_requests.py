@@ -47,7 +47,7 @@ from rigs.proxy import Path as Route
 from rigs.proxy import Proxy
 from rigs.s3 import Ceph, Request, S3Server
 
-MOTO, CEPH = 30, 12
+FEW, MOTO, CEPH = 9, 30, 12
 """Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""
 
 
@@ -77,7 +77,10 @@ def test_classes(method: str, target: str, billed: str) -> None:
     assert billed == Request(method, target).billed
 
 
-@pytest.mark.parametrize(("server", "count"), [("moto", MOTO), pytest.param("ceph", CEPH, marks=pytest.mark.rig)])
+@pytest.mark.parametrize(
+    ("server", "count"),
+    [("moto", FEW), pytest.param("moto", MOTO, marks=pytest.mark.slow), pytest.param("ceph", CEPH, marks=pytest.mark.rig)],
+)
 def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, server: str, count: int) -> None:
     """Random rounds by command, call, after a crash and in Flower: the server saw what is reported, no more than was planned."""
     store: S3Store = request.getfixturevalue(f"{server}_store")

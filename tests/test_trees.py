@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Result, Round, aggregate, open_executor
@@ -73,7 +73,6 @@ def test_every_dtype(shared_memory: Path, name: str, clients: int) -> None:
     assert [] == [*shared_memory.iterdir()]
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     weights=st.lists(st.integers(1, 1 << 29), min_size=1, max_size=30) | st.lists(st.floats(1e-2, 1e2), min_size=1, max_size=30),
     kind=st.sampled_from([LambdaFLTree, ShardedTree, LIFLTree]),
