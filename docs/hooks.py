@@ -91,15 +91,13 @@ def on_post_template(output_content: str, template_name: str, config: MkDocsConf
 
 
 def decisions(_: str = "") -> str:
-    """List the decisions, newest first."""
-    lines, day = list[str](), ""
-    paths = sorted((ROOT / "docs" / "decisions").glob("2*.md"))
-    for path in sorted(paths, key=lambda path: path.name[:10], reverse=True):
-        title, date = path.read_text().split("\n", 3)[0].removeprefix("# "), path.name[:10]
-        lines += [f"\n## {date}\n"] if date != day else []
-        lines.append(f"- [{title}]({path.name})")
-        day = date
-    return "\n".join(lines)
+    """List the decisions by subject, newest first."""
+    subjects: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "docs" / "decisions").glob("2*.md"), key=lambda path: path.name[:10], reverse=True):
+        title, _, dated = path.read_text().split("\n", 3)[:3]
+        date, subject = dated.split(", ")
+        subjects.setdefault(subject, []).append(f"- [{title.removeprefix('# ')}]({path.name}) ({date})")
+    return "\n\n".join(f"## {subject.capitalize()}\n\n" + "\n".join(subjects[subject]) for subject in sorted(subjects))
 
 
 def command_line(_: str = "") -> str:

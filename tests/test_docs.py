@@ -204,13 +204,18 @@ def kinds(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:
         yield from kinds(child)
 
 
+SUBJECTS = {"advice", "arithmetic", "cli", "deploy", "flower", "format", "lambda", "planning", "rounds", "running", "s3", "stores", "tests"}
+
+
 def test_decisions_are_dated() -> None:
-    """A decision has its title, its date, which its name begins with, and a reason."""
+    """A decision has its title; its date, with which its name begins, and its subject; and a reason."""
     for path in (ROOT / "docs" / "decisions").glob("2*.md"):
-        title, blank, date, *reason = path.read_text().split("\n")
+        title, blank, dated, *reason = path.read_text().split("\n")
+        date, subject = dated.split(", ")
 
         assert title.startswith("# ")
         assert ("", path.name[:10]) == (blank, date)
+        assert subject in SUBJECTS
         assert any(reason)
 
 
