@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from command_executor import CommandExecutor
 from gradsharding.running.executors import Executor
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.testing import ExecutorContract, StoreContract, assert_same, reference_mean
+from sqlite_store import SQLiteStore
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
-sys.path.append(str(EXAMPLES))
-
-from command_executor import CommandExecutor  # noqa: E402 - the guides' files are no package of ours
-from sqlite_store import SQLiteStore  # noqa: E402
 
 
 @pytest.fixture
