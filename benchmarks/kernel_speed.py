@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 import measure
-from gradsharding.arithmetic.fold import Arithmetic, Fold
+from gradsharding.arithmetic.fold import Fold
+from gradsharding.arithmetic.rules import MEAN, Cohort, ExactMean, Rule
 from gradsharding.format.dtypes import Run
 
 RESULTS = Path(__file__).parent / "results" / "kernel_speed.json"
@@ -26,6 +27,11 @@ SIZES = tuple(1 << shift for shift in (16, 18, 20, 22, 24, 26))
 TENSOR = 8_192
 """Elements of one magnitude."""
 WEIGHT, TOTAL = 317, 20_000
+
+COHORT = Cohort(clients=TOTAL // WEIGHT, weight=TOTAL)
+
+RULES: dict[str, Rule] = {"float64": MEAN, "exact": ExactMean()}
+"""What the results call the rules."""
 EXACT_AT_LEAST = 0.6
 """GB/s: what exact sums should do."""
 FLOAT64_AT_LEAST = 2.0
@@ -57,30 +63,28 @@ def rivals(values: npt.NDArray[np.float32]) -> Iterator[tuple[str, int, Work]]:
     source, copy = values, np.empty_like(values)
     yield "read", source.nbytes, lambda: np.bitwise_or.reduce(source.view("<u8"))
     yield "copy", source.nbytes, lambda: np.copyto(copy, source)
-    arithmetics: tuple[Arithmetic, ...] = ("float64", "exact")
     for dtype in DTYPES:
         data = narrowed(values, dtype)
-        for arithmetic in arithmetics:
-            name = f"{arithmetic}, {dtype}"
-            fold = Fold([Run(dtype, values.size)], TOTAL, arithmetic)
+        for label, rule in RULES.items():
+            name = f"{label}, {dtype}"
+            fold = Fold([Run(dtype, values.size)], COHORT, rule)
             yield name, len(data), lambda fold=fold, data=data: fold.add([data], WEIGHT)  # type: ignore[misc]
 
 
 def ends(values: npt.NDArray[np.float32]) -> dict[str, float]:
     """Bytes of float32 slice a second, of what happens once: the mean, writing partial sums, merging some (bytes of them)."""
     data, found = values.tobytes(), dict[str, float]()
-    arithmetics: tuple[Arithmetic, ...] = ("float64", "exact")
-    for arithmetic in arithmetics:
-        one, other = (Fold([Run("F32", values.size)], TOTAL, arithmetic) for _ in "ab")
+    for label, rule in RULES.items():
+        one, other = (Fold([Run("F32", values.size)], COHORT, rule) for _ in "ab")
         for weight in range(1, 9):
             one.add([data], weight)
             other.add([data], weight + 8)
-        seconds, written = timed(one.sums)
+        seconds, written = timed(one.serialize)
         nbytes = sum(memoryview(buffer).nbytes for buffer in written)
-        found[f"{arithmetic}, write"] = len(data) / seconds
-        found[f"{arithmetic}, merge"] = nbytes / timed(lambda other=other, written=written: other.merge(written))[0]  # type: ignore[misc]
-        found[f"{arithmetic}, mean"] = len(data) / timed(other.mean)[0]
-        found[f"{arithmetic}, bytes written an element"] = nbytes / values.size
+        found[f"{label}, write"] = len(data) / seconds
+        found[f"{label}, merge"] = nbytes / timed(lambda other=other, written=written: other.merge(written))[0]  # type: ignore[misc]
+        found[f"{label}, mean"] = len(data) / timed(other.finalize)[0]
+        found[f"{label}, bytes written an element"] = nbytes / values.size
     return found
 
 

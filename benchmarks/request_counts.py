@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsharding import Flat, InlineExecutor, Limits, Round, aggregate
+from gradsharding.arithmetic.rules import MEAN, ExactMean
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.cli.main import cli
 from gradsharding.format.encode import encode
@@ -174,8 +175,7 @@ def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = 
     round_ = Round.create(store, f"r-{uuid.uuid4().hex[:12]}")
     for i, arrays in enumerate(updates(draw, exact=exact)):
         round_.submit(f"c{i}", arrays, i + 1)
-    arithmetic: Any = "exact" if exact else "float64"
-    how: dict[str, Any] = {"arithmetic": arithmetic, "limits": Limits(memory=1 << 31), "overwrite": draw.random() < 0.3}
+    how: dict[str, Any] = {"rule": ExactMean() if exact else MEAN, "limits": Limits(memory=1 << 31), "overwrite": draw.random() < 0.3}
     state = draw.choice(["receipts", "sealed", "known"])
     if state != "receipts":
         round_.seal()

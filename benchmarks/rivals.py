@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,11 @@ FLOWERS, NUMPYS = "flower.safetensors", "numpy.safetensors"
 
 
 def exact(directory: Path) -> None:
-    """The same in exact arithmetic."""
-    ours(directory, "exact")
+    """The same by the exact mean."""
+    ours(directory, "exact-mean")
 
 
-def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -> None:
+def ours(directory: Path, rule: str = "mean") -> None:
     """Aggregate with this library: seal, plan, start workers, fold, sync, publish."""
     from gradsharding import DirectoryStore, ProcessExecutor, Round, aggregate
     from gradsharding.planning.plan import Limits
@@ -62,12 +62,12 @@ def ours(directory: Path, arithmetic: Literal["float64", "exact"] = "float64") -
             self.ended = time.perf_counter()
             return reports
 
-    round_ = Round.create(DirectoryStore(directory / ("exact" if arithmetic == "exact" else "ours")), "vgg16")
+    round_ = Round.create(DirectoryStore(directory / ("ours" if rule == "mean" else "exact")), "vgg16")
     for path, weight in zip(updates(directory), WEIGHTS, strict=True):
         round_.refer(path.stem, file_reference(path), weight)
     timed = Timed(WORKERS)
     started = time.perf_counter()
-    result = aggregate(round_, arithmetic=arithmetic, executor=timed)
+    result = aggregate(round_, rule=rule, executor=timed)
     ended = time.perf_counter()
 
     reports, count = result.reports, len(timed.ready)

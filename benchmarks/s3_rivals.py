@@ -44,7 +44,7 @@ def serial(task: Task, job: Job, store: S3Store) -> Figures:
         data = store.client.get_object(Bucket=store.bucket, Key=store.place(term.source))["Body"].read()
         count += len(data)
         update = np.frombuffer(data, np.float32, offset=term.base)
-        np.add(sums, update * np.float32(term.weight / task.total), out=sums)
+        np.add(sums, update * np.float32(term.weight / task.weight), out=sums)
     written = time.perf_counter()
     store.client.put_object(Bucket=store.bucket, Key=store.place(f"{job.output}.serial"), Body=sums.tobytes())
     ended = time.perf_counter()

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import measure
 from gradsharding import DirectoryStore, MemoryStore, ObjectStore, Round, aggregate, open_executor
 from gradsharding.arithmetic import exact, fold, sums
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule
 from gradsharding.format.encode import Raw
 from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.verify import verify
@@ -83,7 +83,7 @@ def draw_way(draw: random.Random) -> Way:
     return Way(draw.randrange(1 << 30), topology, reading, executor, draw.choice([64, 500, 4_096, exact.BLOCK]))
 
 
-def walk(updates: Updates, way: Way, arithmetic: Arithmetic, *, check: bool = False) -> tuple[str, npt.NDArray[np.uint32]]:
+def walk(updates: Updates, way: Way, rule: Rule, *, check: bool = False) -> tuple[str, npt.NDArray[np.uint32]]:
     """Take a path: give the result's digest, and the bits of its float32. ``check`` computes all of it again by Python's integers."""
     names = [f"c{i:02d}" for i in range(len(updates))]
     random.Random(way.order).shuffle(names)
@@ -99,7 +99,7 @@ def walk(updates: Updates, way: Way, arithmetic: Arithmetic, *, check: bool = Fa
         round_ = Round.create(store, "r")
         for name, (arrays, weight) in zip(names, updates, strict=True):
             round_.submit(name, arrays, weight)
-        result = aggregate(round_, topology=way.topology, arithmetic=arithmetic, executor=open_executor(way.executor))
+        result = aggregate(round_, topology=way.topology, rule=rule, executor=open_executor(way.executor))
         if check:
             verify(round_, sample=1 << 30)
         return result.digest(), result.arrays()["f32"].view("<u4")
@@ -110,11 +110,11 @@ def compare(kind: str, combinations: int) -> dict[str, Any]:
     updates, draw = draw_updates(kind), random.Random(kind)
     ways = [draw_way(draw) for _ in range(combinations)]
     digests: dict[str, Counter[str]] = {"exact": Counter(), "float64": Counter()}
-    _, right = walk(updates, ways[0], "exact", check=True)
+    _, right = walk(updates, ways[0], ExactMean(), check=True)
     wrong = np.zeros(right.size, np.int64)
     for way in ways:
-        digests["exact"][walk(updates, way, "exact")[0]] += 1
-        digest, bits = walk(updates, way, "float64")
+        digests["exact"][walk(updates, way, ExactMean())[0]] += 1
+        digest, bits = walk(updates, way, MEAN)
         digests["float64"][digest] += 1
         wrong += bits != right
     return {

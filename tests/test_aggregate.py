@@ -133,8 +133,8 @@ def test_done_round_asked_again(asked: str) -> None:
     assert first.record == again.record
     assert_same(reference_mean(SMALL), again.arrays())
     assert ("an earlier call", None, None, []) == tuple(report[name] for name in ("made_by", "topology", "projected", "stages"))
-    assert [first.report()[name] for name in ("arithmetic", "clients", "bytes", "digest")] == [
-        report[name] for name in ("arithmetic", "clients", "bytes", "digest")
+    assert [first.report()[name] for name in ("rule", "clients", "bytes", "digest")] == [
+        report[name] for name in ("rule", "clients", "bytes", "digest")
     ]
     # the result's record is read, the result looked at, and its header read
     assert (3, 0) == (again.asked["memory"].gets, again.asked["memory"].puts)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gradsharding import DirectoryStore, Limits, MemoryStore, Round, aggregate
-from gradsharding.arithmetic.fold import Fold, size
+from gradsharding.arithmetic.fold import Fold
+from gradsharding.arithmetic.rules import MEAN, Cohort, ExactMean, Rule
 from gradsharding.errors import InvalidUpdate, NonFinite, UserError
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
@@ -33,20 +34,20 @@ def narrow(clients: int, **how: Any) -> dict[str, Any]:
     }
 
 
-def digests(updates: Updates, paths: int, arithmetic: Any, seed: int = 5) -> set[str]:
+def digests(updates: Updates, paths: int, rule: Rule, seed: int = 5) -> set[str]:
     """Take paths that are drawn at random."""
     draw = random.Random(seed)
-    return {walk(updates, draw_way(draw), arithmetic)[0] for _ in range(paths)}
+    return {walk(updates, draw_way(draw), rule)[0] for _ in range(paths)}
 
 
 @pytest.mark.slow
 def test_new_paths() -> None:
     """500 orders, topologies, slices, ways to read, executors and sizes of a step, others each time, make one digest: the right one."""
     updates = draw_updates("a pair that cancels, 2**40 times as large", clients=7, elements=300)
-    right, _ = walk(updates, draw_way(random.Random(0)), "exact", check=True)
+    right, _ = walk(updates, draw_way(random.Random(0)), ExactMean(), check=True)
     seed = random.SystemRandom().randrange(1 << 32)
 
-    assert (seed, {right}) == (seed, digests(updates, 500, "exact", seed))
+    assert (seed, {right}) == (seed, digests(updates, 500, ExactMean(), seed))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,8 +55,8 @@ def test_many_paths(kind: str) -> None:
     """Whatever the data, exact rounds have one digest; in float64, data that cancel have several."""
     updates = draw_updates(kind, elements=300)
 
-    assert 1 == len(digests(updates, 10, "exact"))
-    assert (1 == len(digests(updates, 10, "float64"))) is (kind == "gradients")
+    assert 1 == len(digests(updates, 10, ExactMean()))
+    assert (1 == len(digests(updates, 10, MEAN))) is (kind == "gradients")
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -63,8 +64,8 @@ def test_many_paths(kind: str) -> None:
 def test_every_dtype(name: str, clients: int) -> None:
     """Tensors of every dtype but float64, of no elements and of no dimension, are the correctly rounded mean, in every topology."""
     round_ = submitted(narrow(clients), MemoryStore())
-    result = aggregate(round_, topology=TREES[name], arithmetic="exact")
-    one = aggregate(submitted(narrow(clients), MemoryStore()), arithmetic="exact")
+    result = aggregate(round_, topology=TREES[name], rule=ExactMean())
+    one = aggregate(submitted(narrow(clients), MemoryStore()), rule=ExactMean())
 
     assert verify(round_, sample=EVERYTHING).elements == result.record.layout.elements
     assert one.digest() == result.digest()
@@ -76,7 +77,7 @@ def test_plan_is_a_bound(name: str) -> None:
     store = MemoryStore()
     submitted(narrow(20, size=2_000), store).seal()
     counting = CountingStore(store, only=lambda key: "/updates/" in key or "/partials/" in key)
-    result = aggregate(Round(counting, "r"), topology=TREES[name], arithmetic="exact")
+    result = aggregate(Round(counting, "r"), topology=TREES[name], rule=ExactMean())
     plan, seen = result.plan, result.reports
     through_store = [report for report, task in zip(seen, plan.tasks, strict=True) if not (task.shared and task.reads)]
 
@@ -93,7 +94,7 @@ def test_plan_is_a_bound(name: str) -> None:
 def test_partial_sums_of_gradients_are_compact() -> None:
     """Partial sums of gradients pass between functions in fewer bytes than float64 sums take, and in a quarter of what values may need."""
     updates = {f"c{i}": ({"w": np.random.default_rng(i).normal(0, 1e-3, 20_000).astype("f4")}, 50 + i) for i in range(9)}
-    result = aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), arithmetic="exact")
+    result = aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), rule=ExactMean())
     root, planned = result.reports[-1], result.plan.tasks[-1]
 
     assert 6 * 3 * 20_000 < root.bytes_read < 8 * 3 * 20_000
@@ -106,10 +107,10 @@ def test_chunks_that_vary_in_number() -> None:
     submitted(narrow(9, size=5_000), store).seal()
     counting = CountingStore(store, only=lambda key: "/partials/" in key)
     counting.reading = counting.reading.model_copy(update={"chunk": 20_000, "parallel": 3})
-    result = aggregate(Round(counting, "r"), topology=LambdaFLTree(), arithmetic="exact")
+    result = aggregate(Round(counting, "r"), topology=LambdaFLTree(), rule=ExactMean())
     task, report = result.plan.tasks[-1], result.reports[-1]
 
-    assert (3, 3) == (task.asks * task.inputs, counting.heads)
+    assert (3, 3) == (task.heads_per_input * task.inputs, counting.heads)
     assert counting.gets + counting.heads == report.gets < task.gets
     assert verify(Round(store, "r"), sample=EVERYTHING).slices
 
@@ -120,39 +121,31 @@ def test_float64_is_refused(name: str) -> None:
     round_ = submitted(sample_updates(3), MemoryStore())
 
     with pytest.raises(UserError, match="tensor 'float64' is F64, and exact sums are of F32, F16 and BF16: convert it to F32"):
-        aggregate(round_, topology=TREES[name], arithmetic="exact")
-
-
-def test_unknown_arithmetic_is_refused() -> None:
-    """Arithmetic that does not exist is named, and those that do."""
-    with pytest.raises(UserError, match="no arithmetic is known as 'decimal'; use float64 or exact"):
-        aggregate(submitted(narrow(3), MemoryStore()), arithmetic="decimal")  # type: ignore[arg-type]
+        aggregate(round_, topology=TREES[name], rule=ExactMean())
 
 
 def test_result_carries_its_digest() -> None:
-    """``result.json`` tells the arithmetic and, of an exact result, the digest; records of before either are float64's."""
+    """``result.json`` has the rule and, if the rule vouches for the bits, the digest."""
     store = MemoryStore()
     found = {}
-    for arithmetic in ("exact", "float64"):
-        result = aggregate(submitted(narrow(3), store, arithmetic), arithmetic=arithmetic)
-        found[arithmetic] = json.loads(read(store, f"rounds/{arithmetic}/result.json"))
-        assert result.record == ResultRecord.model_validate_json(read(store, f"rounds/{arithmetic}/result.json"))
-    data = read(store, "results/exact.safetensors")[len(result.record.layout.header()) :]
-    before = {key: value for key, value in found["float64"].items() if key not in ("arithmetic", "digest")}
+    for rule in ("exact-mean", "mean"):
+        result = aggregate(submitted(narrow(3), store, rule), rule=rule)
+        found[rule] = json.loads(read(store, f"rounds/{rule}/result.json"))
+        assert result.record == ResultRecord.model_validate_json(read(store, f"rounds/{rule}/result.json"))
+    data = read(store, "results/exact-mean.safetensors")[len(result.record.layout.header()) :]
 
-    assert ("exact", hashlib.sha256(data).hexdigest()) == (found["exact"]["arithmetic"], found["exact"]["digest"])
-    assert ("float64", None) == (found["float64"]["arithmetic"], found["float64"]["digest"])
-    assert result.record == ResultRecord.model_validate_json(json.dumps(before))
+    assert ("exact-mean", hashlib.sha256(data).hexdigest()) == (found["exact-mean"]["rule"], found["exact-mean"]["digest"])
+    assert ("mean", None) == (found["mean"]["rule"], found["mean"]["digest"])
 
 
-def test_finished_in_other_arithmetic() -> None:
-    """A round that is done is not done again in other arithmetic: that is said, and the result stays."""
+def test_finished_by_another_rule() -> None:
+    """A round that is done is not done again by another rule: an error says so, and the result stays."""
     round_ = submitted(narrow(3), MemoryStore())
-    first = aggregate(round_, arithmetic="exact")
+    first = aggregate(round_, rule=ExactMean())
 
-    with pytest.raises(UserError, match="round r is done, in exact; its result stays: for float64, make another round"):
+    with pytest.raises(UserError, match="round r is done, by the rule exact-mean; its result stays: for mean, create another round"):
         aggregate(round_)
-    assert first.record == aggregate(round_, arithmetic="exact").record
+    assert first.record == aggregate(round_, rule=ExactMean()).record
 
 
 def stop_after(count: int, done: list[str]) -> Callable[[Plan], Any]:
@@ -172,12 +165,12 @@ def test_resumed(tmp_path: Path, name: str, after: int) -> None:
     """An exact call that ended midway is gone on with: partial sums that are there, whatever their size, are not made again."""
     updates, done = narrow(9), list[str]()
     with pytest.raises(Interrupted):
-        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=TREES[name], arithmetic="exact", progress=stop_after(after, done))
-    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=TREES[name], arithmetic="exact")
+        aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=TREES[name], rule=ExactMean(), progress=stop_after(after, done))
+    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=TREES[name], rule=ExactMean())
 
     assert {*done}.isdisjoint({report.task for report in result.reports})
     assert after + len(result.reports) == result.plan.functions
-    assert result.digest() == aggregate(submitted(updates, MemoryStore()), arithmetic="exact").digest()
+    assert result.digest() == aggregate(submitted(updates, MemoryStore()), rule=ExactMean()).digest()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -186,27 +179,27 @@ def test_crash_at_every_call(name: str, when: str) -> None:
     """An exact call that dies at any request, also while it takes the digest, is gone on with, to the same published record."""
     updates = narrow(5)
     counting = FlakyStore(submitted(updates, MemoryStore()).store, {})
-    whole = aggregate(Round(counting, "r"), topology=TREES[name], arithmetic="exact")
+    whole = aggregate(Round(counting, "r"), topology=TREES[name], rule=ExactMean())
     assert 30 < counting.calls["any"]
 
     for call in range(1, counting.calls["any"] + 1):
         store = submitted(updates, MemoryStore()).store
         broken = Round(FlakyStore(store, {(when, "any", call): ConnectionError("died")}), "r")
         with pytest.raises(ConnectionError, match="died"):
-            aggregate(broken, topology=TREES[name], arithmetic="exact")
-        resumed = aggregate(Round(store, "r"), topology=TREES[name], arithmetic="exact")
+            aggregate(broken, topology=TREES[name], rule=ExactMean())
+        resumed = aggregate(Round(store, "r"), topology=TREES[name], rule=ExactMean())
 
         assert (call, whole.record.digest) == (call, resumed.record.digest)
         assert resumed.record == Round(store, "r").result()
         assert [] == [key for key, _ in store.list("rounds/r/partials/")]
 
 
-def test_gone_on_with_in_other_arithmetic(tmp_path: Path) -> None:
+def test_resumed_by_another_rule(tmp_path: Path) -> None:
     """Partial sums of float64 are not taken for exact ones: a round that goes on exactly begins anew."""
     updates, done = narrow(9), list[str]()
     with pytest.raises(Interrupted):
         aggregate(submitted(updates, DirectoryStore(tmp_path)), topology=LambdaFLTree(), progress=stop_after(2, done))
-    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=LambdaFLTree(), arithmetic="exact")
+    result = aggregate(Round(DirectoryStore(tmp_path), "r"), topology=LambdaFLTree(), rule=ExactMean())
 
     assert result.plan.functions == len(result.reports)
     assert verify(result.round, sample=EVERYTHING).slices
@@ -217,9 +210,9 @@ def test_nan() -> None:
     values = [[1, np.inf, -np.inf, np.nan], [1, np.inf, np.inf, 1], [1, 5, 5, 5], [1, 5, 5, 5]]
     updates = {f"c{i}": ({"w": np.array(row, "f4")}, i + 1) for i, row in enumerate(values)}
     with pytest.raises(NonFinite, match="lambda-fl/0/0: clients c0, c1 hold NaN or infinity"):
-        aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), arithmetic="exact")
+        aggregate(submitted(updates, MemoryStore()), topology=LambdaFLTree(), rule=ExactMean())
     round_ = submitted(updates, MemoryStore())
-    found = aggregate(round_, topology=LambdaFLTree(), arithmetic="exact", nonfinite="propagate").arrays()["w"]
+    found = aggregate(round_, topology=LambdaFLTree(), rule=ExactMean(), nonfinite="propagate").arrays()["w"]
 
     assert ["1.0", "inf", "nan", "nan"] == [str(x) for x in found]
     assert verify(round_, sample=EVERYTHING).elements == 4
@@ -227,9 +220,9 @@ def test_nan() -> None:
 
 def test_partial_sums_cut_short() -> None:
     """Exact partial sums that lost their end are refused, and not read as less."""
-    one, other = (Fold([Run("F32", 100), Run("I64", 3)], 8, "exact") for _ in "ab")
+    one, other = (Fold([Run("F32", 100), Run("I64", 3)], Cohort(2, 8), ExactMean()) for _ in "ab")
     one.add([np.arange(100, dtype="f4").tobytes(), bytes(24)], 3)
-    written = b"".join(one.sums())
+    written = b"".join(one.serialize())
 
     for data, says in (
         (written[:-1], "in the middle of a slice"),
@@ -251,17 +244,17 @@ def test_partial_sums_come_in_any_chunks(cut: int) -> None:
     draw = np.random.default_rng(0)
     runs = [Run("F32", 40_000), Run("U8", 3), Run("BF16", 5), Run("F16", 20_000), Run("I64", 2)]
     patterns = draw.integers(0, 256, sum(run.nbytes for run in runs)).astype(np.uint8).tobytes()
-    wanted = Fold(runs, 7, "exact")
+    wanted = Fold(runs, Cohort(2, 7), ExactMean())
     wanted.add([patterns], 3)
     wanted.add([patterns[::-1]], 4)
-    left, right = Fold(runs, 7, "exact"), Fold(runs, 7, "exact")
+    left, right = Fold(runs, Cohort(2, 7), ExactMean()), Fold(runs, Cohort(2, 7), ExactMean())
     left.add(pieces(patterns, cut), 3)
     right.add([patterns[::-1]], 4)
-    written = b"".join(right.sums())
+    written = b"".join(right.serialize())
     left.merge(pieces(written, cut))
 
-    assert len(written) <= sum(size(run, 7, "exact").written for run in runs)
-    assert bytes(wanted.mean()) == bytes(left.mean())
+    assert len(written) <= sum(ExactMean().size(run, Cohort(2, 7)).serialized for run in runs)
+    assert bytes(wanted.finalize()) == bytes(left.finalize())
 
 
 def test_planned_before_it_runs() -> None:
@@ -269,8 +262,10 @@ def test_planned_before_it_runs() -> None:
     elements = 4 << 20
     manifest = submitted({"a": ({"w": np.zeros(elements, "f4")}, 1)}, MemoryStore()).seal()
     limits = Limits(memory=150 << 20)
-    plain, exact = (Sharded().plan(manifest, limits, arithmetic=arithmetic) for arithmetic in ("float64", "exact"))
+    plain, exact = (Sharded().plan(manifest, limits, rule=rule) for rule in (MEAN, ExactMean()))
 
-    assert [49, 49, 57, 57] == [size(Run("F32", elements), total, "exact").memory // elements for total in (1, 511, 512, 1 << 53)]
+    assert [49, 49, 57, 57] == [
+        ExactMean().size(Run("F32", elements), Cohort(1, total)).memory // elements for total in (1, 511, 512, 1 << 53)
+    ]
     assert len(plain.slices) < len(exact.slices)
     assert exact.memory <= limits.memory

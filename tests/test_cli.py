@@ -286,7 +286,7 @@ def test_report(updates: list[str], tmp_path: Path) -> None:
     report, data = reports[5], (tmp_path / "out").read_bytes()
     projected, observed = report["projected"], report["observed"]
     figures = {"gets", "puts", "bytes_read", "bytes_written", "peak_memory", "stores", "caller"}
-    of_round = {"made_by", "topology", "arithmetic", "clients", "bytes", "stages", "cost", "cost_missing", "digest"}
+    of_round = {"made_by", "topology", "rule", "clients", "bytes", "stages", "cost", "cost_missing", "digest"}
     assert of_round | {"concurrency", "taken", "projected", "observed"} == set(report)
     assert (None, None) == (report["concurrency"], report["taken"])
     assert (None, "no Lambda invocation was reported: nothing to bill") == (report["cost"], report["cost_missing"])
@@ -550,7 +550,7 @@ def test_exact_is_verified(narrow: list[str], tmp_path: Path) -> None:
     (data,) = made
     digest = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     assert f"  SHA-256   {digest}\n" in said
-    assert f"exact mean of 3 clients, 0.1 MiB SHA-256 {digest}, as published recomputed " in flowing(found)
+    assert f"round {verify[2]}: exact-mean of 3 clients, 0.1 MiB SHA-256 {digest}, as published recomputed " in flowing(found)
     assert ", from the sealed updates: the same bits" in flowing(found)
 
     safetensors.torch.save_file(model(9), tmp_path / "cyd.safetensors")
@@ -563,14 +563,14 @@ def test_exact_is_another_round(narrow: list[str], call: Callable[..., str], tmp
     """With --store, --exact is another round than without, and says so when it cannot be verified."""
     call("aggregate", *narrow, "-o", "out", "--store", "kept")
     call("aggregate", *narrow, "-o", "exact", "--store", "kept", "--exact")
-    plain, exact = sorted(
-        (json.loads(path.read_text())["arithmetic"], path.parent.name) for path in (tmp_path / "kept/rounds").glob("*/result.json")
-    )[::-1]
+    exact, plain = sorted(
+        (json.loads(path.read_text())["rule"], path.parent.name) for path in (tmp_path / "kept/rounds").glob("*/result.json")
+    )
 
-    assert ("float64", "exact") == (plain[0], exact[0])
+    assert ("mean", "exact-mean") == (plain[0], exact[0])
     refused = gradsharding("verify", "kept", plain[1], cwd=tmp_path)
     assert 2 == refused.returncode
-    assert "was summed in float64, whose bits depend on the path; only exact results can be verified" in refused.stderr
+    assert "was made by the rule mean, whose last bits depend on the path, so that they cannot be verified" in refused.stderr
     unknown = gradsharding("verify", "kept", "r-1", cwd=tmp_path)
     assert 2 == unknown.returncode
     assert f"round r-1 has no result in {(tmp_path / 'kept').as_uri()}" in unknown.stderr
@@ -580,11 +580,11 @@ def test_exact_plan(narrow: list[str], call: Callable[..., str]) -> None:
     """``plan --exact`` plans exact sums, and says that figures of trees are bounds."""
     plain, exact = (json.loads(call("plan", "--size", "528MB", "--clients", "20", "--json", *flag)) for flag in ((), ("--exact",)))
 
-    assert ("float64", "exact") == (plain["arithmetic"], exact["arithmetic"])
+    assert ("mean", "exact-mean") == (plain["rule"], exact["rule"])
     for one, other in zip(plain["topologies"], exact["topologies"], strict=True):
         assert one["bytes_written"] <= other["bytes_written"]
         assert float(one["usd"]["aggregation"]) < float(other["usd"]["aggregation"])
-    assert "Exact sums: the figures of trees are upper bounds" in call("plan", *narrow, "--exact")
+    assert "With exact-mean, the figures of trees are upper bounds" in call("plan", *narrow, "--exact")
 
 
 def test_exact_float64_is_refused(updates: list[str], tmp_path: Path) -> None:
@@ -593,7 +593,7 @@ def test_exact_float64_is_refused(updates: list[str], tmp_path: Path) -> None:
     run = gradsharding("aggregate", *updates, "-o", "out", "--exact", cwd=tmp_path)
 
     assert (2, "") == (run.returncode, run.stdout)
-    assert "tensor 'head.weight' is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out" in run.stderr
+    assert "tensor 'head.weight' is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or use another rule" in run.stderr
     assert before == everything(tmp_path)
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.arithmetic import exact
-from gradsharding.arithmetic.exact import ExactSums, planes, written_bytes
+from gradsharding.arithmetic.exact import ExactSums, planes
 from gradsharding.errors import InvalidUpdate, UserError
-from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Format, widen
+from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Format, Run, widen
 
 Terms = Sequence[tuple[Array, int]]
 
@@ -56,12 +56,12 @@ def sums(dtype: str, length: int, total: int) -> ExactSums:
 
 def mean(of: ExactSums, dtype: str) -> list[int]:
     """Give the bits of the mean."""
-    return [int(x) for block in of.means() for x in bits(dtype, block)]
+    return [int(x) for block in of.finalize() for x in bits(dtype, block)]
 
 
 def merge(into: ExactSums, other: ExactSums) -> bytes:
     """Write sums and merge them into others; give what was written."""
-    data = b"".join(other.written())
+    data = b"".join(other.serialize())
     place = 0
 
     def take(count: int) -> bytes:
@@ -160,10 +160,10 @@ def test_written_alike(dtype: str) -> None:
         for values, weight in order[3:]:
             other.add(0, values, weight)
         merge(one, other)
-        written.add(b"".join(one.written()))
+        written.add(b"".join(one.serialize()))
 
     assert 1 == len(written)
-    assert len(written.pop()) <= written_bytes(dtype, 40_000, total)
+    assert len(written.pop()) <= exact.size(Run(dtype, 40_000), total).serialized
 
 
 def test_written_compactly() -> None:
@@ -175,7 +175,7 @@ def test_written_compactly() -> None:
         total += weight
 
     assert total <= 10_000
-    assert 7 <= sum(memoryview(part).nbytes for part in kept.written()) / 50_000 <= 10
+    assert 7 <= sum(memoryview(part).nbytes for part in kept.serialize()) / 50_000 <= 10
 
 
 def test_many_additions() -> None:
@@ -209,7 +209,7 @@ def test_specials(values: list[float], wanted: str) -> None:
         into.add(0, np.array([7, value, 7], "f4"), weight)
     merge(one, other)
 
-    assert ["7.0", wanted, "7.0"] == [str(float(x)) for x in next(one.means())]
+    assert ["7.0", wanted, "7.0"] == [str(float(x)) for x in next(one.finalize())]
     assert (wanted in ("nan", "inf", "-inf")) != one.finite
 
 

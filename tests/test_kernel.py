@@ -6,7 +6,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from gradsharding.arithmetic.fold import SCRATCH, Fold, first_beyond, is_wide, sum_bytes
+from gradsharding.arithmetic.fold import SCRATCH, Fold, first_beyond, memory
+from gradsharding.arithmetic.rules import Cohort
+from gradsharding.arithmetic.sums import is_wide
 from gradsharding.errors import InvalidUpdate
 from gradsharding.format.dtypes import NUMPY, Buffer, Run, is_float, widen
 from gradsharding.testing import assert_same, reference_mean
@@ -16,10 +18,10 @@ F32, F64 = np.dtype("f4"), np.dtype("f8")
 
 def fold(dtype: str, *terms: tuple[list[Any], int]) -> list[Any]:
     """Average lists of values of one dtype, weighted."""
-    folded = Fold([Run(dtype, len(terms[0][0]))], sum(weight for _, weight in terms))
+    folded = Fold([Run(dtype, len(terms[0][0]))], Cohort(len(terms), sum(weight for _, weight in terms)))
     for values, weight in terms:
         folded.add([np.array(values, NUMPY[dtype]).tobytes()], weight)
-    mean: list[Any] = np.frombuffer(folded.mean(), NUMPY[dtype]).tolist()
+    mean: list[Any] = np.frombuffer(folded.finalize(), NUMPY[dtype]).tolist()
     return mean
 
 
@@ -126,22 +128,22 @@ def test_random_floats(dtype: str) -> None:
     arrays: list[npt.NDArray[Any]] = [
         np.ldexp(draw.normal(size=20_000), draw.integers(-30, 15, 20_000)).astype(NUMPY[dtype]) for _ in "abc"
     ]
-    folded = Fold([Run(dtype, 20_000)], 60)
+    folded = Fold([Run(dtype, 20_000)], Cohort(3, 60))
     for array, weight in zip(arrays, (10, 20, 30), strict=True):
         folded.add([array.tobytes()], weight)
 
     expected = reference_mean({c: ({"w": a}, w) for c, a, w in zip("abc", arrays, (10, 20, 30), strict=True)})
-    assert_same(expected, {"w": np.frombuffer(folded.mean(), NUMPY[dtype])})
+    assert_same(expected, {"w": np.frombuffer(folded.finalize(), NUMPY[dtype])})
 
 
 def test_mixed_runs() -> None:
     """Runs of any widths, wide sums among them, are packed one after the other."""
     runs = [Run("U8", 3), Run("I64", 2), Run("F16", 1), Run("BOOL", 2), Run("F64", 1)]
     data = b"".join(np.array(values, NUMPY[run.dtype]).tobytes() for run, values in zip(runs, MIXED, strict=True))
-    folded = Fold(runs, 1 << 20)
+    folded = Fold(runs, Cohort(1, 1 << 20))
     folded.add([data], 1 << 20)
 
-    assert data == bytes(folded.mean())
+    assert data == bytes(folded.finalize())
 
 
 MIXED: list[list[Any]] = [[1, 2, 255], [-(1 << 63), (1 << 63) - 1], [1.5], [True, False], [1e300]]
@@ -159,7 +161,7 @@ MIXED: list[list[Any]] = [[1, 2, 255], [-(1 << 63), (1 << 63) - 1], [1.5], [True
 def test_wrong_length(chunks: list[Buffer], says: str) -> None:
     """A read that is too short or too long raises InvalidUpdate, which says where."""
     with pytest.raises(InvalidUpdate, match=says):
-        Fold([Run("F32", 3)], 1).add(chunks, 1)
+        Fold([Run("F32", 3)], Cohort(1, 1)).add(chunks, 1)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +170,10 @@ def test_wrong_length(chunks: list[Buffer], says: str) -> None:
 )
 def test_finite(values: list[float], weight: int, finite: bool) -> None:
     """A fold says whether its float sums were finite, without a warning, and NaN passes into the mean."""
-    folded = Fold([Run("F64", 2), Run("I8", 1)], 2 * weight)
+    folded = Fold([Run("F64", 2), Run("I8", 1)], Cohort(2, 2 * weight))
     for _ in "ab":
         folded.add([np.array(values).tobytes(), b"\1"], weight)
-    mean = np.frombuffer(folded.mean()[:16], np.float64)
+    mean = np.frombuffer(folded.finalize()[:16], np.float64)
 
     assert finite == folded.finite == np.isfinite(mean).all()
     assert values[1] == mean[1]
@@ -203,7 +205,7 @@ def test_first_beyond(dtype: str, bad: float) -> None:
 def test_wide(dtype: str, total: int, wide: bool) -> None:
     """Integers whose sums might pass int64 are summed as Python's; the memory says so."""
     assert wide is is_wide(dtype, total)
-    assert SCRATCH + 10 * (80 if wide else 8) == sum_bytes([Run(dtype, 10)], total)
+    assert SCRATCH + 10 * (80 if wide else 8) == memory([Run(dtype, 10)], Cohort(1, total))
 
 
 def test_widest_sums_that_are_not_wide() -> None:

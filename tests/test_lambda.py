@@ -16,7 +16,7 @@ from gradsharding.advice import billing
 from gradsharding.advice.cost import forecast
 from gradsharding.advice.planner import Needs
 from gradsharding.advice.prices import load_prices
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule
 from gradsharding.aws.functions.answers import VERDICTS, Do, Verdict
 from gradsharding.aws.functions.call import answered, pack, unpack
 from gradsharding.aws.functions.executor import LambdaExecutor, Settings
@@ -455,7 +455,9 @@ def test_plans_take_what_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _call(clients: int) -> tuple[Job, Task]:
     terms = (Term(client=f"client-{i}", source=f"rounds/r/updates/client-{i}", version='"x"', base=8, weight=1) for i in range(clients))
-    task = Task(id="t/2", start=0, stop=0, runs=(), first=0, last=clients, listed=clients, total=clients, part=2, offset=8, reading=STREAM)
+    task = Task(
+        id="t/2", start=0, stop=0, runs=(), first=0, last=clients, clients=clients, weight=clients, part=2, offset=8, reading=STREAM
+    )
     return Job(store="s3://bucket", output="o", upload="u", terms=tuple(terms)), task
 
 
@@ -605,8 +607,8 @@ def test_metered(log: str, expected: Metered | None) -> None:
 
 
 @RUNS_HERE
-@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
-def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path, arithmetic: Arithmetic) -> None:
+@pytest.mark.parametrize("rule", [MEAN, ExactMean()], ids=str)
+def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path, rule: Rule) -> None:
     """A directory with processes, Ceph with processes and Ceph with Lambda give one digest; exact, they do as trees, too."""
     draw = np.random.default_rng(0)
     updates = {f"c{i}": ({"w": draw.normal(size=3 * MIB).astype("f4"), "n": np.array(i)}, i + 1) for i in range(4)}
@@ -617,9 +619,9 @@ def test_one_digest(ceph_store: S3Store, start: Start, tmp_path: Path, arithmeti
         (ceph_store, ProcessExecutor(2)),
         (copy, LambdaExecutor("gradsharding")),
     ]
-    trees: list[Topology] = [Sharded(shards=3)] * 3 if arithmetic == "float64" else [Sharded(), LambdaFLTree(), ShardedTree()]
+    trees: list[Topology] = [Sharded(shards=3)] * 3 if rule == MEAN else [Sharded(), LambdaFLTree(), ShardedTree()]
     results = [
-        aggregate(_round(store, updates), topology=topology, arithmetic=arithmetic, limits=Limits(memory=600 << 20), executor=executor)
+        aggregate(_round(store, updates), topology=topology, rule=rule, limits=Limits(memory=600 << 20), executor=executor)
         for (store, executor), topology in zip(places, trees, strict=True)
     ]
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradsharding.arithmetic.fold import Arithmetic, is_wide
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule
+from gradsharding.arithmetic.sums import is_wide
 from gradsharding.arithmetic.weights import MAX_WEIGHT
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.format.dtypes import FORMATS, ITEM_SIZE, NUMPY, Run
@@ -138,7 +139,7 @@ def test_projected_covers_exact_sums(tmp_path: Path, dtype: str, elements: int, 
         round_ = Round.create(DirectoryStore(tmp_path), f"r{clients}")
         for i in range(clients):
             round_.refer(f"c{i}", file_reference(path), 1_000 + i)
-        result = aggregate(round_, topology=make, arithmetic="exact", executor=ProcessExecutor(1), limits=Limits(memory=1 << 30))
+        result = aggregate(round_, topology=make, rule=ExactMean(), executor=ProcessExecutor(1), limits=Limits(memory=1 << 30))
         assert data == read(round_.store, round_.output)[-len(data) :]
         for task, report in zip(result.plan.tasks, result.reports, strict=True):
             assert peak(report) <= task.memory
@@ -157,9 +158,7 @@ def test_projected_covers_exact_sums_with_nan(tmp_path: Path) -> None:
     for client, values in zip("ab", halves, strict=True):
         round_.submit(client, {"w": values}, 1)
     limits = Limits(memory=1 << 30)
-    result = aggregate(
-        round_, topology=LambdaFLTree(), arithmetic="exact", executor=ProcessExecutor(1), nonfinite="propagate", limits=limits
-    )
+    result = aggregate(round_, topology=LambdaFLTree(), rule=ExactMean(), executor=ProcessExecutor(1), nonfinite="propagate", limits=limits)
 
     assert np.isnan(result.arrays()["w"][7])
     for task, report in zip(result.plan.tasks, result.reports, strict=True):
@@ -167,9 +166,9 @@ def test_projected_covers_exact_sums_with_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
+@pytest.mark.parametrize("rule", [MEAN, ExactMean()], ids=str)
 @pytest.mark.parametrize(("clients", "tensors"), [(20_000, 1), (2, 60_000)], ids=["many clients", "many runs"])
-def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int, arithmetic: Arithmetic) -> None:
+def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int, rule: Rule) -> None:
     """A small model with very many clients, or with very many changes of dtype, keeps within its projection too."""
     dtypes = ("F32", "F16")
     sizes = [ITEM_SIZE[dtypes[i % 2]] for i in range(tensors)]
@@ -185,11 +184,11 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
         runs=runs,
         first=0,
         last=clients,
-        listed=clients,
-        total=clients,
+        clients=clients,
+        weight=clients,
         part=1,
         reading=STREAM,
-        arithmetic=arithmetic,
+        rule=rule,
     )
     store = DirectoryStore(tmp_path / "store")
     job = Job(store=store.url, output="result", upload=store.begin("result"), terms=terms)
@@ -208,8 +207,8 @@ def random_round(draw: random.Random, store: DirectoryStore, name: str) -> Start
         f"c{i}": ({"w": numbers.normal(size=elements).astype("f4"), "h": numbers.normal(size=elements // 7).astype("f2")}, i + 1)
         for i in range(draw.randint(2, 5))
     }
-    arithmetic: Arithmetic = draw.choice(["float64", "exact"])
-    return Started.of(store, updates, name=name, make=draw.choice(makes), arithmetic=arithmetic)
+    rule = draw.choice([MEAN, ExactMean()])
+    return Started.of(store, updates, name=name, make=draw.choice(makes), rule=rule)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from gradsharding import Limits, ShardedTree
 from gradsharding.advice.planner import Advice, Needs, Option, dollars_text, flower_server, recommend, time_text
 from gradsharding.advice.prices import load_prices
 from gradsharding.advice.timing import Speeds, unlucky
+from gradsharding.arithmetic.rules import ExactMean
 from gradsharding.errors import UserError
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
@@ -48,15 +49,15 @@ def test_every_topology() -> None:
 
 def test_exact() -> None:
     """Exact sums are planned in every topology: no function takes less memory, no round less time or money; float64 tensors are refused."""
-    plain, exact = (by_name(recommend(manifest(528_000_000, 20), arithmetic=arithmetic)) for arithmetic in ("float64", "exact"))
+    plain, exact = (by_name(recommend(manifest(528_000_000, 20), rule=rule)) for rule in ("mean", "exact-mean"))
 
     for name in TOPOLOGIES:
-        assert ("float64", "exact") == (plain[name].plan.arithmetic, exact[name].plan.arithmetic)
+        assert ("mean", "exact-mean") == (str(plain[name].plan.rule), str(exact[name].plan.rule))
         assert plain[name].usd < exact[name].usd
     assert exact["flat"].memory > 4 * plain["flat"].memory
     wide = manifest(8, 2).model_copy(update={"layout": Layout.of({"w": ("F64", (1,))})})
     with pytest.raises(UserError, match="tensor 'w' is F64"):
-        recommend(wide, arithmetic="exact")
+        recommend(wide, rule=ExactMean())
 
 
 def test_a_functions_memory_covers_its_projection() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.arithmetic.fold import Fold, first_beyond
+from gradsharding.arithmetic.rules import Cohort
 from gradsharding.format.dtypes import ITEM_SIZE, NUMPY, join_runs
 from gradsharding.format.encode import Raw, encode
 from gradsharding.format.layout import Layout
@@ -142,7 +143,7 @@ def test_slices_are_nearly_equal(drawn: dict[str, tuple[str, tuple[int, ...]]], 
 @given(rounds(), st.data())
 def test_bytes_may_be_cut_anywhere(drawn: Drawn, data: st.DataObject) -> None:
     """However a stream of bytes is cut into buffers, empty ones among them, the fold has the same bits."""
-    total = sum(weight for _, weight in drawn.updates.values())
+    cohort = Cohort(len(drawn.updates), sum(weight for _, weight in drawn.updates.values()))
     pieces: list[Any] = []
     for arrays, weight in drawn.updates.values():
         layout, buffers = encode(arrays)
@@ -150,12 +151,12 @@ def test_bytes_may_be_cut_anywhere(drawn: Drawn, data: st.DataObject) -> None:
         edges = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=12)))
         pieces.append((weight, whole, [whole[a:b] for a, b in pairwise([0, *edges, len(whole)])]))
 
-    folds = Fold(layout.runs, total), Fold(layout.runs, total)
+    folds = Fold(layout.runs, cohort), Fold(layout.runs, cohort)
     for weight, whole, chunks in pieces:
         folds[0].add([whole], weight)
         folds[1].add(chunks, weight)
         assert None is first_beyond(layout.runs, chunks)
-    assert bytes(folds[0].mean()) == bytes(folds[1].mean())
+    assert bytes(folds[0].finalize()) == bytes(folds[1].finalize())
 
 
 @given(rounds())

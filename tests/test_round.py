@@ -179,6 +179,60 @@ def test_result_outlives_the_round(round_: Round) -> None:
     assert not round_.output.startswith("rounds/")
 
 
+@pytest.mark.parametrize(
+    ("former", "rule"),
+    [({}, "mean"), ({"arithmetic": "float64"}, "mean"), ({"arithmetic": "exact", "digest": "0" * 64}, "exact-mean")],
+    ids=["before arithmetics", "float64", "exact"],
+)
+def test_results_of_format_1(former: dict[str, Any], rule: str) -> None:
+    """A result of before there were rules is read: its arithmetic is the rule, and asked for by another rule it stays."""
+    round_ = done_round()
+    record = round_.result()
+    assert record
+    fields = json.loads(record.model_dump_json(exclude={"rule", "digest"})) | {"format": 1} | former
+    rewritten(round_, "result", json.dumps(fields).encode())
+    found = Round(round_.store, "r").result()
+    other = "mean" if rule == "exact-mean" else "exact-mean"
+
+    assert found
+    assert (rule, former.get("digest"), record.version) == (str(found.rule), found.digest, found.version)
+    assert found == aggregate(Round(round_.store, "r"), rule=rule).record
+    with pytest.raises(UserError, match=f"round r is done, by the rule {rule}; its result stays: for {other}, create another round"):
+        aggregate(Round(round_.store, "r"), rule=other)
+
+
+def test_plan_of_format_1() -> None:
+    """A plan of a release without rules is not taken for one of today's: it is given up, and its upload with it."""
+    round_ = Round.create(MemoryStore(), "r")
+    round_.submit("ann", W, 1)
+    upload = round_.store.begin("results/r.safetensors")
+    fields = {"format": 1, "topology": "sharded", "tasks": 1, "digest": "0" * 64, "nonfinite": "raise", "upload": upload}
+    round_.store.put("rounds/r/plan.json", [json.dumps(fields).encode()])
+
+    assert W["w"].tolist() == aggregate(round_).arrays()["w"].tolist()
+    with pytest.raises(MissingObject):
+        round_.store.parts("results/r.safetensors", upload)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rule": "no-such-rule:7"}, "no rule is named 'no-such-rule'; use mean"),
+        ({"rule": "mean", "arithmetic": "float64"}, "Extra inputs are not permitted"),
+        ({"rule": 7}, "is not a rule but of type int"),
+    ],
+)
+def test_results_of_unknown_rules(fields: dict[str, Any], says: str) -> None:
+    """A result by a rule that this release does not have is refused with the place, and with the rules that there are."""
+    round_ = done_round()
+    ((_, data),) = round_.store.fetch([round_.key("result.json")])
+    rewritten(round_, "result", json.dumps(json.loads(data) | fields).encode())
+
+    with pytest.raises(InvalidRecord, match=says) as caught:
+        round_.result()
+    assert "rounds/r/result.json' in memory://" in caught.value.message
+
+
 def test_rounds_of_earlier_releases() -> None:
     """Records without a format, whose result lies among them, are read, found by ``create``, and written to as they say."""
     store = MemoryStore()
@@ -203,13 +257,15 @@ def test_rounds_of_earlier_releases() -> None:
 
     assert "rounds/r/result.safetensors" == round_.output
     assert record
-    assert (stat.version, ("ann",), 1, layout) == (record.version, record.clients, record.format, record.layout)
+    assert (stat.version, ("ann",), "mean", layout) == (record.version, record.clients, str(record.rule), record.layout)
     assert ["ann"] == [term.client for term in round_.seal().terms]
     assert W["w"].tolist() == aggregate(round_).arrays()["w"].tolist()
 
 
-RECORDS = ("round", "receipts/ann", "manifest", "plan", "result")
-"""All kinds of records, by name."""
+FORMATS = {"round": 1, "receipts/ann": 1, "manifest": 1, "plan": 2, "result": 2}
+"""The newest format of each kind of record, by name."""
+
+RECORDS = tuple(FORMATS)
 
 
 def done_round() -> Round:
@@ -245,10 +301,12 @@ def test_records_of_later_releases(name: str) -> None:
     round_ = done_round()
     ((_, data),) = round_.store.fetch([round_.key(f"{name}.json")])
     fields = json.loads(data)
-    assert 1 == fields["format"]
-    rewritten(round_, name, json.dumps(fields | {"format": 2, "later": "field"}).encode())
+    newest = fields["format"]
+    assert FORMATS[name] == newest
+    rewritten(round_, name, json.dumps(fields | {"format": newest + 1, "later": "field"}).encode())
 
-    with pytest.raises(InvalidRecord, match=r"has format 2, and this release .* reads formats up to 1: .* upgrade gradsharding") as caught:
+    says = rf"has format {newest + 1}, and this release .* reads formats up to {newest}: .* upgrade gradsharding"
+    with pytest.raises(InvalidRecord, match=says) as caught:
         reads(round_, name)()
     assert f"rounds/r/{name}.json' in memory://" in caught.value.message
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule
 from gradsharding.aws.s3.body import Body
 from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import grant, readable, settle
@@ -470,9 +470,9 @@ def test_round(ceph_store: S3Store, executor: Any, shards: int) -> None:
     assert [] == ceph_store.client.list_multipart_uploads(Bucket=ceph_store.bucket).get("Uploads", [])
 
 
-@pytest.mark.parametrize("arithmetic", ["float64", "exact"])
+@pytest.mark.parametrize("rule", [MEAN, ExactMean()], ids=str)
 @pytest.mark.parametrize("make", [LambdaFLTree(), LIFLTree(), ShardedTree()], ids=["lambda-fl", "lifl", "sharded-tree"])
-def test_trees(ceph_store: S3Store, make: Any, arithmetic: Arithmetic) -> None:
+def test_trees(ceph_store: S3Store, make: Any, rule: Rule) -> None:
     """Trees make the requests on S3 that were planned, their partial sums are objects while they run, and gone when they end."""
     draw = np.random.default_rng(0)
     updates = {f"c{i}": ({"w": draw.normal(size=3 * MIB).astype("f4")}, i + 1) for i in range(5)}
@@ -482,12 +482,12 @@ def test_trees(ceph_store: S3Store, make: Any, arithmetic: Arithmetic) -> None:
     there = list[str]()
     told = lambda _: there.extend(key for key, _ in ceph_store.list("rounds/r/partials/"))  # noqa: E731
     limits = Limits(memory=1 << 30)
-    result = aggregate(round_, topology=make, arithmetic=arithmetic, limits=limits, executor=ProcessExecutor(2), progress=lambda _: told)
+    result = aggregate(round_, topology=make, rule=rule, limits=limits, executor=ProcessExecutor(2), progress=lambda _: told)
     seen, planned = total(result.usage), total(result.plan.usage)
 
     assert_same(reference_mean(updates), result.arrays())
     assert there
-    if arithmetic == "exact":
+    if rule.vouches:
         assert (seen.gets, seen.bytes_read) < (planned.gets, planned.bytes_read)
         assert verify(round_, sample=3).slices
     else:

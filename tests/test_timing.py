@@ -21,6 +21,7 @@ from gradsharding.advice.timing import (
     suited,
     task_seconds,
 )
+from gradsharding.arithmetic.rules import MEAN, ExactMean
 from gradsharding.planning.platform import CHARGES, READING, RUNTIME
 from gradsharding.planning.topologies import LambdaFLTree, LIFLTree, ShardedTree, Topology
 from gradsharding.running.pace import GETS, PUTS, share
@@ -41,18 +42,15 @@ def test_exact_sums_take_longer(make: Topology) -> None:
     """Exact sums are added and written more slowly, more passes between functions, and the result is read once."""
     sealed = manifest(100 * MB, 20)
     plain, exact = (
-        make.plan(sealed, reading=READING, arithmetic=a).placed(output=CHARGES, digest=a == "exact", reading=READING)
-        for a in ("float64", "exact")
+        make.plan(sealed, reading=READING, rule=rule).placed(output=CHARGES, digest=rule.vouches, reading=READING)
+        for rule in (MEAN, ExactMean())
     )
-    alike = Speeds(exact_rate=Speeds().fold_rate, exact_end_rate=1e30)
-    one, other, same = (forecast_seconds(plan, GIB, None, speeds) for plan, speeds in ((plain, alike), (exact, Speeds()), (exact, alike)))
+    one, read, other = (forecast_seconds(plan, GIB) for plan in (plain, plain.placed(digest=True), exact))
+    latency = Speeds().latency * READING.requests(plain.result_bytes) / READING.parallel
 
-    assert one.p50 < same.p50 < other.p50
-    assert one.billed <= same.billed < other.billed
-    if len(plain.fan_ins) == 1:
-        latency = alike.latency * READING.requests(plain.result_bytes) / READING.parallel
-        assert pytest.approx(plain.result_bytes / alike.client_rate + latency) == same.p50 - one.p50
-        assert one.billed == same.billed
+    assert pytest.approx(plain.result_bytes / Speeds().client_rate + latency) == read.p50 - one.p50
+    assert one.billed == read.billed < other.billed
+    assert read.p50 < other.p50
 
 
 def test_more_functions_are_faster_and_the_slowest_counts() -> None:

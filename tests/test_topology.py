@@ -30,7 +30,7 @@ def test_flat() -> None:
     """Flat is one task over the whole vector and all clients."""
     (task,) = Flat().plan(SEALED, Limits()).tasks
 
-    assert ("flat/0", 0, 100 * MIB, 2, 5) == (task.id, task.start, task.stop, task.part, task.total)
+    assert ("flat/0", 0, 100 * MIB, 2, 5) == (task.id, task.start, task.stop, task.part, task.weight)
     assert (0, 2, "") == (task.first, task.last, task.reads)
 
 
@@ -178,7 +178,7 @@ def test_sharded_tree() -> None:
     leaf, root = plan.stages[0].tasks[4], plan.stages[1].tasks[1]
     assert ("sharded-tree/0/1/1", "sharded-tree/1/1/0") == (leaf.id, root.id)
     assert ["c0004", "c0005", "c0006", "c0007"] == [term.client for term in job_of(plan).read_by(leaf)]
-    assert ("sharded-tree/0/1/0", "sharded-tree/0/1/1", "sharded-tree/0/1/2") == root.partials
+    assert ("sharded-tree/0/1/0", "sharded-tree/0/1/1", "sharded-tree/0/1/2") == root.predecessors
     assert ((leaf.start, leaf.stop), 0, 3) == ((root.start, root.stop), leaf.part, root.part)
 
 

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding import DirectoryStore, InlineExecutor, Limits, MemoryStore, Result, Round, aggregate, open_executor
-from gradsharding.arithmetic.fold import Arithmetic, Fold
+from gradsharding.arithmetic.fold import Fold
+from gradsharding.arithmetic.rules import MEAN, Cohort, ExactMean, Rule
 from gradsharding.errors import NonFinite, PlanTooLarge, UserError
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.plan import Plan
@@ -146,14 +147,14 @@ def assert_nearly(expected: dict[str, Any], result: Result) -> None:
             np.testing.assert_allclose(array, expected[name], rtol=2 * np.finfo(array.dtype).eps, atol=1e-10)
 
 
-def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Round, Topology, Arithmetic, dict[str, Any]]:
+def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Round, Topology, Rule, dict[str, Any]]:
     """Draw updates, a topology with its parameters, what it sums in, and how functions read."""
     clients, elements = draw.randint(1, 12), draw.choice([1, 7, 200, 20_000])
     heaviest = 1 << draw.choice([1, 10, 20, 40])  # the heaviest make integer sums wide, which are slow
     known = ["f4", "f2", "f8"] if elements > 200 else ["f4", "f2", "f8", "i8", "u4", "i1", "?"]  # the reference is slow with integers
-    arithmetic: Arithmetic = draw.choice(["float64", "float64", "exact"])
-    dtypes = draw.sample(known, draw.randint(1, 3)) if arithmetic == "float64" else draw.sample(known, 2)
-    if arithmetic == "exact":
+    rule: Rule = draw.choice([MEAN, MEAN, ExactMean()])
+    dtypes = draw.sample(known, draw.randint(1, 3)) if rule == MEAN else draw.sample(known, 2)
+    if rule.vouches:
         dtypes = [dtype for dtype in dtypes if dtype != "f8"]
     numbers = np.random.default_rng(draw.randrange(1 << 30))
     updates = {
@@ -170,7 +171,7 @@ def random_round(draw: random.Random, store: ObjectStore, name: str) -> tuple[Ro
         LIFLTree(fan_in=fan_in, shared_memory=draw.random() < 0.5),
         ShardedTree(shards=shards, fan_in=fan_in),
     ]
-    return submitted(updates, store, name), draw.choice(topologies), arithmetic, updates
+    return submitted(updates, store, name), draw.choice(topologies), rule, updates
 
 
 NURSERY = """
@@ -227,15 +228,15 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
     for _ in range(500):
         seed = draw.randrange(1 << 30)
         counting = CountingStore(MemoryStore(), only=lambda key: any(p in key for p in ("/updates/", "/partials/", "results/")))
-        round_, topology, arithmetic, updates = random_round(random.Random(seed), counting, "r")
+        round_, topology, rule, updates = random_round(random.Random(seed), counting, "r")
         round_.seal()
         counting.gets = counting.puts = counting.bytes_read = counting.bytes_written = 0
-        inline = aggregate(round_, topology=topology, arithmetic=arithmetic)
+        inline = aggregate(round_, topology=topology, rule=rule)
         plan, shared = inline.plan, inline.plan.partial_bytes if inline.plan.shared_memory else 0
         read_shared = sum(task.bytes_read for task in plan.tasks if task.reads and task.shared)
-        kinds.update((plan.topology, plan.arithmetic))
+        kinds.update((plan.topology, str(plan.rule)))
 
-        if arithmetic == "exact":
+        if rule.vouches:
             assert verify(round_, sample=1).elements
         else:
             asked = total(plan.tasks_usage)  # and beside the tasks: the output looked at, begin, header, end
@@ -246,17 +247,17 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
 
         with TemporaryDirectory(dir=SHARED_MEMORY) as place:  # the disk is none of its concern
             round_, topology, *_ = random_round(random.Random(seed), DirectoryStore(place), "r")
-            processes = aggregate(round_, topology=topology, arithmetic=arithmetic, executor=nursery, limits=Limits(memory=1 << 30))
+            processes = aggregate(round_, topology=topology, rule=rule, executor=nursery, limits=Limits(memory=1 << 30))
             assert inline.digest() == processes.digest()
         projected = {task.id: task for task in processes.plan.tasks}
         for report in processes.reports:
             task = projected[report.task]
             planned, seen = ((of.gets, of.bytes_read, of.bytes_written) for of in (task, report))
             assert (0 if task.written_to_memory else 1) == report.puts
-            assert planned == seen or (task.varying and all(least <= most for most, least in zip(planned, seen, strict=True)))
+            assert planned == seen or (task.varies and all(least <= most for most, least in zip(planned, seen, strict=True)))
             assert peak(report) <= task.memory, (task, report)
-    assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "float64", "exact"} == {*kinds}
-    assert kinds["exact"] > 100
+    assert {"flat", "sharded", "lambda-fl", "lifl", "sharded-tree", "mean", "exact-mean"} == {*kinds}
+    assert kinds["exact-mean"] > 100
     assert [] == [*shared_memory.iterdir()]
 
 
@@ -390,18 +391,18 @@ def test_lambda_shares_no_memory() -> None:
 
 def test_merge_takes_what_sums_gives() -> None:
     """Sums written by one fold and merged by another are the sums of both, also those beyond 64 bits."""
-    runs, total = [Run("U64", 3), Run("F32", 2)], 1 << 40
-    whole = Fold(runs, total)
-    parts = [Fold(runs, total) for _ in range(2)]
+    runs, cohort = [Run("U64", 3), Run("F32", 2)], Cohort(2, 1 << 40)
+    whole = Fold(runs, cohort)
+    parts = [Fold(runs, cohort) for _ in range(2)]
     for i, weight in enumerate((1 << 39, 1 << 39)):
         data = np.array([0, 5, (1 << 64) - 1 - i], "u8").tobytes() + np.array([i, -2.5], "f4").tobytes()
         whole.add([data], weight)
         parts[i].add([data], weight)
-    merged = Fold(runs, total)
+    merged = Fold(runs, cohort)
     for part in parts:
-        merged.merge(iter(part.sums()))
+        merged.merge(iter(part.serialize()))
 
-    assert bytes(whole.mean()) == bytes(merged.mean())
+    assert bytes(whole.finalize()) == bytes(merged.finalize())
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

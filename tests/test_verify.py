@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding import DirectoryStore, MemoryStore, Round, aggregate
+from gradsharding.arithmetic.integers import mean
+from gradsharding.arithmetic.rules import ExactMean
 from gradsharding.errors import ChangedObject, MissingObject, ObjectExists, UserError, VerificationFailed
 from gradsharding.format.dtypes import FORMATS, Buffer
 from gradsharding.rounds.records import ResultRecord
-from gradsharding.rounds.verify import SLICE, mean, verify
+from gradsharding.rounds.verify import SLICE, verify
 from gradsharding.testing import read
 from test_arithmetic import EVERYTHING, narrow
 from test_exact import DTYPES, KINDS, bits, draw, expected
@@ -25,7 +27,7 @@ from test_trees import submitted
 def published(updates: dict[str, Any] | None = None) -> Round:
     """Make a round that has an exact result."""
     round_ = submitted(updates or narrow(3), MemoryStore())
-    aggregate(round_, arithmetic="exact")
+    aggregate(round_, rule=ExactMean())
     return round_
 
 
@@ -125,7 +127,7 @@ def test_altered_header_is_found(change: tuple[bytes, bytes]) -> None:
     """A result whose header was altered, its data and version being what they were, is not verified, and not given out."""
     store = Altered()
     round_ = submitted(narrow(3), store)
-    aggregate(round_, arithmetic="exact")
+    aggregate(round_, rule=ExactMean())
     assert verify(round_).slices
     store.change = change
 
@@ -133,16 +135,16 @@ def test_altered_header_is_found(change: tuple[bytes, bytes]) -> None:
     with pytest.raises(VerificationFailed, match="header is not the one that was published"):
         verify(round_)
     with pytest.raises(ObjectExists, match="is there already"):
-        aggregate(round_, arithmetic="exact")
+        aggregate(round_, rule=ExactMean())
     store.change = None
-    aggregate(round_, arithmetic="exact", overwrite=True)
+    aggregate(round_, rule=ExactMean(), overwrite=True)
     assert verify(round_).slices
 
 
 def test_altered_file_is_found(tmp_path: Path) -> None:
     """A file that was altered in place, its time of change set back, is not verified, and not given out."""
     round_ = submitted(narrow(3), DirectoryStore(tmp_path))
-    aggregate(round_, arithmetic="exact")
+    aggregate(round_, rule=ExactMean())
     path = tmp_path / round_.output
     before = path.stat()
     with path.open("r+b") as file:
@@ -153,7 +155,7 @@ def test_altered_file_is_found(tmp_path: Path) -> None:
     with pytest.raises((VerificationFailed, UserError), match=r"header is not the one|was replaced since"):
         verify(round_)
     with pytest.raises(ObjectExists, match="is there already"):
-        aggregate(round_, arithmetic="exact")
+        aggregate(round_, rule=ExactMean())
 
 
 @pytest.mark.parametrize(("replaced", "kind"), [(True, ChangedObject), (False, MissingObject)])
@@ -176,7 +178,7 @@ def test_only_exact_results() -> None:
     aggregate(submitted(narrow(2), store, "plain"))
     submitted(narrow(2), store, "begun").seal()
 
-    with pytest.raises(UserError, match=r"round plain was summed in float64.* aggregate with --exact"):
+    with pytest.raises(UserError, match=r"round plain was made by the rule mean, .* aggregate with the rule exact-mean"):
         verify(Round(store, "plain"))
     for name in ("begun", "never"):
         with pytest.raises(UserError, match=rf"round {name} has no result in .*\. Rounds that are done: plain$"):

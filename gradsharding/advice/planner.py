@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from gradsharding.advice.cost import GIB, Bill, ClientTraffic, Forecast, Storage, forecast
 from gradsharding.advice.prices import PACKAGED, Money, Prices, load_prices
-from gradsharding.advice.timing import Rates, Speeds, at_once, borne, bottleneck, rates, suited, unlucky, working
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.advice.timing import Rates, Speeds, at_once, borne, bottleneck, cpu_rate, rates, suited, unlucky
+from gradsharding.arithmetic.rules import MEAN, Rule, as_rule
 from gradsharding.errors import UserError
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import MAX_PARTS, Limits, Plan
@@ -175,14 +175,14 @@ def recommend(
     speeds: Speeds | None = None,
     shards: int | None = None,
     topologies: Collection[str] | None = None,
-    arithmetic: Arithmetic = "float64",
+    rule: Rule | str = MEAN,
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and recommend the fastest of those that cost little more than the cheapest.
 
-    ``shards`` fixes the number of slices; only ``topologies`` are considered, by default all that are registered. Nothing is read or run.
-    Costs whose prices are missing from ``prices`` are unknown; the options are then compared at the packaged prices of ``HOME_REGION``.
-    Raise UserError for exact sums of F64, for a topology that is not registered, for functions that Lambda does not offer, and for a budget
-    if a price is missing.
+    ``shards`` fixes the number of slices. Only ``topologies`` are considered, by default all that are registered; of these, trees only if
+    the ``rule`` merges partial results. Nothing is read or run. Costs whose prices are missing from ``prices`` are unknown; the options are
+    then compared at the packaged prices of ``HOME_REGION``. Raise UserError for a rule that does not fit the updates or the topologies, for
+    a topology that is not registered, for functions that Lambda does not offer, and for a budget if a price is missing.
     """
     needs = needs or Needs()
     if needs.memory > MEMORY[-1]:
@@ -190,8 +190,13 @@ def recommend(
     if needs.timeout > TIMEOUT:
         raise UserError(f"a function cannot run for {needs.timeout:,} s; Lambda offers {TIMEOUT:,} s at most: allow no more")
     prices = prices or load_prices()
-    search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), arithmetic)
-    options = tuple(search.best_of(_ways(name, manifest, shards)) for name in (TOPOLOGIES if topologies is None else topologies))
+    search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), as_rule(rule))
+    ways = [_ways(name, manifest, shards, search.rule) for name in (TOPOLOGIES if topologies is None else topologies)]
+    options = tuple(search.best_of(way) for way in ways if way)
+    if not options:
+        raise UserError(
+            f"{search.rule} needs all values of an element at once, and {', '.join(topologies or ())} merge partial sums: plan sharded"
+        )
     fit = [option for option in options if option.problem is None]
     best = _choose(fit)
     servers = search.servers(best) if not prices.lacking([f"lambda_second_{needs.architecture}", "lambda_request"]) else ()
@@ -203,9 +208,14 @@ def recommend(
     return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), said, servers, missing)
 
 
-def _ways(name: str, manifest: Manifest, shards: int | None) -> list[Topology]:
-    """Return a topology with each choice of its options that is worth a try; raise UserError for an unknown name."""
+def _ways(name: str, manifest: Manifest, shards: int | None, rule: Rule) -> list[Topology]:
+    """Return a topology with each choice of its options that is worth a try; none, if it is a tree and the rule does not merge.
+
+    Raise UserError for an unknown name.
+    """
     options = type(make_topology(name)).model_fields
+    if "fan_in" in options and not rule.merges:
+        return []
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
     step = 1.8 if "fan_in" in options else 1.5  # fewer where each is tried with many trees
     counts = [shards] if shards else [*_ladder(1, most, step)]
@@ -231,8 +241,8 @@ def _ladder(least: int, most: int, step: float) -> Iterable[int]:
 class _Search:
     """What all options of one search have in common."""
 
-    def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds, arithmetic: Arithmetic) -> None:
-        self.manifest, self.needs, self.prices, self.speeds, self.arithmetic = manifest, needs, prices, speeds, arithmetic
+    def __init__(self, manifest: Manifest, needs: Needs, prices: Prices, speeds: Speeds, rule: Rule) -> None:
+        self.manifest, self.needs, self.prices, self.speeds, self.rule = manifest, needs, prices, speeds, rule
 
     @cached_property
     def setting(self) -> dict[str, Any]:
@@ -247,7 +257,7 @@ class _Search:
             "record_bytes": record,
             "overwrite": True,
             "reading": READING,
-            "digest": self.arithmetic == "exact",
+            "digest": self.rule.vouches,
         }
 
     @cached_property
@@ -259,7 +269,7 @@ class _Search:
     def best_of(self, ways: Iterable[Topology]) -> Option:
         """Return the best option of some topologies, or the one that comes closest to fitting if none fits."""
         limits = Limits(memory=self.needs.memory)
-        made = (way.plan(self.manifest, limits, grain=GRAIN, reading=READING, arithmetic=self.arithmetic) for way in ways)
+        made = (way.plan(self.manifest, limits, grain=GRAIN, reading=READING, rule=self.rule) for way in ways)
         plans = [plan.placed(**self.setting) for plan in made]
         options = [option for plan in plans for option in self.options(plan)]
         return _choose(option for option in options if option.problem is None) or min(options, key=self.distance)
@@ -333,7 +343,7 @@ class _Search:
         compared = []
         nbytes = self.manifest.layout.nbytes * len(self.manifest.terms)
         for name, box in self.prices.boxes.items():
-            rate = min(float(box.network_gbit) * 1e9 / 8, working(box.vcpus, self.arithmetic, self.speeds))
+            rate = min(float(box.network_gbit) * 1e9 / 8, cpu_rate(box.vcpus, self.rule.effort(len(self.manifest.terms)), self.speeds))
             seconds = nbytes / rate + self.speeds.latency
             cheaper_from = None
             if best:  # both pay S3 for the same requests, so only the functions count

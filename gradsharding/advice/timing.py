@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import Effort
 from gradsharding.planning.plan import Kind, Plan
 from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, RUNTIME, VCPU
 from gradsharding.planning.task import Task
@@ -31,11 +31,7 @@ class Speeds(Value):
     shared_rate: float = 1.5e9
     """Of shared memory, written or read. Measured on a small machine (``benchmarks/results/topologies.json``)."""
     fold_rate: float = 4.3e9
-    """Of adding an input to the sums, on one vCPU."""
-    exact_rate: float = 1.7e9
-    """The same, for exact sums. Measured on a small machine (``benchmarks/results/kernel_speed.json``)."""
-    exact_end_rate: float = 0.4e9
-    """Of writing exact sums down, which takes longer than rounding them to the mean, in bytes of the slice. Measured there."""
+    """Of adding an input to float64 sums, on one vCPU: the unit of a rule's effort."""
     client_rate: float = 250e6
     """Of what boto3 can take in, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
     spread: float = 0.19
@@ -152,14 +148,14 @@ def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = N
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
     written = task.bytes_written / speeds.shared_rate if task.written_to_memory else to_store
     cpu = min(1.0, memory / VCPU)
-    ended = task.nbytes / (cpu * speeds.exact_end_rate) if task.arithmetic == "exact" else 0
+    ended = task.nbytes * task.rule.effort(task.clients).finalize / (cpu * speeds.fold_rate)
     paced = (task.gets - 1) / kept.gets if kept else 0  # the first request need not wait
     return max(_read_seconds(task, cpu, speeds), paced) + ended + written
 
 
-def working(cpu: float, arithmetic: Arithmetic, speeds: Speeds) -> float:
-    """Bytes a second that so many vCPUs take in and fold."""
-    return cpu / (1 / speeds.client_rate + 1 / _fold_rate(arithmetic, speeds))
+def cpu_rate(cpu: float, effort: Effort, speeds: Speeds) -> float:
+    """Bytes a second that ``cpu`` vCPUs can receive and add, by a rule of this ``effort``."""
+    return cpu / (1 / speeds.client_rate + effort.add / speeds.fold_rate)
 
 
 def unlucky(seconds: float, speeds: Speeds) -> float:
@@ -172,7 +168,7 @@ def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
     rates = {
         "the network of a function": speeds.function_rate,
         "S3's connections": task.reading.parallel * _connection(task, speeds),
-        "CPU, which comes with memory": working(min(1.0, memory / VCPU), task.arithmetic, speeds),
+        "CPU, which comes with memory": cpu_rate(min(1.0, memory / VCPU), task.rule.effort(task.clients), speeds),
     }
     return min(rates, key=lambda name: rates[name])
 
@@ -211,10 +207,10 @@ def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds
 
 def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
     """Reading and folding all inputs, on so many vCPUs."""
-    nbytes, reading = task.bytes_read, task.reading
+    nbytes, reading, effort = task.bytes_read, task.reading, task.rule.effort(task.clients)
     if task.reads and task.shared:
-        return nbytes * (1 / speeds.shared_rate + 1 / (cpu * _fold_rate(task.arithmetic, speeds)))
-    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), working(cpu, task.arithmetic, speeds))
+        return nbytes * (1 / speeds.shared_rate + effort.add / (cpu * speeds.fold_rate))
+    rate = min(speeds.function_rate, reading.parallel * _connection(task, speeds), cpu_rate(cpu, effort, speeds))
     return speeds.latency + nbytes / rate
 
 
@@ -222,7 +218,3 @@ def _connection(task: Task, speeds: Speeds) -> float:
     """Bytes a second that one connection carries, request after request."""
     piece = max(1, task.reading.piece(task.input_nbytes))
     return piece / (speeds.latency + piece / speeds.connection_rate)
-
-
-def _fold_rate(arithmetic: Arithmetic, speeds: Speeds) -> float:
-    return speeds.exact_rate if arithmetic == "exact" else speeds.fold_rate

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradsharding.arithmetic.accumulator import ReadExactly, Scratch, Size
 from gradsharding.arithmetic.planes import DIGIT, DIGIT_BYTES, PRODUCT, Digits, pack, units, unpack
-from gradsharding.arithmetic.sums import Scratch, Take
 from gradsharding.errors import InvalidUpdate, UserError
-from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Buffer, Format, rounded, widen
+from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Buffer, Format, Run, rounded, widen
 
 BLOCK = 16_384
 """Elements per step: the block, its digits and the temporaries stay in the second-level cache."""
@@ -40,15 +40,13 @@ def planes(dtype: str, total: int) -> int:
     return -(-bits // DIGIT)
 
 
-def memory(dtype: str, length: int, total: int) -> int:
-    """Bytes of memory that bound such sums, temporaries not counted."""
-    return length * (8 * planes(dtype, total) + 1) + BLOCK_SIZE * -(-length // BLOCK)
-
-
-def written_bytes(dtype: str, length: int, total: int) -> int:
-    """Bytes that bound such sums as they are written."""
-    count = planes(dtype, total)
-    return 1 + 2 * count * -(-length // BLOCK) + length * (DIGIT_BYTES * count + 1)
+def size(run: Run, total: int) -> Size:
+    """Bytes that the sums of ``run`` take if the weights sum to ``total``."""
+    dtype, length = run
+    count, blocks = planes(dtype, total), -(-length // BLOCK)
+    memory = length * (8 * count + 1) + BLOCK_SIZE * blocks
+    serialized = 1 + 2 * count * blocks + length * (DIGIT_BYTES * count + 1)
+    return Size(8 * length * count, memory, serialized, varies=True)
 
 
 class ExactSums:
@@ -59,7 +57,7 @@ class ExactSums:
     >>> sums = ExactSums("F32", 1, 3, np.zeros(8 * planes("F32", 3), np.uint8), np.empty((3, BLOCK)))
     >>> for value in (2.0**60, 1.0, -(2.0**60)):
     ...     sums.add(0, np.float32([value]), 1)
-    >>> next(sums.means()).tolist() == [np.float32(1 / 3)]
+    >>> next(sums.finalize()).tolist() == [np.float32(1 / 3)]
     True
     """
 
@@ -87,12 +85,12 @@ class ExactSums:
         for i in range(0, elements.size, BLOCK):
             self._add(first + i, elements[i : i + BLOCK], weight)
 
-    def means(self) -> Iterator[Array]:
+    def finalize(self) -> Iterator[Array]:
         """Give the means, rounded once to the elements' dtype, block by block."""
         for b in range(len(self._blocks)):
             yield self._mean(b)
 
-    def written(self) -> list[Buffer]:
+    def serialize(self) -> list[Buffer]:
         """Give the sums in a form that ``merge`` reads, equal bytes for equal sums. Ends them: it is made in their own memory.
 
         A byte says whether any element was not finite. A table has two bytes for each plane and block, as ``pack`` gives them. The digits
@@ -110,19 +108,19 @@ class ExactSums:
         told: list[Buffer] = [] if self._specials is None else [self._specials.data]
         return [bytes([bool(told)]), table.data, *rows, *told]
 
-    def merge(self, take: Take) -> None:
+    def merge(self, read: ReadExactly) -> None:
         """Add what other sums of the same dtype, length and total have written. Raise InvalidUpdate if they were not written so."""
-        told, shape = take(1)[0], (len(self._bytes), len(self._blocks), 2)
-        table = np.frombuffer(bytes(take(math.prod(shape))), np.uint8).reshape(shape)
+        told, shape = read(1)[0], (len(self._bytes), len(self._blocks), 2)
+        table = np.frombuffer(bytes(read(math.prod(shape))), np.uint8).reshape(shape)
         if (table.sum(2) > DIGIT_BYTES).any():
             raise InvalidUpdate("partial sums have digits wider than 48 bits; they were not written as exact sums of this release")
         for p, row in enumerate(table):
             for block, (low, width) in zip(self._blocks, row.tolist(), strict=True):
                 if width:
-                    block.merge(p, unpack(take(width * block.size), low, width))
+                    block.merge(p, unpack(read(width * block.size), low, width))
         if told:
             for b, block in enumerate(self._blocks):
-                self._tell(b * BLOCK, np.frombuffer(take(block.size), np.uint8))
+                self._tell(b * BLOCK, np.frombuffer(read(block.size), np.uint8))
 
     def _add(self, first: int, elements: Array, weight: int) -> None:
         """Add to one block."""

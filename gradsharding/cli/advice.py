@@ -135,8 +135,15 @@ def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
 
 
 def _notes(advice: Advice, needs: Needs) -> Iterator[str]:
-    if advice.options[0].plan.arithmetic == "exact":
-        yield "Exact sums: the figures of trees are upper bounds, and all include one reading of the result, for its digest."
+    rule = advice.options[0].plan.rule
+    if any(kind.task.varies for option in advice.options for kinds in option.plan.kinds for kind in kinds):
+        yield f"With {rule}, the figures of trees are upper bounds."
+    if rule.vouches:
+        yield f"With {rule}, the result is read once, for its digest; the figures include that."
+    if not rule.merges:
+        yield f"With {rule}, there are no trees: a function needs all values of an element at once."
+    if not rule.weighs:
+        yield f"With {rule}, weights do not count: each client counts the same."
     if needs.storage == "express":
         yield f"S3 Express is {'' if advice.missing else 'priced, but '}not supported as a store yet: {DIRECTORY_BUCKETS}."
 

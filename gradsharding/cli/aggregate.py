@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradsharding.advice import billing
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import Rule
 from gradsharding.cli.command import command, completed_as, completed_by, option
 from gradsharding.cli.inputs import located, open_round, read_updates, requests_around, writable
-from gradsharding.cli.options import exact_option, memory_size
+from gradsharding.cli.options import chosen_rule, memory_size, rule_options
 from gradsharding.cli.terminal import printable
 from gradsharding.cli.topologies import topology_options
 from gradsharding.errors import NonFinite
@@ -46,7 +46,7 @@ DIVISION, EXECUTION, RESULT = "How the work is divided", "Where it runs", "Resul
     shell_complete=completed_as("file"),
     help="Write the average there; an existing file is replaced once the average is complete.",
 )
-@exact_option
+@rule_options
 @option(
     "--nonfinite",
     type=click.Choice(get_args(NonFinitePolicy)),
@@ -103,6 +103,7 @@ def aggregate_command(
     store: str | None,
     nonfinite: NonFinitePolicy,
     report: str | None,
+    rule: Rule | None,
     *,
     exact: bool,
 ) -> None:
@@ -144,13 +145,13 @@ def aggregate_command(
         report_path = writable(report, [*inputs, out]).path if report else None
         runner = executors.open_executor(executor, concurrency=concurrency)
         limits = runner.limits(Limits(memory=memory) if memory is not None else None)
-        arithmetic: Arithmetic = "exact" if exact else "float64"
-        with open_round(store, given, out, nonfinite, arithmetic) as round_, _progress_bar() as bar:
+        rule = chosen_rule(rule, exact=exact)
+        with open_round(store, given, out, nonfinite, rule) as round_, _progress_bar() as bar:
             try:
                 result = aggregate(
                     round_,
                     topology=topology,
-                    arithmetic=arithmetic,
+                    rule=rule,
                     limits=limits,
                     executor=runner,
                     nonfinite=nonfinite,
@@ -165,10 +166,10 @@ def aggregate_command(
     if report_path:
         replace(report_path, json.dumps(billing.report(result), indent=2) + "\n")
     facts = _facts(result)
-    if exact:
+    if rule.vouches:
         facts["SHA-256"] = result.digest()
         facts |= {"check it": f"gradsharding verify {printable(store)} {round_.id}"} if store else {}
-    click.echo(f"{printable(output)}: mean of {len(result.record.clients)} clients, {mib(result.record.layout.nbytes)}")
+    click.echo(f"{printable(output)}: {rule} of {len(result.record.clients)} clients, {mib(result.record.layout.nbytes)}")
     click.echo(labelled([*facts.items()]))
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import Rule
 from gradsharding.arithmetic.weights import check_weight
 from gradsharding.errors import DuplicateClient, InvalidId, InvalidUpdate, InvalidWeight, MissingObject, NonFinite, UserError, quoted
 from gradsharding.format.layout import Layout
@@ -187,16 +187,14 @@ def _check_writable(path: Path, taken: Sequence[Path]) -> None:
 
 
 @contextlib.contextmanager
-def open_round(
-    store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic
-) -> Iterator[Round]:
+def open_round(store: str | None, given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, rule: Rule) -> Iterator[Round]:
     """Open the round of these inputs and this output: in ``store``, where it can be resumed, or in a temporary place.
 
     If the round cannot or should not be resumed, nothing of it remains after an error.
     """
     with contextlib.ExitStack() as stack:
         home = open_store(store) if store else stack.enter_context(_store_near(output))
-        round_ = Round.create(home, _round_id(given, output, nonfinite, arithmetic), output=output.reference)
+        round_ = Round.create(home, _round_id(given, output, nonfinite, rule), output=output.reference)
         try:
             round_.freeze(Manifest.of(round_.id, (update.contribution for update in given)))
             yield round_
@@ -292,7 +290,7 @@ def _store_near(output: Place) -> Iterator[ObjectStore]:
         store.delete(key for key, _ in store.list(""))
 
 
-def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, arithmetic: Arithmetic) -> str:
+def _round_id(given: Sequence[Given], output: Place, nonfinite: NonFinitePolicy, rule: Rule) -> str:
     """Derive an id from everything that determines the result, so that the same command finds its round again."""
     inputs = sorted([u.client, u.place.reference, u.header.stat.version, u.weight] for u in given)
-    return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite, arithmetic]).encode()).hexdigest()[:32]
+    return "r-" + hashlib.sha256(json.dumps([inputs, output.reference, nonfinite, str(rule)]).encode()).hexdigest()[:32]

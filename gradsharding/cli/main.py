@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, Mapping[str, Listed]] = {
         "demo": Listed("gradsharding_flower.demo.demo:demo", "Train a small model in a real federation on this machine.", "demo"),
         "plan": Listed("gradsharding.cli.plan:plan_command", "Compare the time, memory and price of each topology."),
         "aggregate": Listed("gradsharding.cli.aggregate:aggregate_command", "Average safetensors files into one, slice by slice."),
-        "verify": Listed("gradsharding.cli.verify:verify_command", "Check an exact result against the updates it was made from."),
+        "verify": Listed("gradsharding.cli.verify:verify_command", "Check a result against the updates it was made from."),
         "completion": Listed("gradsharding.cli.completion:completion_command", "Print the script that completes commands in your shell."),
     },
     "Commands for AWS": {

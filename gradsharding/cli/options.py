@@ -2,11 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from typing import Any
 
 import click
 
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule, forms, parse_rule
 from gradsharding.cli.command import option
 from gradsharding.errors import UserError
 from gradsharding.planning.plan import MAX_PARTS
@@ -55,4 +57,22 @@ def dollars(text: str) -> Decimal:
 SHARDS = click.IntRange(1, MAX_PARTS - 1)
 """Slices of a model: an object has ``MAX_PARTS`` parts at most, and one is its header."""
 
-exact_option = option("--exact", is_flag=True, section="Result", help="Sum exactly: the same bits for every topology, executor and order.")
+
+def rule_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--rule`` and ``--exact``; ``chosen_rule`` reads both."""
+    rule = option("--rule", type=_rule, metavar="RULE", section="Result", help=f"How updates become one: {forms()}.  [default: {MEAN}]")
+    exact = option("--exact", is_flag=True, section="Result", help="Sum exactly: the same bits for every topology, executor and order.")
+    return rule(exact(command))
+
+
+def chosen_rule(rule: Rule | None, *, exact: bool) -> Rule:
+    """Return the rule that the options name; raise UsageError if they name two."""
+    if exact and rule not in (None, ExactMean()):
+        raise click.UsageError(f"--exact means --rule {ExactMean()}, not {rule}: give one of them.", click.get_current_context())
+    return ExactMean() if exact else rule or MEAN
+
+
+def _rule(text: str) -> Rule:
+    """Read a rule."""
+    with _as_usage():
+        return parse_rule(text)

@@ -10,10 +10,11 @@ import click
 from gradsharding.advice.cost import known
 from gradsharding.advice.planner import Advice, Needs, Option, flower_server, recommend
 from gradsharding.advice.prices import HOME_REGION, Prices, load_prices
+from gradsharding.arithmetic.rules import Rule
 from gradsharding.cli.advice import describe
 from gradsharding.cli.command import command, completed_as, option
 from gradsharding.cli.inputs import read_updates, sample_layout
-from gradsharding.cli.options import SHARDS, any_size, dollars, duration, exact_option, memory_size
+from gradsharding.cli.options import SHARDS, any_size, chosen_rule, dollars, duration, memory_size, rule_options
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.platform import DEPLOYED_TIMEOUT, MEMORY, ROUND_CONCURRENCY, TIMEOUT
@@ -41,7 +42,7 @@ UPDATES, ALLOWED, PLACE, OUTPUT = "What to average", "What a round may take", "W
     help="An update, or a directory or s3:// prefix of updates; only headers are read.",
 )
 @option("--shards", type=SHARDS, metavar="N", section=UPDATES, help="Number of slices.  [default: the best]")
-@exact_option
+@rule_options
 @option("--deadline", type=duration, metavar="TIME", section=ALLOWED, help="Time in which 95 of 100 rounds must be finished, such as 60s.")
 @option("--budget", type=dollars, metavar="USD", section=ALLOWED, help="Price of a round, transfers and storage included, such as 0.50.")
 @option(
@@ -105,6 +106,7 @@ def plan_command(
     clients: int | None,
     shards: int | None,
     region: str,
+    rule: Rule | None,
     *,
     exact: bool,
     detail: bool,
@@ -143,7 +145,7 @@ def plan_command(
     """  # noqa: D301 - \b tells click to keep the lines that follow
     manifest = _manifest(updates, nbytes, place, clients)
     prices, wanted = load_prices(region), Needs(**needs)
-    advice = recommend(manifest, wanted, prices=prices, shards=shards, arithmetic="exact" if exact else "float64")
+    advice = recommend(manifest, wanted, prices=prices, shards=shards, rule=chosen_rule(rule, exact=exact))
     if as_json:
         click.echo(json.dumps(_as_json(advice, manifest, wanted, prices), indent=2))
     else:
@@ -179,7 +181,7 @@ def _as_json(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -
         "clients": len(manifest.terms),
         "needs": needs.model_dump(mode="json"),
         "storage_supported": needs.storage == "standard",
-        "arithmetic": advice.options[0].plan.arithmetic,
+        "rule": str(advice.options[0].plan.rule),
         "topologies": [_row(option) for option in advice.options],
         "recommended": advice.best.name if advice.best else None,
         "advice": advice.sentences,

@@ -1,21 +1,23 @@
 """A record states its format; a release reads the formats that it knows, and refuses any other with the remedy."""
 
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from gradsharding.errors import InvalidRecord, quoted
 from gradsharding.value import Value
 
-FORMAT = 1
-"""The newest format that this release reads, and the one that it writes."""
+
+def format_field(newest: int) -> Any:
+    """Make the field ``format`` of a kind of record that is written in format ``newest``, and read in every format up to it."""
+    return Field(default=newest, ge=1, le=newest)
 
 
 class Record(Value):
     """A small object in a store, which other processes and other releases read."""
 
-    format: Literal[1] = 1
-    """Increased whenever a field is added or removed, or changes its meaning. The first releases left it out, and meant 1."""
+    format: int = format_field(1)
+    """Of this kind of record: increased whenever a field is added or removed, or changes its meaning. The first releases left it out: 1."""
 
 
 R = TypeVar("R", bound=Record)
@@ -27,11 +29,12 @@ def read_record(kind: type[R], data: bytes, place: str) -> R:
         return kind.model_validate_json(data)
     except ValidationError as error:
         faults = {fault["loc"]: fault for fault in error.errors(include_url=False, include_context=False)}
-    found = faults[("format",)]["input"] if ("format",) in faults else FORMAT
-    if type(found) is int and found > FORMAT:
+    newest: int = kind.model_fields["format"].default
+    found = faults[("format",)]["input"] if ("format",) in faults else newest
+    if type(found) is int and found > newest:
         raise InvalidRecord(
             f"{place} has format {quoted(found)}, and this release of gradsharding reads formats up to "
-            f"{FORMAT}: a later release wrote it; upgrade gradsharding here",
+            f"{newest}: a later release wrote it; upgrade gradsharding here",
             place=place,
         )
     where, fault = next(iter(faults.items()))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, AnyRule
 from gradsharding.errors import PlanTooLarge
 from gradsharding.format.dtypes import Run, join_runs
 from gradsharding.planning.platform import FIGURES
@@ -73,7 +73,7 @@ class Plan(Value):
     terms: tuple[Term, ...] = Field(min_length=1)
     fan_ins: tuple[int, ...] = Field(min_length=1)
     reading: Reading
-    arithmetic: Arithmetic = "float64"
+    rule: AnyRule = MEAN
     shared_memory: bool = False
     """Partial sums pass through the memory of one machine; its functions must be there."""
     setting: Setting | None = None
@@ -96,8 +96,8 @@ class Plan(Value):
         return tuple(widths)
 
     @cached_property
-    def total(self) -> int:
-        """Weight of the whole round."""
+    def weight(self) -> int:
+        """The sum of all weights of the round."""
         return sum(term.weight for term in self.terms)
 
     @cached_property
@@ -224,7 +224,7 @@ class Plan(Value):
         needed: set[str] = set()
         for stage in reversed(self.stages):
             some = [task for task in stage.tasks if (task.id in needed if task.part == PARTIAL else parts.get(task.part) != task.nbytes)]
-            needed = {partial for task in some for partial in task.partials} - partials
+            needed = {partial for task in some for partial in task.predecessors} - partials
             found = some + found
         return found
 
@@ -302,12 +302,12 @@ class Plan(Value):
             first=g * fan_in,
             last=min((g + 1) * fan_in, before),
             reads=self._ids(level - 1, j) if level else "",
-            listed=len(self.terms),
-            total=self.total,
+            clients=len(self.terms),
+            weight=self.weight,
             part=_part(j) if last else PARTIAL,
             offset=self.header_bytes + slice_.start if last else 0,
             reading=self.reading,
-            arithmetic=self.arithmetic,
+            rule=self.rule,
             shared=self.shared_memory,
         )
 

@@ -6,7 +6,8 @@ A function is told a Job and a Task, and nothing else; what comes back is a Task
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from gradsharding.arithmetic.fold import Arithmetic, is_exact, size, sum_bytes
+from gradsharding.arithmetic import fold
+from gradsharding.arithmetic.rules import MEAN, AnyRule, Cohort
 from gradsharding.format.dtypes import Run
 from gradsharding.planning.platform import Architecture
 from gradsharding.stores.reading import Reading
@@ -55,14 +56,14 @@ class Task(Value):
     last: int
     reads: str = ""
     """Tasks ``READS/first`` to ``READS/last`` wrote the partial sums that it reads; empty where it reads the job's terms."""
-    listed: int
-    """Terms of the whole round: a worker may hold them all."""
-    total: int
-    """Weight of the whole round: what the mean is divided by in the end."""
+    clients: int
+    """Terms of the whole round; a worker may hold the list of them all."""
+    weight: int
+    """The sum of all weights of the whole round."""
     part: int = PARTIAL
     offset: int = 0
     reading: Reading
-    arithmetic: Arithmetic = "float64"
+    rule: AnyRule = MEAN
     shared: bool = False
     """Whether partial sums pass through the memory of the machine, and not through the store."""
 
@@ -72,7 +73,12 @@ class Task(Value):
         return self.last - self.first
 
     @property
-    def partials(self) -> tuple[str, ...]:
+    def cohort(self) -> Cohort:
+        """The clients of the whole round."""
+        return Cohort(self.clients, self.weight)
+
+    @property
+    def predecessors(self) -> tuple[str, ...]:
         """Ids of the tasks whose partial sums it reads."""
         return tuple(f"{self.reads}/{i}" for i in range(self.first, self.last)) if self.reads else ()
 
@@ -82,39 +88,39 @@ class Task(Value):
         return self.stop - self.start
 
     @property
-    def sum_nbytes(self) -> int:
-        """Bytes of its sums, as partial sums are written; at most, where they are exact."""
-        return sum(size(run, self.total, self.arithmetic).written for run in self.runs)
+    def partial_nbytes(self) -> int:
+        """Bytes of its partial sums; at most, where that depends on their values."""
+        return sum(self.rule.size(run, self.cohort).serialized for run in self.runs)
 
     @property
-    def varying(self) -> bool:
+    def varies(self) -> bool:
         """Whether the bytes of partial sums, its own and its inputs', depend on their values."""
-        return any(is_exact(run.dtype, self.arithmetic) for run in self.runs)
+        return any(self.rule.size(run, self.cohort).varies for run in self.runs)
 
-    def may_have_written(self, nbytes: int) -> bool:
-        """Whether partial sums of so many bytes may be its own."""
-        return 0 < nbytes <= self.sum_nbytes if self.varying else nbytes == self.sum_nbytes
+    def accepts_size(self, nbytes: int) -> bool:
+        """Tell whether this task could have written partial sums of ``nbytes`` bytes."""
+        return 0 < nbytes <= self.partial_nbytes if self.varies else nbytes == self.partial_nbytes
 
     @property
     def input_nbytes(self) -> int:
         """Bytes of each input."""
-        return self.sum_nbytes if self.reads else self.nbytes
+        return self.partial_nbytes if self.reads else self.nbytes
 
     @property
     def memory(self) -> int:
         """Projected peak memory in bytes: an upper bound. Beyond thousands of clients, their list counts."""
-        listed = TERM_SIZE * max(0, self.listed - FREE_TERMS)
-        return RESERVED + listed + self.reading.memory(self.input_nbytes) + sum_bytes(self.runs, self.total, self.arithmetic)
+        listed = TERM_SIZE * max(0, self.clients - FREE_TERMS)
+        return RESERVED + listed + self.reading.memory(self.input_nbytes) + fold.memory(self.runs, self.cohort, self.rule)
 
     @property
-    def asks(self) -> int:
-        """Requests for the size of each input, before it is read."""
-        return int(bool(self.reads) and self.varying)
+    def heads_per_input(self) -> int:
+        """HEAD requests for each input: one where the size of partial sums depends on their values."""
+        return int(bool(self.reads) and self.varies)
 
     @property
     def gets(self) -> int:
         """GET and HEAD requests to the store; at most, where partial sums vary."""
-        return 0 if self.reads and self.shared else self.inputs * (self.asks + self.reading.requests(self.input_nbytes))
+        return 0 if self.reads and self.shared else self.inputs * (self.heads_per_input + self.reading.requests(self.input_nbytes))
 
     @property
     def written_to_memory(self) -> bool:
@@ -129,7 +135,7 @@ class Task(Value):
     @property
     def bytes_written(self) -> int:
         """Bytes that it writes; at most, where partial sums vary."""
-        return self.sum_nbytes if self.part == PARTIAL else self.nbytes
+        return self.partial_nbytes if self.part == PARTIAL else self.nbytes
 
 
 class Job(Value):

@@ -5,11 +5,11 @@ and a place in the registry; its fields become its options everywhere.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, Rule
 from gradsharding.errors import UserError, quoted
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
@@ -46,24 +46,26 @@ class Topology(Value):
         *,
         grain: int = 8 << 20,
         reading: Reading = STREAM,
-        arithmetic: Arithmetic = "float64",
+        rule: Rule = MEAN,
     ) -> Plan:
-        """Plan a round: functions with ``limits`` read slices of about ``grain`` bytes by ``reading``, and sum in ``arithmetic``.
+        """Plan a round: functions with ``limits`` read slices of about ``grain`` bytes by ``reading``, and apply ``rule``.
 
-        Raise PlanTooLarge for more slices than the update has elements, UserError for exact sums of float64 tensors.
+        Raise PlanTooLarge for more slices than the update has elements, UserError for a rule that does not fit the updates or the topology.
         """
-        if arithmetic not in get_args(Arithmetic):
-            raise UserError(f"no arithmetic is known as {arithmetic!r}; use float64 or exact")
-        if arithmetic == "exact":
-            _require_narrow(manifest)
+        rule.admit(manifest.layout, len(manifest.terms))
+        fan_ins = self.fan_ins(len(manifest.terms))
+        if len(fan_ins) > 1 and not rule.merges:
+            raise UserError(
+                f"{rule} needs all values of an element at once, and {self.name} is a tree, which merges partial sums: use sharded"
+            )
         whole = Plan(
             topology=self.name,
             header_bytes=len(manifest.layout.header()),
             slices=cut(manifest.layout.runs, 1),
             terms=manifest.terms,
-            fan_ins=self.fan_ins(len(manifest.terms)),
+            fan_ins=fan_ins,
             reading=reading,
-            arithmetic=arithmetic,
+            rule=rule,
         )
         return self.divided(whole, limits or Limits(), grain)
 
@@ -192,15 +194,6 @@ def _refused(name: str, error: ValidationError) -> str:
         return f"{name} takes no {option} of {first['input']!r}: {first['msg'].replace('Input', 'it', 1)}"
     takers = [topology.name for topology in TOPOLOGIES.values() if field in topology.model_fields]
     return f"{name} takes no {option}" + (f"; {listed(takers, 'and')} do" if len(takers) > 1 else f"; {takers[0]} does" if takers else "")
-
-
-def _require_narrow(manifest: Manifest) -> None:
-    """Raise UserError if there is a tensor that exact sums are not made for: a float64 would need 360 bytes an element."""
-    wide = next((tensor.name for tensor in manifest.layout.tensors if tensor.dtype == "F64"), None)
-    if wide is not None:
-        raise UserError(
-            f"tensor {quoted(wide)} is F64, and exact sums are of F32, F16 and BF16: convert it to F32, or leave exact out", tensor=wide
-        )
 
 
 def _cut(whole: Plan, shards: int | None, limits: Limits, grain: int) -> Plan:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, Rule, as_rule
 from gradsharding.errors import (
     ChangedObject,
     GradShardingError,
@@ -46,7 +46,7 @@ def aggregate(
     round: Round,  # noqa: A002
     *,
     topology: Topology | None = None,
-    arithmetic: Arithmetic = "float64",
+    rule: Rule | str = MEAN,
     limits: Limits | None = None,
     executor: Executor | None = None,
     nonfinite: NonFinitePolicy = "raise",
@@ -59,20 +59,21 @@ def aggregate(
     follows a crash, with the same arguments, runs only the tasks whose parts are missing. A round that is done stays so, whatever is asked
     for now: its result is given back, and nothing is planned. ``overwrite`` lets the result replace an object that is there.
 
-    In ``"exact"`` arithmetic the result is the correctly rounded weighted mean of all contributions, whatever the topology, its slices,
-    the executor and the order of anything; the result's record carries its digest. ``"float64"`` is faster, and takes less memory.
+    The ``rule``, a value or its text, says how the updates become one: by default ``mean``. With a rule that vouches, such as
+    ``exact-mean``, the result has the same bits whatever the topology, its slices, the executor and the order of anything, and its record
+    carries the digest of its data.
 
-    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (exact sums
-    of float64; a round that is done in other arithmetic) before any data is read; NonFinite, MissingObject, ChangedObject, InvalidUpdate,
-    OutOfMemory or TaskFailed from a task, with nothing published. Where an update is missing or was written again, ``details["clients"]``
-    says why of each client of whom that is so. Such an error's ``usage`` is what the call has asked of stores in vain,
-    as far as it is known: workers that were killed tell nothing.
+    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (a rule that does
+    not exist, or does not fit the updates or the topology; a round that another rule has done) before any data is read; NonFinite,
+    MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published. Where an update is missing
+    or was written again, ``details["clients"]`` gives the reason for each such client. Such an error's ``usage`` is what the call has
+    asked of stores in vain, as far as it is known: workers that were killed report nothing.
     """
     reports: list[TaskReport] = []
     runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
-            record, plan, had = _aggregated(round, topology, arithmetic, limits, runner, nonfinite, progress, reports, overwrite)
+            record, plan, had = _aggregated(round, topology, as_rule(rule), limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as raised:
             error = _seen_from_here(raised, round)
             if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # it is no client's fault that a store fails
@@ -88,7 +89,7 @@ def aggregate(
 def _aggregated(
     round_: Round,
     topology: Topology | None,
-    arithmetic: Arithmetic,
+    rule: Rule,
     limits: Limits | None,
     executor: Executor,
     nonfinite: NonFinitePolicy,
@@ -102,11 +103,11 @@ def _aggregated(
     """
     published = round_.published()
     if published.record:
-        return _summed_alike(published.record, arithmetic, round_), None, None
+        return _made_alike(published.record, rule, round_), None, None
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
-    plan = (topology or Sharded()).plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), arithmetic=arithmetic)
+    plan = (topology or Sharded()).plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), rule=rule)
     plan = plan.but(reading=suited(executor, plan, limits))
     plan = plan.placed(
         home=round_.store.charges,
@@ -115,7 +116,7 @@ def _aggregated(
         record_bytes=manifest.json_bytes + RECORD + len(round_.output),
         overwrite=overwrite,
         reading=target.reading,
-        digest=arithmetic == "exact",
+        digest=rule.vouches,
         published=published.stale,
         concurrency=limits.concurrency,
     )
@@ -153,7 +154,7 @@ def _aggregated(
     if len(plan.stages) > 1:
         left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
         round_.forget_partials(begun.upload, left)
-    return round_.publish(manifest, stat.version, plan.arithmetic), plan, limits
+    return round_.publish(manifest, stat.version, plan.rule), plan, limits
 
 
 def _seen_from_here(error: GradShardingError, round: Round) -> GradShardingError:  # noqa: A002
@@ -208,10 +209,10 @@ def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
     return found
 
 
-def _summed_alike(record: ResultRecord, arithmetic: Arithmetic, round: Round) -> ResultRecord:  # noqa: A002
-    """Give a published result back; raise UserError if it was summed in other arithmetic than is asked for now."""
-    if record.arithmetic != arithmetic:
-        raise UserError(f"round {round.id} is done, in {record.arithmetic}; its result stays: for {arithmetic}, make another round")
+def _made_alike(record: ResultRecord, rule: Rule, round: Round) -> ResultRecord:  # noqa: A002
+    """Return a published result; raise UserError if another rule made it."""
+    if record.rule != rule:
+        raise UserError(f"round {round.id} is done, by the rule {record.rule}; its result stays: for {rule}, create another round")
     return record
 
 
@@ -248,7 +249,7 @@ def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
         return set()
     store, prefix = locate(f"{job.partials}/", home)
     there = {f"{job.partials}/{key.removeprefix(prefix)}": stat.size for key, stat in store.list(prefix)}
-    return {task.id for reference, task in tasks.items() if reference in there and task.may_have_written(there[reference])}
+    return {task.id for reference, task in tasks.items() if reference in there and task.accepts_size(there[reference])}
 
 
 def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
@@ -273,7 +274,7 @@ def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> Resul
     target, key = locate(round.output, round.store)
     round.forget_partials(upload)
     with contextlib.suppress(MissingObject):
-        return round.publish(manifest, target.head(key).version, plan.arithmetic)
+        return round.publish(manifest, target.head(key).version, plan.rule)
     return None
 
 

@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, RecordedRule
 from gradsharding.format.layout import Layout
-from gradsharding.format.record import Record
+from gradsharding.format.record import Record, format_field
 from gradsharding.planning.task import NonFinitePolicy
 
 RECORD = 2 << 10
@@ -35,7 +35,10 @@ class Receipt(Record):
 class PlanRecord(Record):
     """Which plan is under way, by digest, and the multipart upload that collects its parts."""
 
+    format: int = format_field(2)
+    """Format 1 had no rule."""
     topology: str
+    rule: str | None = None
     tasks: int
     digest: str
     nonfinite: NonFinitePolicy
@@ -45,14 +48,16 @@ class PlanRecord(Record):
 class ResultRecord(Record):
     """A published result: one safetensors object."""
 
+    format: int = format_field(2)
+    """In format 1, the rule was called ``arithmetic``, "float64" or "exact"."""
     source: str
     version: str
     clients: tuple[str, ...]
     weight: int
     layout: Layout
-    arithmetic: Arithmetic = "float64"
+    rule: RecordedRule = Field(default=MEAN, validation_alias=AliasChoices("rule", "arithmetic"))
     digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 (hex) of the data section of an exact result, which depends on the contributions alone; None for any other."""
+    """SHA-256 (hex) of the data section, if the rule vouches that it depends on the contributions alone; else None."""
 
 
 class Begun(NamedTuple):

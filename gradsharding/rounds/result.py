@@ -126,7 +126,7 @@ class Result:
         return {
             "made_by": "this call" if plan else "an earlier call",
             "topology": plan.topology if plan else None,
-            "arithmetic": self.record.arithmetic,
+            "rule": str(self.record.rule),
             "clients": len(self.record.clients),
             "bytes": self.record.layout.nbytes,
             "stages": self._stages() if plan else [],

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, Rule
 from gradsharding.arithmetic.weights import check_weight, integral_weights
 from gradsharding.errors import (
     ChangedObject,
@@ -231,7 +231,9 @@ class Round:
         if not overwrite and exists(target, key):
             raise ObjectExists(f"{self.output} is there already; let the round write to another place, or allow it to overwrite")
         upload = target.begin(key)
-        record = PlanRecord(topology=plan.topology, tasks=plan.functions, digest=plan.digest, nonfinite=nonfinite, upload=upload)
+        record = PlanRecord(
+            topology=plan.topology, rule=str(plan.rule), tasks=plan.functions, digest=plan.digest, nonfinite=nonfinite, upload=upload
+        )
         kept = self._create("plan.json", record).upload
         if kept != upload:  # another process was faster
             target.abort(key, upload)
@@ -259,8 +261,8 @@ class Round:
             self.forget_partials(found.upload)
             self.forget_plan()
 
-    def publish(self, manifest: Manifest, version: str, arithmetic: Arithmetic = "float64") -> ResultRecord:
-        """Record the finished result: the round is done. An exact one is read once, for its digest."""
+    def publish(self, manifest: Manifest, version: str, rule: Rule = MEAN) -> ResultRecord:
+        """Record the finished result: the round is done. If the rule vouches for its bits, it is read once, for its digest."""
         terms = manifest.terms
         record = ResultRecord(
             source=self.output,
@@ -268,8 +270,8 @@ class Round:
             clients=tuple(term.client for term in terms),
             weight=sum(term.weight for term in terms),
             layout=manifest.layout,
-            arithmetic=arithmetic,
-            digest=data_digest(self.output, self.store, version=version, layout=manifest.layout) if arithmetic == "exact" else None,
+            rule=rule,
+            digest=data_digest(self.output, self.store, version=version, layout=manifest.layout) if rule.vouches else None,
         )
         return self._create("result.json", record)
 

@@ -1,7 +1,6 @@
-"""An exact result is verified by Python's own integers: slices of it are computed again from the pinned updates, and compared bit for bit.
+"""A result is verified by computing slices of it again from the pinned updates, in Python's own numbers, and comparing bit for bit.
 
-Nothing here is shared with the engine's arithmetic. A float is an integer times the format's least subnormal; so a weighted sum is
-an integer, and the mean a quotient of two.
+How they are computed again is said by the rule, in ``recompute``, which shares nothing with what made the result.
 """
 
 import random
@@ -12,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
+from gradsharding.arithmetic.integers import BINARY, CODES
+from gradsharding.arithmetic.rules import RULES, Rule, forms
 from gradsharding.errors import UserError, VerificationFailed, naming, quoted
 from gradsharding.format.dtypes import ITEM_SIZE, Run
 from gradsharding.format.layout import Layout
@@ -28,22 +29,6 @@ SLICE = 4_096
 READERS = 16
 """Updates that are read at once: most of the time goes in waiting for the store."""
 
-CODES = {
-    "F32": "I", "F16": "H", "BF16": "H",
-    "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U64": "Q", "U32": "I", "U16": "H", "U8": "B", "BOOL": "?",
-}  # fmt: skip
-"""What ``struct`` reads elements as: integers, and floats as their bits."""
-
-
-class Binary(NamedTuple):
-    """A float format of IEEE 754, or bfloat16: bits of the exponent, and of the significand but the leading one."""
-
-    exponent: int
-    fraction: int
-
-
-BINARY = {"F32": Binary(8, 23), "F16": Binary(5, 10), "BF16": Binary(8, 7)}
-
 
 class Verified(NamedTuple):
     """What was found to be so."""
@@ -58,9 +43,10 @@ class Verified(NamedTuple):
 
 
 def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
-    """Check an exact round's result: its header, its data's digest, and ``sample`` slices, drawn at random; all, if there are fewer.
+    """Check a round's result: its header, its data's digest, and ``sample`` slices, drawn at random; all, if there are fewer.
 
-    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no exact result;
+    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no result, or its
+    rule does not vouch for the bits;
     MissingObject or ChangedObject if its updates are not what they were.
     """
     record, manifest = _published(round)
@@ -72,19 +58,8 @@ def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
     with ThreadPoolExecutor(READERS) as readers:
         for start, run in chosen:
             published = _elements(run.dtype, _read(record.source, record.version, base + start, run, round))
-            _compare(start, run, published, manifest, round, readers)
+            _compare(start, run, published, manifest, record.rule, round, readers)
     return Verified(record, len(chosen), counts[-1], sum(run.length for _, run in chosen))
-
-
-def mean(dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -> list[int]:
-    """Give the weighted mean of each place of the columns, rounded once to nearest, ties to even; elements are as ``CODES`` has them.
-
-    >>> one, two, three = 0x3F800000, 0x40000000, 0x40400000  # as float32
-    >>> mean("F32", [[one, three], [three, three]], [1, 1]) == [two, three]
-    True
-    """
-    one = _mean_of_floats if dtype in BINARY else _mean_of_integers
-    return [one(dtype, elements, weights) for elements in zip(*columns, strict=True)]
 
 
 def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
@@ -99,10 +74,10 @@ def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
         raise UserError(
             f"round {round_.id} has no result in {round_.store.url}, or it was replaced since; aggregate it first{_others(round_)}"
         )
-    if record.arithmetic != "exact" or not record.digest:
+    if not (record.rule.vouches and record.digest):
         raise UserError(
-            f"round {round_.id} was summed in {record.arithmetic}, whose bits depend on the path; only exact results can be verified: "
-            "aggregate with --exact"
+            f"round {round_.id} was made by the rule {record.rule}, whose last bits depend on the path, so that they cannot be verified: "
+            f"aggregate with the rule {forms(kind for kind in RULES if kind.vouches)}"
         )
     if (record.clients, record.layout) != (tuple(term.client for term in manifest.terms), manifest.layout):
         raise VerificationFailed(f"round {round_.id}: the result was not published for the clients and tensors that are sealed")
@@ -130,7 +105,9 @@ def _others(round_: Round) -> str:
     return f". Rounds that are done: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else ""
 
 
-def _compare(start: int, run: Run, published: Iterable[int], manifest: Manifest, round_: Round, readers: ThreadPoolExecutor) -> None:
+def _compare(
+    start: int, run: Run, published: Iterable[int], manifest: Manifest, rule: Rule, round_: Round, readers: ThreadPoolExecutor
+) -> None:
     """Compute the elements of ``run``, from byte ``start`` of the vector on, again, and hold them against those ``published``."""
 
     def read(term: Term) -> bytes:
@@ -138,7 +115,7 @@ def _compare(start: int, run: Run, published: Iterable[int], manifest: Manifest,
             return _read(term.source, term.version, term.base + start, run, round_)
 
     columns = [_elements(run.dtype, data) for data in readers.map(read, manifest.terms)]
-    expected = mean(run.dtype, columns, [term.weight for term in manifest.terms])
+    expected = rule.recompute(run.dtype, columns, [term.weight for term in manifest.terms])
     for i, (wanted, there) in enumerate(zip(expected, published, strict=True)):
         if wanted != there:
             raise VerificationFailed(
@@ -167,39 +144,3 @@ def _place(layout: Layout, byte: int) -> str:
 
 def _shown(dtype: str, element: int) -> str:
     return f"{element:#0{2 + 2 * ITEM_SIZE[dtype]}x} (the bits of a {dtype})" if dtype in BINARY else str(element)
-
-
-def _mean_of_integers(_: str, elements: Sequence[int], weights: Sequence[int]) -> int:
-    return _nearest(sum(weight * element for element, weight in zip(elements, weights, strict=True)), sum(weights))
-
-
-def _mean_of_floats(dtype: str, elements: Sequence[int], weights: Sequence[int]) -> int:
-    """Give the bits of the mean of floats, given as bits."""
-    form = BINARY[dtype]
-    infinity = ((1 << form.exponent) - 1) << form.fraction
-    total, specials = 0, set[int]()
-    for element, weight in zip(elements, weights, strict=True):
-        sign, size = element >> form.exponent + form.fraction, element & ((1 << form.exponent + form.fraction) - 1)
-        if size >= infinity:
-            specials.add(element)
-        else:
-            exponent, fraction = size >> form.fraction, size & ((1 << form.fraction) - 1)
-            magnitude = fraction | 1 << form.fraction if exponent else fraction
-            total += (-weight if sign else weight) * (magnitude << max(exponent - 1, 0))
-    if specials:
-        one = specials.pop()
-        plain = not specials and one & infinity == one & ~(1 << form.exponent + form.fraction)
-        return one if plain else infinity | 1 << (form.fraction - 1)
-    return _rounded(abs(total), sum(weights), form) | (total < 0) << form.exponent + form.fraction
-
-
-def _rounded(total: int, weight: int, form: Binary) -> int:
-    """Give the bits of the positive float next to a quotient, in units of the least subnormal."""
-    shift = max((total // weight).bit_length() - form.fraction - 1, 0)
-    return (shift << form.fraction) + _nearest(total, weight << shift)  # the leading bit of the second adds one to the exponent
-
-
-def _nearest(numerator: int, denominator: int) -> int:
-    """Divide and round to nearest, ties to even."""
-    quotient, rest = divmod(numerator, denominator)
-    return quotient + (2 * rest > denominator or (2 * rest == denominator and quotient % 2 == 1))

@@ -237,7 +237,7 @@ class _Waiting:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
         given = {task.id for task in tasks}
-        self._needs = {task.id: {*task.partials} & given for task in tasks}
+        self._needs = {task.id: {*task.predecessors} & given for task in tasks}
         self._readers = defaultdict[str, list[Task]](list)
         for task in tasks:
             for need in self._needs[task.id]:

@@ -49,7 +49,7 @@ def run(task: Task, job: Job, store: ObjectStore, *, unmeasured: str | None = No
 def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callable[[], bool], unmeasured: str | None) -> TaskReport:
     started, busy = time.perf_counter(), time.process_time()
     watch = _Watch()
-    fold = Fold(task.runs, task.total, task.arithmetic)
+    fold = Fold(task.runs, task.cohort, task.rule)
     inputs = _inputs(task, job, store)
     with contextlib.closing(_slices(inputs, task, store)) as slices:
         if task.reads:
@@ -58,7 +58,7 @@ def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callab
         for term, chunks in zip(job.read_by(task), slices, strict=False):
             with naming(term.client):
                 fold.add(watch.reading(chunks), term.weight)
-    result = fold.sums() if task.part == PARTIAL else [fold.mean()]
+    result = fold.serialize() if task.part == PARTIAL else [fold.finalize()]
     if not fold.finite and job.nonfinite == "raise":
         raise blame(task, job.read_by(task), store)
     written = time.perf_counter()
@@ -162,9 +162,9 @@ def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
     """Give where the slice of each term is, or each partial sum; those whose size varies are asked for it."""
     if not task.reads:
         return [_of_term(term, task) for term in job.read_by(task)]
-    references = [job.partial(one) for one in task.partials]
-    sizes: Iterable[int] = [task.sum_nbytes] * len(references)
-    if task.asks:
+    references = [job.partial(one) for one in task.predecessors]
+    sizes: Iterable[int] = [task.partial_nbytes] * len(references)
+    if task.heads_per_input:
         with ThreadPoolExecutor(task.reading.parallel) as pool:
             sizes = pool.map(carried(partial(_size, store=store)), references)
     return [_Input(reference, None, 0, nbytes) for reference, nbytes in zip(references, sizes, strict=True)]
@@ -220,7 +220,7 @@ def blame(task: Task, terms: Sequence[Term], store: ObjectStore) -> NonFinite:
     for accused in (None, terms):
         for term in terms:
             one = _of_term(term, task)
-            most = math.inf if accused is None else sys.float_info.max / (len(terms) * term.weight)
+            most = math.inf if accused is None else sys.float_info.max / (len(terms) * (term.weight if task.rule.weighs else 1))
             byte = first_beyond(task.runs, _chunks(one, store, 0, one.nbytes), most)
             if byte is not None:
                 found.append([term.client, task.start + byte])

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Self
 import numpy as np
 import pytest
 
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule
 from gradsharding.errors import ChangedObject, GradShardingError, MissingObject, NonFinite, TaskFailed, UserError
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.task import Job, Task, TaskReport
@@ -116,8 +116,8 @@ class ExecutorContract:
     def test_exact(self, executor: Executor, store: ObjectStore, make: Topology) -> None:
         """Exact sums, and partial sums of the size that their values need, make the bits that one function makes in this process."""
         updates = _without_float64(sample_updates(5))
-        started = Started.of(store, updates, make=make, arithmetic="exact")
-        one = Started.of(MemoryStore(), updates, make=Flat(), arithmetic="exact")
+        started = Started.of(store, updates, make=make, rule=ExactMean())
+        one = Started.of(MemoryStore(), updates, make=Flat(), rule=ExactMean())
         reports = started.run(executor)
         one.run(InlineExecutor())
 
@@ -262,14 +262,14 @@ class Started(NamedTuple):
         shards: int = 5,
         name: str = "r",
         make: Topology | None = None,
-        arithmetic: Arithmetic = "float64",
+        rule: Rule = MEAN,
     ) -> Self:
         """Submit, seal, plan and begin."""
         round_ = Round.create(store, name)
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
         manifest = round_.seal()
-        plan = (make or Sharded(shards=shards)).plan(manifest, grain=store.grain, reading=store.reading, arithmetic=arithmetic)
+        plan = (make or Sharded(shards=shards)).plan(manifest, grain=store.grain, reading=store.reading, rule=rule)
         upload = round_.begin(plan)[0]
         job = Job(store=store.url, output=round_.output, upload=upload, terms=plan.terms, partials=round_.partials(upload))
         store.put_part(job.output, job.upload, 1, 0, manifest.layout.header())

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from gradsharding import Executor, Limits, ObjectStore, Round, Sharded, aggregate, open_executor, open_store
 from gradsharding import Result as Averaged
-from gradsharding.arithmetic.fold import Arithmetic
+from gradsharding.arithmetic.rules import MEAN, ExactMean, Rule, as_rule
 from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, UserError
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
@@ -62,9 +62,11 @@ class GradSharding(Strategy):
         What averages the slices.
     limits : Limits | None (default: None)
         Memory that one function may use (default: 512 MiB, or the memory of the Lambda function).
+    rule : Rule | str | None (default: None)
+        How updates become one, as a value or as text such as "trimmed-mean:0.2"; by default their weighted mean.
     exact : bool (default: False)
-        Sum exactly: the bits of the mean do not depend on the topology, the slices, the executor or any order. Exact sums
-        take more memory and time, and refuse float64 tensors; the server reads each mean once, for its digest.
+        The same as ``rule="exact-mean"``: the bits of the mean do not depend on the topology, the slices, the executor or any order.
+        Exact sums take more memory and time, and refuse float64 tensors; the server reads each mean once, for its digest.
     mode : str (default: "direct")
         "direct": every ClientApp has ``upload_mod``; updates go to the store, and only receipts to the server.
         "relay": no ClientApp has it; the server writes each update to the store as it arrives, one at a time.
@@ -90,6 +92,7 @@ class GradSharding(Strategy):
         executor: Executor | str = "processes",
         limits: Limits | None = None,
         exact: bool = False,
+        rule: Rule | str | None = None,
         mode: Mode = "direct",
         presigned: bool | None = None,
         url_seconds: int = 900,
@@ -105,7 +108,7 @@ class GradSharding(Strategy):
         self.limits = limits
         self.topology: Topology = Sharded(shards=shards)
         """How the work is divided among functions."""
-        self.arithmetic: Arithmetic = "exact" if exact else "float64"
+        self.rule = _rule(rule, exact=exact)
         self.mode = mode
         self.min_replies = min_replies
         self.keep = keep
@@ -130,7 +133,7 @@ class GradSharding(Strategy):
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
         log.info("\t│\t├── Topology: %s | executor: %s", self.topology, type(self.executor).__name__)
-        log.info("\t│\t├── Arithmetic: %s", self.arithmetic)
+        log.info("\t│\t├── Rule: %s", self.rule)
         log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "themselves")
         log.info("\t│\t└── Memory of a function, at most: %s", mib(self.limits.memory) if self.limits else "the executor's")
         self.inner.summary()
@@ -268,13 +271,13 @@ class GradSharding(Strategy):
         if self._needs_arrays and halves:
             step = type(self.inner).__name__
             raise UserError(f"{step} computes in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
-        term = Term(client="", source="", version="", base=0, weight=1)
-        manifest = Manifest(round="", layout=layout, terms=(term,))
+        fewest = tuple(Term(client=str(i), source="", version="", base=0, weight=1) for i in range(max(1, self.min_replies)))
+        manifest = Manifest(round="", layout=layout, terms=fewest)
         limits = self.executor.limits(self.limits)
         if concurrency := taken(self.executor, limits):
             log.info("Concurrency: %s", concurrency)
         store = self.store
-        self.topology.plan(manifest, limits, grain=store.grain, reading=store.reading, arithmetic=self.arithmetic).check(limits)
+        self.topology.plan(manifest, limits, grain=store.grain, reading=store.reading, rule=self.rule).check(limits)
         if self._lender and self._model:
             self._lender.orders("check", self._model)
 
@@ -319,7 +322,7 @@ class GradSharding(Strategy):
         return self._intake.receive(asked, reply) if self._intake else reply
 
     def _aggregate(self, round_: Round) -> Averaged:
-        return aggregate(round_, topology=self.topology, arithmetic=self.arithmetic, limits=self.limits, executor=self.executor)
+        return aggregate(round_, topology=self.topology, rule=self.rule, limits=self.limits, executor=self.executor)
 
     def _server_step(self, server_round: int, average: Reference) -> Reference:
         """Pass the average to the wrapped strategy, as the only reply, of weight 1: x * 1.0 is x. Integers keep their dtype."""
@@ -350,3 +353,11 @@ class GradSharding(Strategy):
                 keys = [key for key, _ in self.store.list(f"{folder}/{self._run}-")]
                 self._books.plan(self.store, self.store.charges.list(len(keys)))
                 self.store.delete(key for key in keys if key not in needed)
+
+
+def _rule(rule: Rule | str | None, *, exact: bool) -> Rule:
+    """Return the rule that the options choose; raise UserError if ``exact`` and ``rule`` differ."""
+    chosen = as_rule(rule) if rule is not None else ExactMean() if exact else MEAN
+    if exact and chosen != ExactMean():
+        raise UserError(f"exact=True is rule={str(ExactMean())!r}, and rule={str(chosen)!r} is another: give one of them")
+    return chosen
