@@ -14,7 +14,9 @@ MAX_WIDTH = 100
 
 def columns() -> int:
     """Return the number of columns to write in."""
-    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if sys.stdout.isatty() else PLAIN_WIDTH
+    if sys.stdout is None or not sys.stdout.isatty():  # None where it was closed before the program began
+        return PLAIN_WIDTH
+    return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns
 
 
 def paragraph(text: str, indent: str = "", first: str = "") -> str:
