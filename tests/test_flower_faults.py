@@ -356,7 +356,7 @@ def test_a_failure_of_the_functions_gives_the_round_up(flower_log: pytest.LogCap
 
 def test_too_many_shards_are_said() -> None:
     """More slices than the model has elements are refused with the numbers, before any client trains."""
-    with pytest.raises(PlanTooLarge, match="64 shards were asked for but the update has 20 elements; use 1 to 20 shards"):
+    with pytest.raises(PlanTooLarge, match="an update of 20 elements cannot be cut into 64 shards; use 1 to 20 shards"):
         sharding(MemoryStore(), shards=64).start(grid_of(), record(initial()), num_rounds=1)
 
 

@@ -89,7 +89,7 @@ def test_ids_that_are_no_text(round_: Round, name: Any) -> None:
         lambda: check_id(name),
     ]
     for take in takes:
-        with pytest.raises(InvalidId, match=rf"is not an id but of type {type(name).__name__}; ids are text: convert it, by str\(\) say$"):
+        with pytest.raises(InvalidId, match=rf"is not an id but of type {type(name).__name__}; ids are text: convert it with str\(\)$"):
             take()
     assert ["rounds/r/round.json"] == [key for key, _ in round_.store.list("")]
 

@@ -23,33 +23,33 @@ class Manifest(Record):
 
     @cached_property
     def json_bytes(self) -> int:
-        """Bytes of its record."""
+        """Size of the manifest as JSON, in bytes."""
         return len(self.model_dump_json().encode())
 
     @classmethod
-    def of(cls, round_id: str, given: Iterable["Contribution"]) -> Self:
-        """Check contributions against each other, and freeze them.
+    def of(cls, round_id: str, contributions: Iterable["Contribution"]) -> Self:
+        """Check contributions against each other and freeze them.
 
-        Raise TooFewClients if there is none, DuplicateClient, LayoutMismatch naming the tensor that differs, InvalidId, InvalidWeight.
+        Raise TooFewClients if there are none, DuplicateClient, LayoutMismatch naming the tensor that differs, InvalidId, InvalidWeight.
         """
-        sorted_ = sorted(given, key=lambda one: check_id(one.client))
+        sorted_ = sorted(contributions, key=lambda contribution: check_id(contribution.client))
         if not sorted_:
             raise TooFewClients(f"round {round_id} has no update to aggregate; submit at least one")
         first = sorted_[0]
-        for one, other in pairwise(sorted_):
-            if one.client == other.client:
-                raise DuplicateClient(f"client {one.client} is given twice in round {round_id}; use one id per client")
-            first.update.layout.require_same(other.update.layout, first.client, other.client)
-        weights = integral_weights({one.client: one.weight for one in sorted_})
+        for before, after in pairwise(sorted_):
+            if before.client == after.client:
+                raise DuplicateClient(f"client {before.client} is given twice in round {round_id}; use one id per client")
+            first.update.layout.require_same(after.update.layout, first.client, after.client)
+        weights = integral_weights({contribution.client: contribution.weight for contribution in sorted_})
         terms = (
-            Term(client=one.client, source=one.source, version=one.update.stat.version, base=one.update.base, weight=weights[one.client])
-            for one in sorted_
+            Term(client=c.client, source=c.source, version=c.update.stat.version, base=c.update.base, weight=weights[c.client])
+            for c in sorted_
         )
         return cls(round=round_id, layout=first.update.layout, terms=tuple(terms))
 
 
 class Contribution(NamedTuple):
-    """What one client adds to a round: where its update is, what its header says, and its weight."""
+    """One client's part in a round: the place of its update, the update's header, and the weight."""
 
     client: str
     source: str
@@ -59,9 +59,9 @@ class Contribution(NamedTuple):
 
 
 def check_id(name: object) -> str:
-    """Give an id back if it may become part of a key; raise InvalidId."""
+    """Return an id that may become part of a key; raise InvalidId for any other."""
     if not isinstance(name, str):
-        raise InvalidId(f"{quoted(name)} is not an id but of type {type(name).__name__}; ids are text: convert it, by str() say")
+        raise InvalidId(f"{quoted(name)} is not an id but of type {type(name).__name__}; ids are text: convert it with str()")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
-        raise InvalidId(f"{quoted(name, 100)} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and begin with none of the last two")
+        raise InvalidId(f"{quoted(name, 100)} is not an id; use 1 to 64 of A-Z a-z 0-9 _ . - and do not begin with . or -")
     return name

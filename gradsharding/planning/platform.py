@@ -16,18 +16,18 @@ _S3_RATES = "https://docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-pe
 
 
 class Figure(NamedTuple):
-    """A limit that the platform sets, and who says so."""
+    """A limit of the platform, with its source."""
 
     value: int
     unit: str
     of: str
-    """What has so many at most."""
+    """The quantity that is limited."""
     source: str
-    """URL of what says so."""
+    """URL of the page or package that states it."""
     date: str
-    """The day of that source, or on which it was read; ISO 8601."""
+    """Date of the source, or the day on which it was read; ISO 8601."""
     note: str = ""
-    """What one should know beside it."""
+    """Caveats."""
 
 
 FIGURES: Mapping[str, Figure] = MappingProxyType(
@@ -73,7 +73,7 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             of="size of an object",
             source=_S3,
             date="2026-11-28",
-            note="48.8 TiB: as many parts as there may be, each as large as it may be; older copies of the page say 5 TiB",
+            note="48.8 TiB: the largest number of parts, each of the largest size; older copies of the page say 5 TiB",
         ),
         "get rate": Figure(
             value=5_500,
@@ -81,7 +81,7 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             of="GET and HEAD requests to one prefix of a bucket",
             source=_S3_RATES,
             date="2026-11-28",
-            note="what S3 bears at least; it splits a busy prefix by itself, which takes longer than a round",
+            note="S3 sustains at least this; it splits a busy prefix by itself, which takes longer than a round",
         ),
         "put rate": Figure(
             value=3_500,
@@ -89,27 +89,27 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             of="PUT, COPY, POST and DELETE requests to one prefix of a bucket",
             source=_S3_RATES,
             date="2026-11-28",
-            note="what S3 bears at least",
+            note="S3 sustains at least this",
         ),
     }
 )
 """The limits that a plan and a function's code must keep to. A page without a date has the day on which it was read."""
 
 Architecture = Literal["arm64", "x86_64"]
-"""What a function's processor may be."""
+"""Processor of a function."""
 
 _AL2, _AL2023 = 26, 34
 
 
 class Runtime(NamedTuple):
-    """A Python that Lambda offers, and the system below it."""
+    """A Python version that Lambda offers, and its operating system."""
 
     python: str
-    """Its version, "3.13"."""
+    """Version, such as "3.13"."""
     glibc: int
     """Minor version of the system's glibc 2: Amazon Linux 2's or 2023's (https://docs.aws.amazon.com/linux/al2023/ug/glibc-gcc-and-binutils.html)."""
     until: str
-    """The day on which AWS ends its support; ISO 8601."""
+    """Day on which AWS ends support; ISO 8601."""
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
@@ -123,62 +123,62 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
         )
     }
 )
-"""Runtimes that a function may have, by the names that Lambda gives them; 3.10 is older than this package takes.
+"""Runtimes of a function, by Lambda's names. This package does not support Python 3.10.
 
-From https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html, and the days of support as cfn-lint 1.58.0 has them; both read on
+From https://docs.aws.amazon.com/lambda/latest/dg/lambda-runtimes.html, and the days of support from cfn-lint 1.58.0; both read on
 2026-11-28.
 """
 
 DEPLOYED_RUNTIME = "python3.13"
-"""What ``gradsharding deploy`` gives a function, unless told otherwise: supported as long as 3.14, with more wheels."""
+"""Default runtime of ``gradsharding deploy``: supported as long as 3.14, and more packages have wheels for it."""
 
 MEMORY = range(128 << 20, FIGURES["memory"].value + 1, 1 << 20)
-"""Bytes that a function may have."""
+"""Memory that a function may have, in bytes."""
 
 TIMEOUT = FIGURES["time limit"].value
-"""Seconds that a function may be given for an invocation, at most."""
+"""Longest time limit of an invocation, in seconds."""
 
 DEPLOYED_TIMEOUT = 900
-"""Seconds that ``gradsharding deploy`` gives a function, unless told otherwise: what every account is known to take."""
+"""Default time limit of ``gradsharding deploy``, in seconds: every account is known to accept it."""
 
 PAYLOAD = FIGURES["payload"].value
-"""Bytes of a synchronous invocation, at most."""
+"""Largest payload of a synchronous invocation, in bytes."""
 
 ACCOUNT_CONCURRENCY = FIGURES["concurrency"].value
-"""Invocations at once in a region, unless the account says otherwise."""
+"""Default limit of an account on invocations at once in a region."""
 
 ROUND_CONCURRENCY = ACCOUNT_CONCURRENCY // 2
-"""Invocations at once that a round takes in an account that has so many: half of what is unreserved, as ``LambdaExecutor`` does."""
+"""Invocations at once of a round in an account with the default limit: half of the unreserved ones, as ``LambdaExecutor`` takes."""
 
 VCPU = 1_769 << 20
-"""Bytes of memory that come with one vCPU; fewer bring their share of it."""
+"""Bytes of memory that come with one vCPU; less memory comes with a proportional share."""
 
 RUNTIME = 24 << 20
-"""Bytes that bound Lambda's own runtime beside our code, within the function's memory. ``tests/test_lambda.py`` measures it."""
+"""Upper bound of the memory of Lambda's own runtime, which counts as the function's; bytes. ``tests/test_lambda.py`` measures it."""
 
 CHUNK = 8 << 20
 """Bytes of one ranged GET: AWS advises 8 to 16 MB (https://docs.aws.amazon.com/whitepapers/latest/s3-optimizing-performance-best-practices)."""
 
 PARALLEL = connections(bandwidth=150e6, latency=0.05, rate=90e6, chunk=CHUNK)
-"""Requests at once that fill twice the 75 MB/s reported for a Lambda function, at S3's usual latency and rate of a connection."""
+"""Concurrent requests that fill twice the 75 MB/s reported for a Lambda function, at S3's usual latency and rate of a connection."""
 
 RESIDENT = 48 << 20
-"""Bytes that bound boto3 with its S3 client in a function. ``tests/test_memory.py`` measures it."""
+"""Upper bound of the memory of boto3 with its S3 client, in bytes. ``tests/test_memory.py`` measures it."""
 
 READING = Reading(chunk=CHUNK, parallel=PARALLEL, resident=RESIDENT)
 """How a function reads from S3."""
 
 GRAIN = 32 << 20
-"""Bytes of a slice that suit S3."""
+"""Slice size that suits S3, in bytes."""
 
 LARGEST_PUT = FIGURES["part size"].value
-"""Bytes that S3 takes in one PUT or one part."""
+"""Largest PUT, and largest part, in bytes."""
 
 LARGEST_OBJECT = FIGURES["object size"].value
-"""Bytes of one object."""
+"""Largest object, in bytes."""
 
 DIRECTORY_BUCKETS = "directory buckets list objects unsorted, and only below prefixes that end in '/'"
-"""Why those of S3 Express are no store (https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html)."""
+"""Why directory buckets of S3 Express cannot be a store (https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html)."""
 
 CHARGES = Charges(kind="s3", page=1_000, largest=LARGEST_PUT, composes=True)
-"""Requests that S3's verbs take: a thousand keys or parts a list, and small parts joined at the end."""
+"""Requests of each operation on S3: LIST returns 1,000 keys or parts, and small parts are joined at the end."""

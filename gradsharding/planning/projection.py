@@ -1,4 +1,4 @@
-"""What the caller of a round asks of its stores beside the tasks: each step of ``aggregate``, and what it takes at most."""
+"""The requests of a round's caller beside those of its tasks: each step of ``aggregate``, with its upper bound."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
@@ -12,65 +12,63 @@ from gradsharding.usage import Spent, Usage, together
 from gradsharding.value import Value
 
 HEADER_PART = 1
-"""The result's first part is its header, written by the caller; the slices follow."""
-
+"""Number of the part that holds the result's header. The caller writes it; the slices follow."""
 
 FIRST = "round.json"
-"""Name of the record by which a round begins."""
+"""Name of a round's first record."""
 
 RECORDS = 4
-"""Records that a round leaves: of itself, its seal, its plan and its result."""
+"""Records of a finished round: the round, its manifest, its plan and its result."""
 
 READERS = 16
-"""Headers, or small records, that are read at once: most of the time goes in waiting for the store."""
+"""Headers or small records that are read at once; most of the time is latency."""
 
 
 class Setting(Value):
-    """Where a round's objects lie, and in what state its caller finds it."""
+    """The stores of a round, and the state in which its caller finds it."""
 
     home: Charges = ONE_EACH
-    """Of the store of the round's records and partial sums."""
+    """Charges of the store that holds the round's records and partial sums."""
     output: Charges = ONE_EACH
-    """Of the store of the result."""
+    """Charges of the store that holds the result."""
     sources: dict[str, int] = Field(default_factory=dict)
-    """How many updates lie in each kind of store, where that is known; else it is seen from their references."""
+    """Number of updates in each kind of store; if empty, it is taken from their references."""
     intake: dict[str, Usage] = Field(default_factory=dict)
-    """What it takes until the round is sealed, by kind of store."""
+    """Requests and bytes until the round is sealed, by kind of store."""
     record_bytes: int = 0
-    """Bytes that bound any one record: those of the manifest."""
+    """Size of the largest record, the manifest, in bytes."""
     overwrite: bool = False
-    """Whether the result may replace an object, so that none needs to be looked for."""
+    """Whether the result may replace an object; then nobody checks whether one exists."""
     resumed: bool = False
-    """Whether an earlier call began the round, and its upload is there."""
+    """Whether an earlier call began the round and its upload still exists."""
     lost: bool = False
-    """Whether an earlier call began the round, and its upload is gone."""
+    """Whether an earlier call began the round and its upload no longer exists."""
     dropped: int = 0
-    """Tasks of another plan that an earlier call began, and that is given up."""
+    """Number of tasks in the plan of an earlier call, if this call discards that plan."""
     published: bool = False
-    """Whether a result was published before; its object is looked for."""
+    """Whether an earlier call published a result; then its object is looked up."""
     reading: Reading = STREAM
     """How the store of the result is read, for its digest."""
     concurrency: int | None = None
-    """Functions that may run at once, where something bounds them."""
+    """Functions that may run at once; None if unbounded."""
     digest: bool = False
-    """Whether the result is read once for its digest."""
+    """Whether the caller reads the result once, for its digest."""
 
 
 class Step(NamedTuple):
-    """What one step takes, of one kind of store."""
+    """The requests and bytes of one step in one kind of store."""
 
     name: str
     kind: str
     usage: Usage
     at_once: int = 1
-    """Requests under way at the same time."""
+    """Requests in flight at the same time."""
 
 
 def commanded(headers: Spent, home: Charges, record: int, *, found: Collection[str] = (), emptied: bool = False) -> dict[str, Usage]:
-    """What a command asks around its round: the updates' headers, and the round's first two records.
+    """Requests and bytes of a command around its round: the updates' headers, and the round's first two records.
 
-    Those that are ``found``, by name, were there already, and were read; ``emptied`` says that the command empties a store of its own
-    in the end.
+    The records named in ``found`` existed before and are read. With ``emptied``, the command empties its own store in the end.
     """
     first = home.put(record) if FIRST in found else home.first(record)
     records = first + Usage(puts=1, gets=len(found), bytes_read=len(found) * record, bytes_written=record)
@@ -78,32 +76,33 @@ def commanded(headers: Spent, home: Charges, record: int, *, found: Collection[s
 
 
 def steps(setting: Setting, parts: Mapping[int, int], partials: int) -> Iterator[Step]:
-    """Give the steps of a caller whose result has ``parts`` (bytes by number), and whose tasks leave ``partials`` objects at home."""
+    """Yield the steps of a caller. The result has ``parts`` (bytes by number); the tasks leave ``partials`` objects in the home store."""
     home, output, record = setting.home, setting.output, setting.record_bytes
-    for kind, usage in setting.intake.items():
-        yield Step("the updates, and the round's seal", kind, usage, READERS)
+    for kind, intake in setting.intake.items():
+        yield Step("read headers and seal the round", kind, intake, READERS)
     found = 2 * record if setting.resumed or setting.lost or setting.dropped or setting.published else 0
-    yield Step("is there a result, or a plan?", home.kind, Usage(gets=2, bytes_read=found))
+    yield Step("look for a result and a plan", home.kind, Usage(gets=2, bytes_read=found))
     if setting.published:
-        yield Step("is it there?", output.kind, Usage(gets=1))
+        yield Step("look up the published result", output.kind, Usage(gets=1))
     if setting.dropped:
-        yield Step("another plan is given up", home.kind, Usage(gets=1, bytes_read=record) + home.list(setting.dropped))
-        yield Step("and its upload", output.kind, output.list(setting.dropped + 1))
+        yield Step("discard another plan", home.kind, Usage(gets=1, bytes_read=record) + home.list(setting.dropped))
+        yield Step("abort its upload", output.kind, output.list(setting.dropped + 1))
     if setting.lost:
-        yield Step("an upload is gone", output.kind, Usage(gets=1, puts=1))
-        yield Step("and its plan is given up", home.kind, Usage(gets=1, bytes_read=record) + home.list(partials))
+        yield Step("find the upload gone", output.kind, Usage(gets=1, puts=1))
+        yield Step("discard its plan", home.kind, Usage(gets=1, bytes_read=record) + home.list(partials))
     if setting.resumed:
-        yield Step("which parts have arrived?", output.kind, output.parts(parts))
+        yield Step("list the parts that arrived", output.kind, output.parts(parts))
         if partials:
-            yield Step("which partial sums are there?", home.kind, home.list(partials))
+            yield Step("list the partial sums", home.kind, home.list(partials))
     else:
         if not setting.overwrite:
-            yield Step("is the result's place free?", output.kind, Usage(gets=1))
-        yield Step("the upload's begin", output.kind, Usage(puts=1))
-        yield Step("the plan's record", home.kind, home.put(record))
-    yield Step("the header", output.kind, output.put_parts([(0, parts[HEADER_PART])]))
-    yield Step("the result's publication", output.kind, output.complete(parts, overwrite=setting.overwrite), PARALLEL)
+            yield Step("check that the output is free", output.kind, Usage(gets=1))
+        yield Step("begin the upload", output.kind, Usage(puts=1))
+        yield Step("record the plan", home.kind, home.put(record))
+    yield Step("write the header", output.kind, output.put_parts([(0, parts[HEADER_PART])]))
+    yield Step("complete the upload", output.kind, output.complete(parts, overwrite=setting.overwrite), PARALLEL)
     if setting.digest:
         nbytes = sum(parts.values()) - parts[HEADER_PART]
-        yield Step("the digest", output.kind, Usage(gets=setting.reading.requests(nbytes), bytes_read=nbytes), setting.reading.parallel)
-    yield Step("the result's record", home.kind, home.put(record))
+        usage = Usage(gets=setting.reading.requests(nbytes), bytes_read=nbytes)
+        yield Step("read the result for its digest", output.kind, usage, setting.reading.parallel)
+    yield Step("record the result", home.kind, home.put(record))

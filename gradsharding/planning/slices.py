@@ -10,7 +10,7 @@ from gradsharding.format.dtypes import ITEM_SIZE, Run
 
 
 class Slice(NamedTuple):
-    """Bytes ``start`` to ``stop`` of the data section, and the runs of elements they hold."""
+    """Bytes ``start`` to ``stop`` of the data section, and the runs of elements in them."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ def cut(runs: Sequence[Run], count: int) -> tuple[Slice, ...]:
     vector = _Vector(runs)
     most = max(vector.elements, 1)
     if not 1 <= count <= most:
-        raise PlanTooLarge(f"{count} shards were asked for but the update has {vector.elements} elements; use 1 to {most} shards")
+        raise PlanTooLarge(f"an update of {vector.elements} elements cannot be cut into {count} shards; use 1 to {most} shards")
     edges = [0]
     for i in range(1, count):
         wanted = vector.element_at(vector.nbytes * i // count)
