@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ from gradsharding.stores.directory import DirectoryStore
 COMMAND = str(Path(sys.executable).parent / "gradsharding")
 ROOT = Path(__file__).parents[1]
 WEIGHTS = {"ann": 120, "bob": 80, "cyd": 3}
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def gradsharding(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -150,7 +153,7 @@ def test_reference_rounds_bfloat16_to_nearest_even() -> None:
     assert [1.0, 1 + 2**-7, -(1 + 2**-6)] == rounded.tolist()
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:2")])
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 64])
 def test_result_is_the_reference_bit_for_bit(updates: list[str], tmp_path: Path, shards: int, executor: str) -> None:
     """Whatever the shards and the executor, torch loads the float64 mean, rounded once."""
@@ -353,7 +356,7 @@ def wait_for_slices(run: "subprocess.Popen[Any]", directory: Path, count: int) -
     raise AssertionError("no parts were written")
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:2")])
 def test_killed_run_is_resumed(large: Path, tmp_path: Path, executor: str) -> None:
     """After kill -9 there is no output; the same command does the rest, and makes what an uninterrupted run makes."""
     out, report, whole = tmp_path / "out" / "mean", tmp_path / "r.json", tmp_path / "whole"
@@ -383,7 +386,9 @@ def in_shared_memory(store: Path) -> list[Path]:
     return [Path(place.removeprefix("shm://")) for place in places]
 
 
-@pytest.mark.parametrize("topology", ["sharded-tree --shards 400 --fan-in 1", "lifl --fan-in 1", "lifl --fan-in 1 --shared-memory"])
+@pytest.mark.parametrize(
+    "topology", [slow("sharded-tree --shards 400 --fan-in 1"), slow("lifl --fan-in 1"), "lifl --fan-in 1 --shared-memory"]
+)
 def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> None:
     """The same for trees: partial sums that were written count, and none are left behind, in the store or in shared memory."""
     out, whole, store = tmp_path / "out" / "mean", tmp_path / "whole", tmp_path / "store"
@@ -409,7 +414,7 @@ def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> N
     assert [] == [path for path in store.glob("rounds/*/partials/**/*") if path.is_file()]
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:2", "threads:2"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:2"), "threads:2"])
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131)])
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
     """Ctrl-C, which reaches the whole process group, SIGTERM, a closed terminal and SIGQUIT end a run at once, without a trace."""
@@ -438,7 +443,7 @@ def test_nohup(large: Path, tmp_path: Path) -> None:
 CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -0", "| true"]
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:1"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:1")])
 @pytest.mark.parametrize("streams", CLOSED)
 def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, executor: str) -> None:
     """With streams that are closed, or whose reader leaves, a run does its work, and nothing it says gets into a file."""
@@ -537,6 +542,7 @@ def test_policy_and_inputs_make_another_round(updates: list[str], call: Callable
     assert bits(expected) == bits(safetensors.torch.load_file(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_exact_is_verified(narrow: list[str], tmp_path: Path) -> None:
     """With --exact every topology makes one file; the command says how to verify it, which tells what was checked, or is wrong."""
     made = set()
@@ -957,6 +963,7 @@ def test_plan_as_json(call: Callable[..., str]) -> None:
     assert all(server["rounds_an_hour"] > 0 for server in said["servers"])
 
 
+@pytest.mark.slow
 def test_plan_keeps_to_what_is_asked(call: Callable[..., str]) -> None:
     """A deadline, a budget, an architecture and a concurrency change what is advised; JSON says what was asked."""
 
@@ -988,6 +995,7 @@ def test_plan_of_express(call: Callable[..., str]) -> None:
     assert not json.loads(call(*plan, "--storage", "express", "--json"))["storage_supported"]
 
 
+@pytest.mark.slow
 def test_plan_elsewhere(call: Callable[..., str]) -> None:
     """In another region its prices count; one without any is planned for all the same, and one line says how to get what is missing."""
     plan = ("plan", "--size", "528MB", "--clients", "20")
