@@ -3,7 +3,6 @@
 import datetime as dt
 import ipaddress
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from gradsharding.testing import assert_same, reference_mean, sample_updates
 from rigs.lambdas import LocalFunction, LocalLambda
 from rigs.nat import ForgetfulNat, nat_missing
 from rigs.s3 import Ceph
+from rigs.serving import serving
 
 NAT_HERE = pytest.mark.skipif(bool(nat_missing()), reason=str(nat_missing()))
 
@@ -72,11 +72,8 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def slow() -> Iterator[str]:
     """Give the endpoint of a function that works for eight seconds."""
-    server, _ = _server(8)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serving(_server(8)[0]) as url:
+        yield url
 
 
 def _ask(client: Any) -> bytes:
@@ -85,6 +82,7 @@ def _ask(client: Any) -> bytes:
 
 
 @NAT_HERE
+@pytest.mark.slow
 def test_answers_outlast_nat(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer comes after 8 s through NAT that forgets silent connections after 5 s; by botocore's own connection, it does not."""
     monkeypatch.setattr(keepalive, "PROBES", keepalive.Probes(idle=2, every=2, most=9))
@@ -128,14 +126,12 @@ def test_round_outlasts_nat(ceph_store: S3Store, ceph: Ceph, monkeypatch: pytest
 def test_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invocations go through the proxy that the environment names."""
     server, seen = _server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", "http://lambda.invalid")
-    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_address[1]}")
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    assert b"{}" == _ask(lambda_client(5))
+    with serving(server) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", "http://lambda.invalid")
+        monkeypatch.setenv("HTTP_PROXY", url)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        assert b"{}" == _ask(lambda_client(5))
     assert ["http://lambda.invalid/2015-03-31/functions/f/invocations"] == seen
-    server.shutdown()
-    server.server_close()
 
 
 def test_certificates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,11 +148,9 @@ def test_certificates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(bundle, secret)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", f"https://127.0.0.1:{server.server_address[1]}")
-    with pytest.raises(SSLError):
-        _ask(lambda_client(5))
-    monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
-    assert b"{}" == _ask(lambda_client(5))
-    server.shutdown()
-    server.server_close()
+    with serving(server) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_LAMBDA", url.replace("http:", "https:"))
+        with pytest.raises(SSLError):
+            _ask(lambda_client(5))
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(bundle))
+        assert b"{}" == _ask(lambda_client(5))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import threading
 import tomllib
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
@@ -16,6 +15,7 @@ import pytest
 from gradsharding.advice.prices import PACKAGED, former_user_file, load_prices, price_file, read_prices, user_file
 from gradsharding.cli import main as cli
 from gradsharding.errors import UserError
+from rigs.serving import serving
 
 Session = pytest.importorskip("boto3", reason="boto3 is not installed").session.Session
 
@@ -264,15 +264,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lists]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
             """Keep quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    known.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("GRADSHARDING_PRICE_LIST", known.url)
-    yield known
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as known.url:
+        monkeypatch.setenv("GRADSHARDING_PRICE_LIST", known.url)
+        yield known
 
 
 def test_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import botocore.exceptions
@@ -31,6 +30,7 @@ from gradsharding.aws.secrets import without_secrets
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.testing import read
 from rigs.s3 import S3Server
+from rigs.serving import serving
 
 SECRET = "wJalrXUtnFEMI+K7MDENG/bPxRfiCYEXAMPLEKEY"  # noqa: S105 - AWS's own example
 KEY = "AKIAIOSFODNN7EXAMPLE"
@@ -254,12 +254,8 @@ def answering(answer: Answer) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Handler)) as url:
+        yield url
 
 
 Ask = Callable[[], object]

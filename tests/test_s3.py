@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,7 @@ from gradsharding.testing import StoreContract, assert_same, peak, read, referen
 from gradsharding.usage import Usage, counting, total
 from rigs.proxy import Path, Proxy
 from rigs.s3 import Ceph, S3Server, ceph_missing, ceph_server
+from rigs.serving import serving
 
 MIB = 1 << 20
 
@@ -390,13 +390,11 @@ class _Elsewhere(BaseHTTPRequestHandler):
 
 def test_another_region(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bucket that lies in another region is told with that region and the variable to set."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_address[1]}")
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere)) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         for ask in (lambda: read(moto_store, "a"), lambda: list(moto_store.list("")), lambda: moto_store.head("a")):
             with pytest.raises(StoreRefused, match="it lies in region eu-west-3; set AWS_DEFAULT_REGION to that"):
                 ask()
-        server.shutdown()
 
 
 @pytest.mark.slow

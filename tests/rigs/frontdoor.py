@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple, Self
 from urllib.parse import parse_qs, urlsplit
 
+from rigs.serving import serving
 from rigs.stack import as_account
 
 _SCOPE = re.compile(r"Credential=([^/]+)/\d+/[^/]+/([^/]+)/aws4_request")
@@ -67,16 +68,16 @@ class FrontDoor:
         self.endpoint = self.plain["AWS_ENDPOINT_URL"]
         self._given: dict[str, tuple[str, str]] = {}
         self._lock = threading.Lock()
+        self._serving = contextlib.ExitStack()
         self._server = _Server(("127.0.0.1", 0), type("Bound", (_Relay,), {"door": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, name="front door", daemon=True).start()
+        self._serving.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._serving.close()
 
     def environment(self, account: str) -> dict[str, str]:
         """Give the environment that leads through this door to an account; the door knows it from now on."""

@@ -27,6 +27,7 @@ from gradsharding.errors import UserError
 from gradsharding.planning.platform import Architecture
 from gradsharding.running.cgroup import Hold, MemoryCgroup
 from rigs.processes import check_allowed, free_port
+from rigs.serving import serving
 
 Fault = Literal["raise", "kill", "timeout", "lost", "throttle", "twice", "error"]
 """What goes wrong with an invocation.
@@ -140,18 +141,17 @@ class LocalLambda:
         self._running = self._asked = 0
         self._idle: list[_Environment] = []
         self._all: list[_Environment] = []
+        self._serving = contextlib.ExitStack()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Front,), {"front": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        poll = 0.02  # seconds until it notices that it should end
-        threading.Thread(target=self._server.serve_forever, args=(poll,), name="local-lambda", daemon=True).start()
+        self._serving.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._serving.close()
         for environment in self._all:
             environment.close()
 

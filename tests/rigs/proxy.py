@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
+from rigs.serving import serving
+
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "proxy-connection"}
 _CHUNK = 256 << 10
 _DOWN = b"<html><body><h1>503 Service Unavailable</h1>\nNo server is available to handle this request.\n</body></html>\n"
@@ -58,17 +60,17 @@ class Proxy:
         self.requests = 0
         self._lock = threading.Lock()
         self._free_at = 0.0
+        self._serving = contextlib.ExitStack()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Relay,), {"proxy": self}))
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, name="proxy", daemon=True).start()
+        self._serving.enter_context(serving(self._server))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._serving.close()
 
     def refusal(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:  # noqa: ARG002
         """Give the document to answer a request with, and not forward it; None for one that goes through. Header names are small."""
