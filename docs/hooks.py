@@ -3,6 +3,7 @@
 Links in the documents are those of the repository, so that they work in any viewer; here they become links of the site.
 """
 
+import html
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -146,7 +147,7 @@ def _cell(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"([*_<>\[\]])", r"\\\1", text)
+    return re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 def _outside(file: File) -> Iterator[str]:
