@@ -150,7 +150,7 @@ def test_every_block_runs_or_says_which_test_runs_the_same(document: str) -> Non
         if block.note is None:
             assert block.language != "sh", f"no test runs this, and it names none:\n{block.text}"
         else:
-            named = re.findall(r"tests/\w+\.py|\.ci/run", block.note)
+            named = re.findall(r"tests/[\w/]+\.py|\.ci/run", block.note)
             assert named, f"{block.note!r} names no test"
             assert [] == [name for name in named if not (ROOT / name).is_file()]
 

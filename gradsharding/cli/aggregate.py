@@ -169,7 +169,8 @@ def aggregate_command(
     if rule.vouches:
         facts["SHA-256"] = result.digest()
         facts |= {"check it": f"gradsharding verify {printable(store)} {round_.id}"} if store else {}
-    click.echo(f"{printable(output)}: {rule} of {len(result.record.clients)} clients, {mib(result.record.layout.nbytes)}")
+    record = result.record
+    click.echo(f"{printable(output)}: {rule} of {_count(len(record.clients), 'client')}, {mib(record.layout.nbytes)}")
     click.echo(labelled([*facts.items()]))
 
 
@@ -186,12 +187,16 @@ def _progress_bar() -> Iterator[Callable[[Plan], executors.Progress]]:
         yield begin
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _facts(result: Result) -> dict[str, str]:
     """Say how the result was made, and what that took."""
     if result.planned:
         plan, now = result.plan, len(result.reports)
         unit = "slice" if len(plan.fan_ins) == 1 else "function"
-        work = f"{plan.functions} {unit}{'s' * (plan.functions > 1)}" + (f", {now} of them now" if now < plan.functions else "")
+        work = _count(plan.functions, unit) + (f", {now:,} of them now" if now < plan.functions else "")
         facts = {
             "topology": f"{plan.topology}: {work}",
             "memory": f"{mib(plan.memory)} projected for a function, {observed_memory(result)}",

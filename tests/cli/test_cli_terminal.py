@@ -23,7 +23,7 @@ UPDATES = ["a.safetensors:120", "b.safetensors:80"]
 SESSION = {
     "help": ["--help"],
     "plan": ["plan", "--size", "528MB", "--clients", "20"],
-    "plan in detail": ["plan", "--size", "500GB", "--clients", "3000", "--shards", "9000", "--memory", "2GiB", "--detail"],
+    "plan in detail": ["plan", "--size", "500GB", "--clients", "300", "--shards", "9000", "--memory", "2GiB", "--detail"],
     "plan of express": ["plan", "--size", "8MB", "--clients", "3", "--storage", "express", "--exact", "--detail"],
     "plan without prices": ["plan", "--size", "8MB", "--clients", "3", "--region", "mars-1"],
     "aggregate": ["aggregate", *UPDATES, "-o", "out", "--exact", "--store", "kept", "--executor", "inline"],
