@@ -1,10 +1,11 @@
-"""What a store and an executor promise, stated as tests; stores that count, fail and dawdle; the mean by plain numpy.
+"""What a store, an executor and a rule promise, stated as tests; stores that count, fail and dawdle; the mean by plain numpy.
 
 A contract is a class for pytest: inherit it, supply its fixture and hooks, and each of its promises is tested.
 """
 
 from gradsharding.testing.executors import ExecutorContract, ProcessContract, Started, peak
 from gradsharding.testing.reference import assert_same, reference_mean, sample_updates
+from gradsharding.testing.rules import RuleContract
 from gradsharding.testing.stores import StoreContract, read
 from gradsharding.testing.wrappers import CountingStore, FlakyStore, SlowStore
 
@@ -13,6 +14,7 @@ __all__ = [
     "ExecutorContract",
     "FlakyStore",
     "ProcessContract",
+    "RuleContract",
     "SlowStore",
     "Started",
     "StoreContract",

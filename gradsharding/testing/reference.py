@@ -78,6 +78,11 @@ def _round(values: Array, bits: int, least: int) -> Array:
     return np.asarray(np.ldexp(np.rint(np.ldexp(values, bits - 1 - exponent)), exponent - bits + 1))
 
 
+def round_float(values: Array, dtype: str) -> Array:
+    """Round float64 once to the values of a narrower float dtype, ties to even; they stay float64."""
+    return _round(values, *_FLOATS[dtype])
+
+
 def assert_same(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
     """Compare arrays by name, dtype, shape and every bit."""
     assert expected.keys() == actual.keys()

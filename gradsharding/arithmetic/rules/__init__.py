@@ -9,6 +9,7 @@ from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationErr
 from gradsharding.arithmetic.rules.exact_mean import ExactMean
 from gradsharding.arithmetic.rules.mean import Mean
 from gradsharding.arithmetic.rules.rule import Cohort, Effort, Rule
+from gradsharding.arithmetic.rules.trimmed_mean import TrimmedMean
 from gradsharding.errors import UserError, quoted
 
 __all__ = ["MEAN", "RULES", "AnyRule", "Cohort", "Effort", "ExactMean", "Mean", "RecordedRule", "Rule", "as_rule", "forms", "parse_rule"]
@@ -16,6 +17,7 @@ __all__ = ["MEAN", "RULES", "AnyRule", "Cohort", "Effort", "ExactMean", "Mean", 
 RULES: tuple[type[Rule], ...] = (
     Mean,
     ExactMean,
+    TrimmedMean,
 )
 """Every rule that there is."""
 
