@@ -1,6 +1,6 @@
-"""How long a plan takes on Lambda, from a few named parameters; each was measured somewhere, or is said to be assumed.
+"""The time that a plan takes on Lambda, from a few named parameters: each was measured, or is marked as assumed.
 
-``benchmarks/calibration.py`` holds them against measured rounds, point by point, and prints what is left over.
+``benchmarks/calibration.py`` compares them with measured rounds, point by point, and prints the residuals.
 """
 
 import math
@@ -18,14 +18,14 @@ from gradsharding.value import Value
 
 
 class Speeds(Value):
-    """The parameters: rates in bytes a second, times in seconds, spreads as deviations of a logarithm."""
+    """The parameters: rates in bytes per second, times in seconds, spreads as standard deviations of the logarithm."""
 
     connection_rate: float = 60 * 2**20
-    """Of one GET, once it flows."""
+    """Of one GET, after its first byte."""
     function_rate: float = 75e6
     """Of all connections of a function: 600 Mbit/s, as others have measured at any memory (sjakthol/aws-network-benchmark on GitHub)."""
     latency: float = 0.03
-    """Until a request's first byte."""
+    """Until the first byte of a request's answer."""
     write_rate: float = 79e6
     """Of one PUT."""
     shared_rate: float = 1.5e9
@@ -33,33 +33,33 @@ class Speeds(Value):
     fold_rate: float = 4.3e9
     """Of adding an input to float64 sums, on one vCPU: the unit of a rule's effort."""
     client_rate: float = 250e6
-    """Of what boto3 can take in, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
+    """Of receiving bytes through boto3, on one vCPU. Measured on a small machine (``benchmarks/results/s3_worker.json``)."""
     spread: float = 0.19
-    """Of functions that do alike: it makes the slowest of many slow."""
+    """Of functions that do the same work: it makes the slowest of many slow."""
     invoke: float = 0.06
-    """Of asking for an invocation, until it begins."""
+    """From the request for an invocation until it begins."""
     cold_start: float = 2.5
-    """Of a first invocation: it is in the 95th percentile, not in the median."""
+    """Of a function's first invocation: part of the 95th percentile, not of the median."""
     round_spread: float = 0.28
-    """Of rounds that do alike, on other days as well."""
+    """Of rounds that do the same work, on different days."""
 
 
 class Seconds(NamedTuple):
-    """How long a round takes, and how long its functions are billed, all together."""
+    """The seconds of a round, and the billed seconds of its functions."""
 
     p50: float
     p95: float
     billed: float
-    """Of all functions, warm, as they are expected."""
+    """Expected, of all functions together, when warm."""
     longest: float
-    """Of the slowest function: what must keep within Lambda's time limit."""
+    """Of the slowest function, which must stay within Lambda's time limit."""
 
 
 class Rates(NamedTuple):
-    """Requests a second of one prefix of S3: what functions that do not wait would make.
+    """Requests per second to one S3 prefix, as functions would make them that do not pace themselves.
 
-    The limit of PUTs is the lower one, by a factor of 1.6. Still that of GETs is the one to look at: a function makes at least one for each
-    of its inputs while it reads, and then one PUT, so that it makes two GETs or more for a PUT, unless its slice has a single input.
+    The limit of PUTs is lower by a factor of 1.6, but the limit of GETs binds first: a function makes at least one GET for each of its
+    inputs, and then one PUT, so that it makes two GETs or more for each PUT, unless its slice has a single input.
     """
 
     gets: float
@@ -67,17 +67,17 @@ class Rates(NamedTuple):
 
     @property
     def much(self) -> bool:
-        """Whether it is more than a round takes of a prefix, so that its functions must be paced."""
+        """Whether it exceeds a round's part of the limit, so that its functions must be paced."""
         return self.gets > GETS
 
     @property
     def busy(self) -> bool:
-        """Whether it is half of that, or more."""
+        """Whether it exceeds half of that."""
         return self.gets > GETS / 2
 
 
 def forecast_seconds(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Seconds:
-    """Forecast a round of ``plan`` by functions of ``memory`` bytes, ``concurrency`` of them at once, each of which keeps to its share."""
+    """Forecast a round by functions of ``memory`` bytes, ``concurrency`` of them at once, each of which keeps to its share."""
     known = speeds or Speeds()
     assembly = _assembly_seconds(plan, known)
     shares = [share(count) for count in at_once(plan, concurrency)]
@@ -106,29 +106,29 @@ def stage_seconds(
 
 
 def at_once(plan: Plan, concurrency: int | None = None) -> list[int]:
-    """Give, for each level of a plan, how many functions share a prefix: those that read updates do, and so do all others."""
+    """Return, for each level of a plan, how many functions share a prefix: those that read updates share one, all others another."""
     functions = [width * len(plan.slices) for width in plan.widths]
     return [min(count, concurrency or count) for count in (functions[0], *[sum(functions[1:])] * len(functions[1:]))]
 
 
 def rates(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speeds | None = None) -> Rates:
-    """Forecast what functions of ``memory`` bytes that do not wait, ``concurrency`` of them at once, ask of a prefix at most."""
+    """Forecast the peak request rate to one prefix of functions that are not paced, ``concurrency`` of them at once."""
     levels = zip(at_once(plan, concurrency), plan.kinds, strict=True)
     found = [(count, _asked(kind.task, memory, speeds)) for count, kinds in levels for kind in kinds]
     return Rates(max(count * one.gets for count, one in found), max(count * one.puts for count, one in found))
 
 
 def borne(tasks: Iterable[Task], memory: int, speeds: Speeds | None = None) -> int:
-    """Give how many functions of ``memory`` bytes may run ``tasks`` at once without being paced: at least one."""
+    """Return how many functions of ``memory`` bytes can run ``tasks`` at once without being paced: at least one."""
     gets = max(_asked(task, memory, speeds).gets for task in tasks)
     return max(1, int(GETS / gets)) if gets else ACCOUNT_CONCURRENCY
 
 
 def suited(plan: Plan, memory: int, concurrency: int | None, speeds: Speeds | None = None) -> Reading:
-    """Give the reading by which functions of ``memory`` bytes, so many at once, do the plan soonest: its own, or one that asks less often.
+    """Return the reading by which ``concurrency`` functions of ``memory`` bytes finish the plan soonest: its own, or one of fewer requests.
 
-    That is so where they would ask more of S3 than a prefix bears, so that requests are what they wait for, and where they have the memory.
-    Without a ``concurrency``, nobody knows how many there are, and none keeps to a share: the plan's own reading stays.
+    Fewer requests are faster if the functions would exceed the rate of a prefix, and have the memory for larger ones. Without a
+    ``concurrency``, the number of functions is unknown and none is paced: the plan's own reading stays.
     """
     if not concurrency or not plan.reading.chunk or not rates(plan, memory, concurrency, speeds).much:
         return plan.reading
@@ -144,7 +144,7 @@ def suited(plan: Plan, memory: int, concurrency: int | None, speeds: Speeds | No
 
 
 def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = None) -> float:
-    """Forecast what a function of ``memory`` bytes takes for a task, in the mean, if it keeps to a share of S3's requests."""
+    """Forecast the mean seconds of a task in a function of ``memory`` bytes, which keeps to the share ``kept``."""
     to_store = speeds.latency + task.bytes_written / speeds.write_rate
     written = task.bytes_written / speeds.shared_rate if task.written_to_memory else to_store
     cpu = min(1.0, memory / VCPU)
@@ -159,12 +159,12 @@ def cpu_rate(cpu: float, effort: Effort, speeds: Speeds) -> float:
 
 
 def unlucky(seconds: float, speeds: Speeds) -> float:
-    """What takes ``seconds`` in the median takes so many at most in 95 of 100 rounds."""
+    """Return the 95th percentile, given the median."""
     return seconds * math.exp(speeds.round_spread * NormalDist().inv_cdf(0.95))
 
 
 def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
-    """Name what a function of ``memory`` bytes waits for most."""
+    """Name what limits the speed of a function of ``memory`` bytes."""
     rates = {
         "the network of a function": speeds.function_rate,
         "S3's connections": task.reading.parallel * _connection(task, speeds),
@@ -174,7 +174,7 @@ def bottleneck(task: Task, memory: int, speeds: Speeds) -> str:
 
 
 def slowest(functions: int, spread: float) -> float:
-    """How much longer than the mean the slowest of so many functions takes (Blom's formula for the largest of normal deviates).
+    """Return the expected time of the slowest of several functions, relative to the mean (Blom's formula for the largest normal deviate).
 
     >>> slowest(1, 0.1), round(slowest(100, 0.1), 2)
     (1.0, 1.28)
@@ -183,9 +183,9 @@ def slowest(functions: int, spread: float) -> float:
 
 
 def _assembly_seconds(plan: Plan, speeds: Speeds) -> float:
-    """What the caller takes beside the functions: one request after another, and the bytes that pass through it, such as the digest's.
+    """Return the caller's own seconds: its requests, one after another, and the bytes that it reads, such as for the digest.
 
-    Without a setting, the requests are those that no result can do without: its begin, its header, its end.
+    Without a setting, these are the three requests that every result takes: begin the upload, write the header, complete it.
     """
     if not plan.steps:
         return 3 * speeds.latency
@@ -194,14 +194,14 @@ def _assembly_seconds(plan: Plan, speeds: Speeds) -> float:
 
 
 def _asked(task: Task, memory: int, speeds: Speeds | None) -> Rates:
-    """What a function asks a second: while it reads, and task after task."""
+    """Return a function's request rates: of GETs while it reads, and of PUTs from task to task."""
     known = speeds or Speeds()
     reading = _read_seconds(task, min(1.0, memory / VCPU), known)
     return Rates(task.gets / reading, 0 if task.written_to_memory else 1 / (known.invoke + task_seconds(task, memory, known)))
 
 
 def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds: Speeds, kept: Share) -> tuple[float, float]:
-    """Seconds until a stage's last function has ended, and of its slowest one."""
+    """Return the seconds until a stage's last function has ended, and those of its slowest function."""
     return stage_seconds([(kind.times, task_seconds(kind.task, memory, speeds, kept)) for kind in kinds], concurrency, speeds, kept)
 
 
@@ -215,6 +215,6 @@ def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
 
 
 def _connection(task: Task, speeds: Speeds) -> float:
-    """Bytes a second that one connection carries, request after request."""
+    """Return the bytes per second of one connection, request after request."""
     piece = max(1, task.reading.piece(task.input_nbytes))
     return piece / (speeds.latency + piece / speeds.connection_rate)

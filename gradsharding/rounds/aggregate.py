@@ -1,4 +1,4 @@
-"""The whole story: seal → plan → check → run → publish. Called again after a crash, it goes on where the last call stopped."""
+"""A round from end to end: seal → plan → check → run → publish. Called again after a crash, it continues where the last call stopped."""
 
 import contextlib
 import shutil
@@ -76,7 +76,7 @@ def aggregate(
             record, plan, had = _aggregated(round, topology, as_rule(rule), limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as raised:
             error = _seen_from_here(raised, round)
-            if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # it is no client's fault that a store fails
+            if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # a store's failure is no client's fault
                 error.details["clients"] = _lost(round) | {error.details["client"]: error.message}
             error.usage = together(raised.usage, ledger.spent, *(report.usage for report in reports))
             if error is raised:
@@ -97,9 +97,9 @@ def _aggregated(
     reports: list[TaskReport],
     overwrite: bool,  # noqa: FBT001
 ) -> tuple[ResultRecord, Plan | None, Limits | None]:
-    """Do it, and give what was planned, and within which limits; neither if the round is done.
+    """Aggregate; return the record, the plan and its limits, of which the last two are None if the round was already done.
 
-    ``reports`` holds those of the tasks that have ended, also when this raises.
+    ``reports`` receives those of the tasks that have ended, even if this raises.
     """
     published = round_.published()
     if published.record:
@@ -126,7 +126,7 @@ def _aggregated(
     if not begun.new:
         try:
             done = target.parts(key, begun.upload)
-        except MissingObject:  # completed by a call that died before it could say so, or lost
+        except MissingObject:  # completed by a call that died before it recorded the result, or lost
             plan = plan.placed(resumed=False, lost=True)
             if record := None if overwrite else _made_of(begun.upload, round_, manifest, plan):
                 return record, plan, limits
@@ -137,7 +137,7 @@ def _aggregated(
 
     def ended(report: TaskReport) -> None:
         reports.append(report)
-        with counting():  # what somebody who watches asks is not ours
+        with counting():  # requests of the progress callback are not this call's
             tell(report)
 
     try:
@@ -158,16 +158,16 @@ def _aggregated(
 
 
 def _seen_from_here(error: GradShardingError, round: Round) -> GradShardingError:  # noqa: A002
-    """Say more of what a task was denied than it can: S3 denies to who may not list, as a function may not, also what is not there."""
+    """Say why a task could not read an object: to callers without the right to list, as functions are, S3 denies missing objects, too."""
     if not (reference := error.details.get("unread")):
         return error
     client, (store, key) = error.details.get("client"), locate(reference, round.store)
-    how = "sealed; put it back, or begin another round" if client else "written; run it again"
+    done = "sealed; put it back, or begin another round" if client else "written; run it again"
     try:
         store.head(key)
     except MissingObject:
-        seen: GradShardingError = MissingObject(f"{reference} is not there any more: it was deleted after it was {how}", key=key)
-    except GradShardingError:  # nobody here can tell, either
+        seen: GradShardingError = MissingObject(f"{reference} is gone: it was deleted after it was {done}", key=key)
+    except GradShardingError:  # this caller cannot tell, either
         return error
     else:
         seen = StoreRefused(
@@ -178,7 +178,7 @@ def _seen_from_here(error: GradShardingError, round: Round) -> GradShardingError
 
 
 def _lost(round: Round) -> dict[str, str]:  # noqa: A002
-    """Look at each update of a round once; say of whose are not what was sealed why, so that who goes on without them tries once."""
+    """Check each update of a round once; return the reason, by client, for each that has changed: one retry can leave out all."""
     manifest = round.sealed()
     places = [(term, *locate(term.source, round.store)) for term in manifest.terms if term.version] if manifest else []
 
@@ -190,7 +190,7 @@ def _lost(round: Round) -> dict[str, str]:  # noqa: A002
                     raise changed(key, term.version, found)
         except (MissingObject, ChangedObject) as error:
             return error.message
-        except GradShardingError:  # the store's fault, not the client's
+        except GradShardingError:  # a fault of the store, not of the client
             return None
         return None
 
@@ -200,7 +200,7 @@ def _lost(round: Round) -> dict[str, str]:  # noqa: A002
 
 
 def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
-    """Name the clients whose finite values overflow only where a tree's partial sums meet, whose tasks know of no client."""
+    """Name the clients whose finite values overflow only when a tree's partial sums are merged: those tasks know no clients."""
     if error.details["found"]:
         return error
     tasks = {*error.details["tasks"]}
@@ -217,7 +217,7 @@ def _made_alike(record: ResultRecord, rule: Rule, round: Round) -> ResultRecord:
 
 
 def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> Job:  # noqa: A002
-    """What the tasks share; raise PlanTooLarge if this machine's memory has no room for the partial sums that should pass through it."""
+    """Return what the tasks share; raise PlanTooLarge if the shared memory of this machine has no room for the partial sums."""
     partials, shared = round.partials(upload, shared_memory=plan.shared_memory), plan.partial_bytes if plan.shared_memory else 0
     if shared:
         path = Path(urlsplit(partials).path)
@@ -243,7 +243,7 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
 
 
 def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
-    """Name the tasks whose partial sums are there, from a call before this one."""
+    """Return the ids of the tasks whose partial sums an earlier call has left."""
     tasks = {job.partial(task.id): task for stage in plan.stages[:-1] for task in stage.tasks}
     if not tasks:
         return set()
@@ -253,14 +253,14 @@ def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
 
 
 def _reading(round: Round, manifest: Manifest) -> Reading:  # noqa: A002
-    """How the tasks should read: what the stores of the inputs, the output and the round itself want."""
+    """Return how the tasks should read, given the stores of the updates, of the output and of the round itself."""
     places = {term.source.rpartition("/")[0] if "://" in term.source else "" for term in manifest.terms}
     stores = [locate(f"{place}/-" if place else "-", round.store)[0] for place in places]
     return combined(store.reading for store in (*stores, round.store, locate(round.output, round.store)[0]))
 
 
 def _another_made(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
-    """Publish what another call has completed from the same upload, if it is no longer under way; None if nothing came of it."""
+    """Publish what another call has completed from the same upload; return None if the upload is in progress, or was abandoned."""
     target, key = locate(round.output, round.store)
     try:
         target.parts(key, upload)
@@ -270,7 +270,7 @@ def _another_made(upload: str, round: Round, manifest: Manifest, plan: Plan) -> 
 
 
 def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> ResultRecord | None:  # noqa: A002
-    """Publish what was completed from an upload that is gone; None if nothing came of it."""
+    """Publish what was completed from an upload that is gone; return None if it was abandoned."""
     target, key = locate(round.output, round.store)
     round.forget_partials(upload)
     with contextlib.suppress(MissingObject):
@@ -279,4 +279,4 @@ def _made_of(upload: str, round: Round, manifest: Manifest, plan: Plan) -> Resul
 
 
 def _ignore(report: TaskReport) -> None:
-    """Tell nobody."""
+    """Ignore a report."""

@@ -10,18 +10,18 @@ from gradsharding.format.record import Record, format_field
 from gradsharding.planning.task import NonFinitePolicy
 
 RECORD = 2 << 10
-"""Bytes that bound a record which does not grow with the round: a receipt, a plan's."""
+"""Bytes, at most, of a record that does not grow with the round, such as a receipt or a plan's."""
 
 
 class RoundRecord(Record):
-    """Where a round's result goes: a key of its store, or a URL."""
+    """The place of a round's result: a key of its store, or a URL."""
 
     id: str
     output: str
 
 
 class Receipt(Record):
-    """One client's contribution: where its update lies, pinned by version, and how much it weighs."""
+    """One client's contribution: the place of its update, pinned by version, and its weight."""
 
     client: str
     source: str
@@ -33,7 +33,7 @@ class Receipt(Record):
 
 
 class PlanRecord(Record):
-    """Which plan is under way, by digest, and the multipart upload that collects its parts."""
+    """The plan in progress, by its digest, and the multipart upload that collects its parts."""
 
     format: int = format_field(2)
     """Format 1 had no rule."""
@@ -61,20 +61,20 @@ class ResultRecord(Record):
 
 
 class Begun(NamedTuple):
-    """An upload that collects the parts of a plan."""
+    """The upload that collects the parts of a plan."""
 
     upload: str
     new: bool
-    """Whether this call has begun it: nothing has arrived yet."""
+    """Whether this call began it, so that no part has arrived yet."""
     dropped: int = 0
-    """Tasks of the plan that was given up for it."""
+    """Tasks of the earlier plan that was abandoned for it."""
 
 
 class Published(NamedTuple):
-    """A round's result."""
+    """The result that a round has published, if it is still there."""
 
     record: ResultRecord | None
     stale: bool = False
-    """Whether there was one, whose object is gone, was replaced, or was altered."""
+    """Whether a result was published whose object is gone, or was replaced or altered."""
     altered: bool = False
-    """Whether that object is of the version that was published, and its header is not the one that was."""
+    """Whether the object has the published version, but another header than the published one."""

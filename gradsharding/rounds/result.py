@@ -16,48 +16,48 @@ from gradsharding.stores.updates import data_digest, load
 from gradsharding.usage import Spent, Usage, counting, together, total
 
 FREE = {"deletes"}
-"""What nobody is billed for, and no plan projects."""
+"""Figures of ``Usage`` that cost nothing, so that no plan projects them."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished round: what was planned, what was seen, and where the result lies."""
+    """A finished round: its record, what was planned, and what was counted and measured."""
 
     round: Round
     record: ResultRecord
     planned: Plan | None
-    """Of the call, with its setting; None if the round was done before, so that the call has planned nothing."""
+    """The call's plan, with its setting; None if the round was already done, so that the call planned nothing."""
     reports: tuple[TaskReport, ...]
-    """Of the tasks that this call ran; a resumed round has fewer than its plan."""
+    """One for each task that this call ran; a resumed round has fewer than its plan has tasks."""
     asked: Spent
-    """What the call itself has asked, beside its tasks, by kind of store."""
+    """Requests and bytes of the call itself, beside its tasks, by kind of store."""
     seconds: float
-    """Of the whole call, by the clock on the wall."""
+    """Wall-clock seconds of the whole call."""
     limits: Limits | None = None
-    """Of its functions, as the executor had them; None if the round was done before."""
+    """Limits of its functions, as the executor gave them; None if the round was already done."""
     taken: str | None = None
-    """What the functions took of what others use, too, in words; None if it was nothing."""
+    """How much its functions took of a capacity that others share, as a sentence; None if they share none."""
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Read the result; BF16, which numpy lacks, comes as the equal float32. Raise ChangedObject if it is not what was published."""
+        """Read the result; BF16, which numpy lacks, becomes float32 of the same values. Raise ChangedObject if it was replaced."""
         return load(self.record.source, self.round.store, version=self.record.version)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their shards."""
+        """Return the SHA-256 (hex) of the result's data section: equal results have equal digests, whatever their slices."""
         return self.record.digest or self._read_back[0]
 
     @cached_property
     def _read_back(self) -> tuple[str, Spent]:
-        """Read the result for its digest, once; give what that has asked, too."""
+        """Read the result for its digest, once; return the digest, and the requests that it took."""
         with counting() as ledger:
             digest = data_digest(self.record.source, self.round.store, version=self.record.version, layout=self.record.layout)
         return digest, ledger.spent
 
     @property
     def plan(self) -> Plan:
-        """What was planned: of the whole call, and of reading the result for its digest, once that was asked for.
+        """The plan of the whole call; once ``digest`` has read the result, that reading is part of it.
 
-        Raise UserError if the round was done before the call.
+        Raise UserError if the round was already done before the call.
         """
         if not self.planned:
             raise UserError(f"round {self.round.id} was done before this call, which has planned nothing; see its record instead")
@@ -70,33 +70,33 @@ class Result:
 
     @property
     def caller(self) -> Spent:
-        """What was asked beside the tasks, by kind of store: by the call, and for the digest, once that was asked for."""
+        """Requests and bytes beside the tasks, by kind of store: of the call, and of ``digest`` once it has read the result."""
         return together(self.asked, self._read_back[1]) if "_read_back" in self.__dict__ else self.asked
 
     @property
     def usage(self) -> dict[str, Usage]:
-        """What the call and its tasks have asked, by kind of store."""
+        """Requests and bytes of the call and its tasks, by kind of store."""
         return together(self.caller, *(report.usage for report in self.reports))
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes: the largest peak of a task; None if none was measured, as ``unmeasured`` says."""
+        """The largest peak of a task, in bytes; None if none was measured: ``unmeasured`` says why."""
         return max((report.peak_memory for report in self.reports if report.peak_memory is not None), default=None)
 
     @property
     def unmeasured(self) -> str | None:
-        """Why there is no peak."""
+        """Why no peak was measured; None if one was."""
         if self.peak_memory is not None:
             return None
         return next((report.unmeasured for report in self.reports), "nothing was left to do")
 
     @property
     def held_by(self) -> list[str]:
-        """What stopped, or would have stopped, a task that outgrows its memory; several, if tasks ran in unlike places."""
+        """What limits the memory of a task's process; several, if tasks ran in different places."""
         return sorted({report.held_by for report in self.reports})
 
     def within(self, around: Spent, planned: Spent, seconds: float | None = None) -> "Result":
-        """Give the same result with what was asked, and planned to be asked, around the call: that of a whole command, of ``seconds``."""
+        """Return the result of a whole command of ``seconds``, which requested ``around`` beside the call; ``planned`` projects that."""
         plan = self.planned
         if plan and plan.setting:
             plan = plan.placed(intake=together(plan.setting.intake, planned))
@@ -106,7 +106,7 @@ class Result:
 
     @property
     def invocations(self) -> tuple[Invocation, ...]:
-        """What Lambda reported, once for each invocation, also a failed one; nothing if it told no figures, or the round ran elsewhere."""
+        """What Lambda reported of each invocation, failed ones included; empty if the round ran elsewhere, or Lambda reported nothing."""
         return invocations(self.reports)
 
     def _stages(self) -> list[dict[str, Any]]:
@@ -114,12 +114,13 @@ class Result:
         return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
 
     def report(self) -> dict[str, Any]:
-        """Projected beside observed, as JSON values; bytes and seconds. It tells a digest: for that, a float64 result is read once.
+        """Return projected and observed figures as JSON values, in bytes and seconds.
 
-        Requests are counted as they are billed: ``gets`` are GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
-        ``seconds`` are those of all tasks together; ``wall_seconds`` those of the call, or of the command around it. Of a round that was
-        done before the call, ``made_by`` is "an earlier call"; then there is no ``topology``, no stage, and nothing ``projected``.
-        ``concurrency`` is that of its functions, and ``taken`` says of how many, where others use them, too; else they are null.
+        ``digest`` is that of the result, which is read once if its record has none. Requests are counted as they are billed: ``gets`` are
+        GET and HEAD, ``puts`` are PUT, COPY, POST and LIST, ``deletes`` are free.
+        ``seconds`` is the sum over all tasks; ``wall_seconds`` is the time of the call, or of the command around it. If the round was
+        already done, ``made_by`` is "an earlier call", ``topology`` and ``projected`` are null, and there are no ``stages``.
+        ``concurrency`` and ``taken`` are null unless something limits how many functions run at once.
         """
         digest = self.digest()
         plan = self.plan if self.planned else None
@@ -149,7 +150,7 @@ class Result:
 
 
 def _projected(plan: Plan) -> dict[str, Any]:
-    """A plan's figures, as JSON values."""
+    """Return a plan's figures as JSON values."""
     return {
         **total(plan.usage).model_dump(exclude=FREE),
         "peak_memory": plan.memory,
@@ -159,7 +160,7 @@ def _projected(plan: Plan) -> dict[str, Any]:
 
 
 def observed_memory(result: Result) -> str:
-    """Say what the tasks of a result took at most, or why that is not known, and what held them to it, if anything did."""
+    """Return a phrase on the peak memory of a result's tasks, and what limited it; or on why it is unknown."""
     if result.peak_memory is None:
         return f"not observed ({result.unmeasured})"
     held = "" if result.held_by == ["nothing"] else f", held by {' and '.join(result.held_by)}"

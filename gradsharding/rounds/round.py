@@ -1,12 +1,12 @@
-"""A round is the objects under its prefix, each created once; which of them exist is its state. All keys are made here.
+"""A round is the objects under its prefix, each created once; its state is which of them exist. All keys are made here.
 
 rounds/ID/round.json              the round, and where its result goes
 rounds/ID/updates/CLIENT.safetensors
 rounds/ID/receipts/CLIENT.json    one client's contribution
 rounds/ID/manifest.json           sealed: the contributions, frozen
 rounds/ID/plan.json               the plan, and the upload its parts go to
-rounds/ID/partials/…              sums that one function leaves for another, until the result is there
-rounds/ID/result.json             published: the last object, and the only one that says "done"
+rounds/ID/partials/…              partial sums that one function leaves for another, until the result is published
+rounds/ID/result.json             published: the last object, which alone means that the round is done
 results/ID.safetensors            the result, unless the round names another place: it outlives the round's other objects
 """
 
@@ -48,17 +48,17 @@ from gradsharding.stores.urls import exists, locate
 from gradsharding.usage import SHARED, Usage, together
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - what is made in it is its owner's alone
-"""Where files are memory, on Linux: partial sums may pass through it between the processes of one machine."""
+"""The directory whose files are memory, on Linux: processes of one machine can pass partial sums through it."""
 
 UNCHANGING = {FIRST, "manifest.json"}
-"""Records that are written once and never deleted while their round is in use."""
+"""Records that are never deleted while their round is in use."""
 
 _R = TypeVar("_R", bound=Record)
 
 
 @dataclass(frozen=True)
 class Round:
-    """A handle on one round in a store; all it keeps is what it has read or written of records that never change.
+    """A handle on one round in a store; it keeps only records that never change, once it has read or written them.
 
     >>> from gradsharding import MemoryStore
     >>> import numpy as np
@@ -74,18 +74,18 @@ class Round:
     _known: dict[str, Record] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Records that never change, by name."""
     _found: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
-    """Those that were there when this handle would have written them."""
+    """Names of the records that already existed when this handle was about to write them."""
 
     def __post_init__(self) -> None:
-        """Raise InvalidId for what may not become part of a key."""
+        """Raise InvalidId if the id may not become part of a key."""
         check_id(self.id)
 
     @classmethod
     def create(cls, store: ObjectStore, id: str, *, output: str | None = None) -> Self:  # noqa: A002
-        """Create a round, or find it if it was created alike; ``output`` is a reference, by default ``results/ID.safetensors``.
+        """Create a round, or find it if it was created the same way; ``output`` is a reference, by default ``results/ID.safetensors``.
 
-        Raise InvalidId, ObjectExists if the round is there and writes to another place, or StoreRefused if the store replaces what it is
-        asked to create.
+        Raise InvalidId, ObjectExists if the round exists and writes to another place, or StoreRefused if the store does not refuse to
+        create an object that exists.
         """
         round_ = cls(store, id)
         found = round_._create(FIRST, RoundRecord(id=id, output=output or round_.result_key()))
@@ -95,22 +95,22 @@ class Round:
         return round_
 
     def key(self, name: str) -> str:
-        """Key of one of the round's objects."""
+        """Return the key of one of the round's objects."""
         return f"rounds/{self.id}/{name}"
 
     def result_key(self) -> str:
-        """Key under which a result belongs: beside the rounds, which a store may clear away after some days."""
+        """Return the key of the result by default: outside the rounds, which a store may delete after some days."""
         return f"results/{self.id}.safetensors"
 
     def update_key(self, client: str) -> str:
-        """Key under which a client's update belongs."""
+        """Return the key of a client's update."""
         return self.key(f"updates/{check_id(client)}.safetensors")
 
     def submit(self, client: str, arrays: Mapping[str, "npt.NDArray[Any] | Raw"], weight: float) -> Receipt:
-        """Write a client's arrays as one object, and its receipt; the same again, after a crash say, changes nothing.
+        """Write a client's arrays as one object, and its receipt; the same call again, after a crash for example, changes nothing.
 
-        Raise InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient if the client gave another update, or UserError if the round is
-        sealed without the client.
+        Raise InvalidId, InvalidWeight, InvalidUpdate, DuplicateClient if the client has submitted another update, or UserError if the
+        round was sealed without the client.
         """
         key, weight = self.update_key(client), check_weight(weight, client)
         layout, data = encode(arrays)
@@ -126,9 +126,9 @@ class Round:
     def refer(self, client: str, source: str, weight: float, *, version: str | None = None, update: Update | None = None) -> Receipt:
         """Record an update that is already in a store. ``source`` is a reference; only its header is read.
 
-        ``update`` is what ``inspect`` said of it, where that is known. Raise ChangedObject if the object is not at
-        ``version``, DuplicateClient if the client gave another update, UserError if the round is sealed without the client, be it
-        meanwhile. The manifest decides: a seal that had listed the receipts, and not yet written it, is seen by who asks again only.
+        ``update`` is what ``inspect`` returned for it, if that is known. Raise ChangedObject if the object is not at ``version``,
+        DuplicateClient if the client has another update in the round, or UserError if the round was sealed without the client, even during
+        this call. The manifest decides: of a seal that has listed the receipts but not yet written it, only a later call can know.
         """
         check_id(client)
         weight = check_weight(weight, client)
@@ -139,7 +139,7 @@ class Round:
         return self._receive(client, source, weight, update)
 
     def _receive(self, client: str, source: str, weight: float, update: Update) -> Receipt:
-        """Record an update, and see that the round was not sealed meanwhile."""
+        """Record an update, and check that the round was not sealed without it meanwhile."""
         layout, base, stat = update
         receipt = Receipt(client=client, source=source, version=stat.version, base=base, weight=weight, layout=layout.digest)
         if self._create(f"receipts/{client}.json", receipt) != receipt:
@@ -148,12 +148,12 @@ class Round:
         return receipt
 
     def _require_not_left_out(self, client: str) -> None:
-        """Raise UserError if the round is sealed without the client, whatever receipt it has: the manifest decides."""
+        """Raise UserError if the round is sealed without the client: the manifest decides, not the receipt."""
         if (manifest := self.sealed()) and client not in {term.client for term in manifest.terms}:
             raise UserError(f"round {self.id} is sealed, and client {client} is not in it; submit to the next round")
 
     def receipts(self) -> list[Receipt]:
-        """All receipts, sorted by client."""
+        """Return all receipts, sorted by client."""
         keys = [key for key, _ in self.store.list(self.key("receipts/"))]
         found = (read_record(Receipt, data, self._place(key)) for key, data in self.store.fetch(keys))
         return sorted(found, key=lambda receipt: receipt.client)
@@ -161,13 +161,13 @@ class Round:
     def seal(self, *, leave_out: Iterable[str] = ()) -> Manifest:
         """Freeze the set of contributions; a sealed round stays as it is.
 
-        ``leave_out`` has the ids of clients that should not be in it. Raise TooFewClients if there is none, LayoutMismatch naming the
-        tensor that differs, InvalidWeight, or InvalidRecord naming a receipt that is none.
+        ``leave_out`` has the ids of clients to exclude. Raise TooFewClients if no contribution remains, LayoutMismatch naming the tensor
+        that differs, InvalidWeight, or InvalidRecord naming a receipt that cannot be read as one.
         """
         return self.sealed() or self._collect(check_ids(leave_out))
 
     def sealed_by(self) -> tuple[Manifest, dict[str, Usage]]:
-        """Seal; give the manifest, and what getting it and the round's own record takes, reckoned: not what was counted."""
+        """Seal; return the manifest, and the requests that getting it and the round's own record takes, as a plan reckons them."""
         home = self.store.charges
         itself = Usage() if FIRST in self._known else Usage(gets=1, bytes_read=RECORD + len(self.output))
         if "manifest.json" in self._known:
@@ -194,11 +194,11 @@ class Round:
         return self.freeze(Manifest(round=self.id, layout=layout, terms=tuple(terms)))
 
     def sealed(self) -> Manifest | None:
-        """The contributions, if the round is sealed."""
+        """Return the manifest; None unless the round is sealed."""
         return self._find("manifest.json", Manifest)
 
     def freeze(self, manifest: Manifest) -> Manifest:
-        """Record the contributions; those recorded first stay, and are given back.
+        """Record the contributions and return them; if the round is already sealed, return those it was sealed with.
 
         >>> from gradsharding import MemoryStore, Round
         >>> from gradsharding.planning.manifest import Contribution, Manifest
@@ -215,9 +215,9 @@ class Round:
     ) -> "Begun":
         """Record ``plan`` and begin its upload.
 
-        An upload under way for the same plan and treatment of NaN goes on; one for another plan (of fewer shards, say) is
-        given up, and its parts with it. ``published`` is what the round was found to have published, if that was looked for. Raise
-        ObjectExists, unless ``overwrite``, if something else is where the result belongs.
+        An upload in progress for the same plan and treatment of NaN continues; one for another plan, with fewer slices for example, is
+        abandoned with its parts. ``published`` is the answer of ``published()``, if it is known. Raise ObjectExists, unless ``overwrite``,
+        if another object has the result's key.
         """
         target, key = locate(self.output, self.store)
         found = self._find("plan.json", PlanRecord)
@@ -240,21 +240,21 @@ class Round:
         return Begun(kept, new=kept == upload, dropped=found.tasks if found else 0)
 
     def forget_plan(self) -> None:
-        """Drop a plan whose upload is gone."""
+        """Delete the record of a plan whose upload is gone."""
         self.store.delete([self.key("plan.json")])
 
     def partials(self, upload: str, *, shared_memory: bool = False) -> str:
-        """Reference below which the partial sums of an upload's plan lie: in the store, or in the memory of this machine."""
+        """Return the reference below which the partial sums of an upload's plan lie: in the store, or in this machine's memory."""
         name = hashlib.sha256(f"{self.store.url}\n{upload}".encode()).hexdigest()[:16]
         return f"{SHARED}://{SHARED_MEMORY}/gradsharding-{name}" if shared_memory else self.key(f"partials/{name}")
 
     def forget_partials(self, upload: str, keys: Sequence[str] | None = None) -> None:
-        """Delete the partial sums of an upload's plan, wherever they are: those under ``keys``, where it is known which they are."""
+        """Delete the partial sums of an upload's plan, in memory and in the store; ``keys`` names those in the store, if they are known."""
         shutil.rmtree(SHARED_MEMORY / self.partials(upload, shared_memory=True).rpartition("/")[2], ignore_errors=True)
         self.store.delete([key for key, _ in self.store.list(self.partials(upload) + "/")] if keys is None else keys)
 
     def abandon(self) -> None:
-        """Give up the plan under way, if there is one, and the parts written for it."""
+        """Abandon the plan in progress, if there is one, and the parts written for it."""
         if found := self._find("plan.json", PlanRecord):
             target, key = locate(self.output, self.store)
             target.abort(key, found.upload)
@@ -276,11 +276,11 @@ class Round:
         return self._create("result.json", record)
 
     def result(self) -> ResultRecord | None:
-        """The published result; None if there is none, or its object is gone, or was replaced or has another header since."""
+        """Return the published result; None if there is none, or its object is gone, was replaced or has another header."""
         return self.published().record
 
     def published(self) -> "Published":
-        """What the round has published, and whether that is gone: its version is looked at, and its header is read."""
+        """Return what the round has published, and whether it is gone: its version is checked, and its header is read."""
         if not (record := self._find("result.json", ResultRecord)):
             return Published(None)
         (target, key), header = locate(record.source, self.store), record.layout.header()
@@ -297,11 +297,11 @@ class Round:
 
     @property
     def found(self) -> frozenset[str]:
-        """Names of the records that this handle would have written, and that were there, from an earlier call say."""
+        """Names of the records that already existed when this handle was about to write them, from an earlier call for example."""
         return frozenset(self._found)
 
     def _create(self, name: str, value: _R) -> _R:
-        """Create a record; where there is one already, that one holds."""
+        """Create a record and return it; if there is one already, return that one."""
         key, data = self.key(name), value.model_dump_json().encode()
         try:
             self.store.put(key, [data])
@@ -325,7 +325,7 @@ class Round:
         return self._keep(name, read_record(kind, data, self._place(self.key(name))))
 
     def _place(self, key: str) -> str:
-        """Say where a record lies."""
+        """Return a phrase on where a record lies."""
         return f"{key!r} in {self.store.url}"
 
     def _keep(self, name: str, value: _R) -> _R:
@@ -335,19 +335,19 @@ class Round:
 
 
 def try_out(store: ObjectStore, id: str) -> None:  # noqa: A002
-    """See that a store can keep rounds, by one of this id of which nothing stays; raise StoreRefused as ``Round.create`` does."""
+    """Check that a store can keep rounds, by creating one of this id and deleting it; raise StoreRefused as ``Round.create`` does."""
     store.delete([Round.create(store, id).key(FIRST)])
 
 
 def _see_it_refuse(store: ObjectStore, key: str, data: bytes) -> None:
-    """Raise StoreRefused if the store replaces the object that was just created, on which all rests that a round decides; it is deleted."""
+    """Delete a new object and raise StoreRefused if the store replaces it when it is created again: a round relies on that it does not."""
     try:
-        store.put(key, [data, b"\n"])  # other bytes: the same might be taken for an answer that was lost
+        store.put(key, [data, b"\n"])  # other bytes: the same ones might look like a retry after a lost answer
     except ObjectExists:
         return
     store.delete([key])
     raise StoreRefused(
-        f"{store.url} replaces objects that it is asked to create (If-None-Match: *), so that what a round has decided could be lost; "
+        f"{store.url} replaces objects that it is asked to create (If-None-Match: *), so that a round's records could be lost; "
         "nothing was kept: use an S3 server that deploy/ENDPOINTS.md says to work",
         key=key,
     )
@@ -361,7 +361,7 @@ def _digest(data: Iterable[Buffer]) -> bytes:
 
 
 def check_ids(names: object) -> frozenset[str]:
-    """Give several ids back as a set; raise InvalidId, for a text too, whose letters nobody means."""
+    """Return several ids as a set; raise InvalidId, also for a text, whose letters nobody means as ids."""
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
         raise InvalidId(f"{quoted(names)} should be several ids; write ['ann', 'bob'], say")
     return frozenset(map(check_id, names))

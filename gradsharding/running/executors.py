@@ -1,4 +1,4 @@
-"""An executor runs tasks, somewhere, each as soon as its inputs are there. Tasks are idempotent, so it may try again."""
+"""An executor runs tasks, each as soon as its inputs exist. Tasks are idempotent, so that it may run them again."""
 
 import re
 import uuid
@@ -25,43 +25,43 @@ Progress = Callable[[TaskReport], None]
 """Called after each task, from one thread at a time."""
 
 Outcome = TaskReport | NonFinite
-"""What comes of a task that ends well, or that meets NaN: the others go on, so that all who sent some are found at once."""
+"""The report of a task, or the NaN that it met: the other tasks go on, so that all clients that sent NaN are found at once."""
 
 Submit = Callable[[Sequence[Task]], Iterable["Future[list[Outcome]]"]]
-"""Begins tasks that wait for nothing, in one batch or several."""
+"""Submits tasks whose inputs exist, in one batch or several."""
 
 SENT = 64 << 20
-"""Bytes that a pool is sent of a job, at most, as long as 64 batches of tasks are enough."""
+"""Bytes of a job that a pool is sent, at most, as long as 64 batches of tasks are enough."""
 
 
 class Executor(Protocol):
-    """Where tasks run. ``gradsharding.testing.ExecutorContract`` states it as tests."""
+    """Runs tasks. ``gradsharding.testing.ExecutorContract`` states it as tests."""
 
     def limits(self, limits: Limits | None) -> Limits:
-        """Narrow what is allowed to what its functions have; None allows all they have, or a default."""
+        """Return ``limits``, reduced to what the functions have; None allows all that they have, or a default."""
         ...
 
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
-        """Run all tasks, each once the partial sums that it reads are written, and give their reports in the order of ``tasks``.
+        """Run all tasks, each once the partial sums that it reads are written; return their reports in the order of ``tasks``.
 
-        ``tasks`` come stage by stage; partial sums of tasks that are not among them are there already. ``store`` is the job's. Raise what
-        a task raised, or TaskFailed; tasks not yet begun are then given up. Only after NonFinite all others run that can: it is raised at
-        the end, and names whatever client any of them has found.
+        ``tasks`` come stage by stage; partial sums of tasks that are not among them already exist. ``store`` is the job's. Raise what a
+        task raised, or TaskFailed; tasks that have not begun are then cancelled. After NonFinite all other tasks run whose inputs exist: it
+        is raised at the end, and names each client that any of them has found.
         """
         ...
 
 
 @runtime_checkable
 class Sharing(Protocol):
-    """An executor whose functions are taken out of what others use, too, such as those of an account."""
+    """An executor whose functions use a capacity that others share, such as an account's concurrency."""
 
     def taken(self, limits: Limits) -> str:
-        """Say how many functions at once a run within ``limits`` takes, and of how many."""
+        """Return a sentence on how many functions a run within ``limits`` uses at once, and of how many."""
         ...
 
 
 def taken(executor: Executor, limits: Limits) -> str | None:
-    """Say what a run within ``limits``, which the executor has given, takes away from others; None if it is nothing."""
+    """Return a sentence on the share of a capacity that a run within ``limits`` uses; None if nobody else uses that capacity."""
     return executor.taken(limits) if isinstance(executor, Sharing) else None
 
 
@@ -80,7 +80,7 @@ def suited(executor: Executor, plan: Plan, limits: Limits) -> Reading:
 
 
 class GivenLimits:
-    """Base of executors whose functions may use whatever they are allowed."""
+    """Base of executors whose functions have whatever they are allowed."""
 
     def limits(self, limits: Limits | None) -> Limits:
         return limits or Limits()
@@ -92,7 +92,7 @@ class InlineExecutor(GivenLimits):
     def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
         reports, bad = list[TaskReport](), list[NonFinite]()
         for task in tasks:
-            if bad and task.reads:  # what it reads may not have been written
+            if bad and task.reads:  # its inputs may not have been written
                 continue
             one = outcome(partial(worker.run, task, job, store, unmeasured="it ran in the calling process"))
             if isinstance(one, NonFinite):
@@ -176,11 +176,10 @@ def counted(name: str, rest: str) -> int | None:
 
 
 def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_up: Callable[[], None] = lambda: None) -> list[TaskReport]:
-    """Submit each task as soon as those whose partial sums it reads are done; give the reports in the order of ``tasks``.
+    """Submit each task as soon as the tasks whose partial sums it reads are done; return the reports in the order of ``tasks``.
 
-    What reads partial sums of a task that met NaN does not run; NonFinite is raised once all others have ended. At any other failure
-    ``give_up`` is called, what has not begun is cancelled, and what is under way is waited for: none may still write when this call
-    has ended.
+    Tasks that read partial sums of a task that met NaN do not run; NonFinite is raised once all others have ended. At any other failure
+    ``give_up`` is called, tasks that have not begun are cancelled, and running ones are waited for: none may still write after this call.
     """
     waiting, done = _Waiting(tasks), SimpleQueue[Future[list[Outcome]]]()
     under_way, reports, bad = set[Future[list[Outcome]]](), dict[str, TaskReport](), list[NonFinite]()
@@ -218,7 +217,7 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
 
 
 def _add_up(error: GradShardingError, ended: Iterable["Future[list[Outcome]]"], progress: Progress) -> None:
-    """Tell of the tasks that were under way at the first failure and ended well; add to it what the others asked of stores in vain."""
+    """Report the tasks that were running at the first failure and succeeded; add the usage of those that failed, too, to the error."""
     for future in ended:
         other = future.exception()
         if other is None:
@@ -244,11 +243,11 @@ class _Waiting:
                 self._readers[need].append(task)
 
     def ready(self) -> list[Task]:
-        """Give the tasks that wait for nothing."""
+        """Return the tasks that wait for no other."""
         return [task for task in self._tasks if not self._needs[task.id]]
 
     def after(self, done: str) -> list[Task]:
-        """Give the tasks that waited for this one alone."""
+        """Return the tasks that have waited for no other than ``done``."""
         found = []
         for reader in self._readers[done]:
             self._needs[reader.id].remove(done)
@@ -258,7 +257,7 @@ class _Waiting:
 
 
 def outcome(run: Callable[[], TaskReport]) -> Outcome:
-    """Run a task; NaN in it is an outcome, and no failure."""
+    """Run a task; NaN is an outcome, not a failure."""
     try:
         return run()
     except NonFinite as error:
@@ -283,5 +282,5 @@ def _run_some(tasks: Sequence[Task], shared: str, store: ObjectStore, run: str) 
 
 @lru_cache(maxsize=2)
 def _job(text: str) -> Job:
-    """Read a job, once in each process: it is the same for many tasks, and may name thousands of updates."""
+    """Parse a job, once in each process: many tasks share it, and it may name thousands of updates."""
     return Job.model_validate_json(text)
