@@ -17,8 +17,8 @@ from flwr.serverapp.strategy import FedAvg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradsharding.aws.s3.demands import EQUAL_PARTS
-from gradsharding.aws.s3.dialect import Dialect, dialect
+from gradsharding.aws.demands import EQUAL_PARTS
+from gradsharding.aws.dialect import Dialect, dialect
 from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import grant, readable, settle
 from gradsharding.aws.s3.store import S3Store
@@ -350,7 +350,7 @@ def test_equal_parts_without_sense(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_protects_bodies(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, aws: bool) -> None:
     """Each body carries its CRC-32 to AWS, and its MD5, which every server knows, elsewhere; so do deletions of many."""
     if aws:
-        monkeypatch.setattr("gradsharding.aws.s3.dialect._suffixes", lambda: (".127.0.0.1",))
+        monkeypatch.setattr("gradsharding.aws.dialect._suffixes", lambda: (".127.0.0.1",))
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")  # a client of its own
     before = len(moto.seen())
     upload = moto_store.begin("a")

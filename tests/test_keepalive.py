@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from gradsharding.aws import keepalive
 from gradsharding.aws.client import lambda_client
-from gradsharding.aws.functions import keepalive
 from gradsharding.aws.functions.executor import LambdaExecutor
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.planning.topologies import Sharded

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import urllib3
 
+from gradsharding.aws.demands import TRUST
 from gradsharding.aws.patience import ATTEMPTS
-from gradsharding.aws.s3.demands import TRUST
 from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import etag, grant, readable, settle, try_out, withdraw
 from gradsharding.aws.s3.store import S3Store

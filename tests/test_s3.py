@@ -517,7 +517,7 @@ def test_resumed(ceph_store: S3Store) -> None:
 
 def test_upload_of_an_earlier_release(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload on AWS that declares CRC-32C, as earlier releases began them, is given up, and the round begins another."""
-    monkeypatch.setattr("gradsharding.aws.s3.dialect._suffixes", lambda: (".127.0.0.1",))
+    monkeypatch.setattr("gradsharding.aws.dialect._suffixes", lambda: (".127.0.0.1",))
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "7")  # a client of its own
     begun, client = list[str](), moto_store.client
 

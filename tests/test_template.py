@@ -16,12 +16,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from gradsharding.aws.demands import demanded
 from gradsharding.aws.deploy.account import Account, Stack
 from gradsharding.aws.deploy.code import Code, code_of_template
 from gradsharding.aws.deploy.options import LOG_DAYS, OPTIONS, Chosen, chosen, deploy_options, require_consistent
 from gradsharding.aws.deploy.stack import TEMPLATES, Order, defaults, put_up, template
 from gradsharding.aws.deploy.template import filled
-from gradsharding.aws.s3.demands import demanded
 from gradsharding.errors import UserError
 from gradsharding.planning.platform import RUNTIMES
 from rigs.stack import as_account

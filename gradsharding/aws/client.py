@@ -18,10 +18,10 @@ from botocore.exceptions import ConnectionError as NotConnected
 from botocore.handlers import validate_bucket_name
 
 from gradsharding.aws import refusals
-from gradsharding.aws.functions.keepalive import keep_alive
+from gradsharding.aws.demands import meet_demands
+from gradsharding.aws.dialect import dialect
+from gradsharding.aws.keepalive import keep_alive
 from gradsharding.aws.patience import BUSY, FAILED, FAILURES, THROTTLES, Patience
-from gradsharding.aws.s3.demands import meet_demands
-from gradsharding.aws.s3.dialect import dialect
 from gradsharding.errors import GradShardingError
 from gradsharding.running.pace import take_turn
 from gradsharding.usage import count

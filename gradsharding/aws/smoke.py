@@ -13,11 +13,11 @@ from gradsharding.advice.billing import bill_of, prices_of
 from gradsharding.advice.cost import bill
 from gradsharding.advice.prices import load_prices
 from gradsharding.aws.client import lambda_client
+from gradsharding.aws.demands import expecting
 from gradsharding.aws.deploy.account import Account
 from gradsharding.aws.deploy.commands import _found, name_option
 from gradsharding.aws.deploy.drift import checked
 from gradsharding.aws.functions.executor import LambdaExecutor
-from gradsharding.aws.s3.demands import expecting
 from gradsharding.errors import GradShardingError, UserError
 from gradsharding.planning.topologies import Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate

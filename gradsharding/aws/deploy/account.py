@@ -14,8 +14,8 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.client import explained, prepare, s3_settings, session
+from gradsharding.aws.demands import demanded
 from gradsharding.aws.refusals import code_of
-from gradsharding.aws.s3.demands import demanded
 from gradsharding.errors import StackFailed, UserError
 
 if TYPE_CHECKING:

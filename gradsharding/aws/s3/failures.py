@@ -7,8 +7,8 @@ from typing import NamedTuple
 from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.client import explained
+from gradsharding.aws.demands import EQUAL_PARTS
 from gradsharding.aws.refusals import READS, code_of, scrubbed
-from gradsharding.aws.s3.demands import EQUAL_PARTS
 from gradsharding.errors import StoreRefused
 from gradsharding.stores.protocol import changed, missing, no_upload, taken
 

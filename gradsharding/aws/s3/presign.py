@@ -23,7 +23,7 @@ import botocore.session
 from botocore.auth import AUTH_TYPE_MAPS, S3SigV4QueryAuth
 
 from gradsharding.aws.client import Environment, environment, explaining, s3_client, seconds_in_all, seconds_left
-from gradsharding.aws.s3.demands import TRUST, demanded, headers_of
+from gradsharding.aws.demands import TRUST, demanded, headers_of
 from gradsharding.aws.s3.direct import attempt, with_headers
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.errors import InvalidUpdate, MissingObject, ObjectExists, StoreRefused

@@ -11,11 +11,11 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, cast
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
 from gradsharding.aws.client import PATIENCE_KEY, s3_client
+from gradsharding.aws.dialect import Dialect, dialect
 from gradsharding.aws.patience import ATTEMPTS, THROTTLES, Patience, pause
 from gradsharding.aws.refusals import code_of
 from gradsharding.aws.s3 import address
 from gradsharding.aws.s3.body import Body
-from gradsharding.aws.s3.dialect import Dialect, dialect
 from gradsharding.aws.s3.failures import REMEDY, Request, explaining, failure
 from gradsharding.aws.s3.ranged import Answer, Ask, first_of, stream
 from gradsharding.errors import InvalidId, MissingObject, StoreFailed, StoreRefused, UserError

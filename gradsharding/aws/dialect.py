@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import botocore.session
 
-from gradsharding.aws.s3.demands import EQUAL_PARTS
+from gradsharding.aws.demands import EQUAL_PARTS
 from gradsharding.errors import UserError
 
 R2 = ".r2.cloudflarestorage.com"
