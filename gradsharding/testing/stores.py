@@ -1,16 +1,18 @@
 """What every ObjectStore promises, stated as tests to inherit."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from gradsharding.errors import ChangedObject, IncompleteUpload, InvalidId, MissingObject, ObjectExists
-from gradsharding.stores.protocol import ObjectStore, Stat
+from gradsharding.stores.protocol import ObjectStore, Reach, Stat
 from gradsharding.stores.urls import open_store
 from gradsharding.usage import Usage, counting
 
@@ -437,6 +439,21 @@ class StoreContract:
 
         assert (b"abc", {1: 3}) == (read(again, "a"), store.parts("b", upload))
         assert (again.grain, again.reading, again.charges, again.url) == (store.grain, store.reading, store.charges, store.url)
+
+    def test_reach(self, store: ObjectStore) -> None:
+        """Another process opens the store by its URL and reads its objects, unless only this process reaches it: then it is refused."""
+        store.put("a", [b"abc"])
+        program = "import sys; from gradsharding import open_store; print(b''.join(map(bytes, open_store(sys.argv[1]).get('a', 0, 3))))"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", program, store.url]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+
+        assert store.reach in get_args(Reach)
+        if store.reach == "process":
+            assert ended.returncode == 1
+            assert "gradsharding.errors.UserError: " in ended.stderr
+        else:
+            assert (0, "b'abc'\n") == (ended.returncode, ended.stdout), ended.stderr
 
 
 def asked(store: ObjectStore, act: Callable[[], object]) -> Usage:
