@@ -65,7 +65,7 @@ def raising(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:  #
     raise OSError(f"node {node}: no space left")
 
 
-def client(how: Train = train, mods: Sequence[Mod] = (upload_mod,)) -> ClientApp:
+def client(answer: Train = train, mods: Sequence[Mod] = (upload_mod,)) -> ClientApp:
     """Make a ClientApp that trains, and that evaluates by adding its floats up."""
     app = ClientApp(mods=list(mods))
 
@@ -73,7 +73,7 @@ def client(how: Train = train, mods: Sequence[Mod] = (upload_mod,)) -> ClientApp
     def _train(message: Message, context: Context) -> Message:
         server_round = message.content.config_records["config"]["server-round"]
         assert isinstance(server_round, int)
-        return Message(how(context.node_id, server_round, message.content.array_records["arrays"]), reply_to=message)
+        return Message(answer(context.node_id, server_round, message.content.array_records["arrays"]), reply_to=message)
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:  # noqa: ARG001

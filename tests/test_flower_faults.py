@@ -110,10 +110,10 @@ FAULTS: dict[str, tuple[Train, list[str]]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_bad_client_is_left_out(fault: str, mode: Any, flower_log: pytest.LogCaptureFixture) -> None:
     """One client's fault is one line of the log that names it; the mean is that of the others, to the bit."""
-    how, words = FAULTS[fault]
+    answer, words = FAULTS[fault]
     mods = [upload_mod] if mode == "direct" else []
     strategy = sharding(MemoryStore(), mode=mode)
-    result = strategy.start(grid_of({BAD: client(how, mods)}, mods=mods), record(initial()), num_rounds=1)
+    result = strategy.start(grid_of({BAD: client(answer, mods)}, mods=mods), record(initial()), num_rounds=1)
     [line] = lines(flower_log)
     assert line.startswith(f"aggregate_train: node {BAD} is left out of round 1: ")
     assert [] == [word for word in words if word not in line]
@@ -302,12 +302,12 @@ def test_different_faults_at_once(flower_log: pytest.LogCaptureFixture) -> None:
     assert_same(averaged((3,), 1, initial()), state_of(result.arrays))
 
 
-@pytest.mark.parametrize("how", [raising, with_value("a", (0,), np.nan), with_weight(0)], ids=["error", "NaN", "weight"])
-def test_a_round_without_a_good_client_is_given_up(how: Train, flower_log: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fault", [raising, with_value("a", (0,), np.nan), with_weight(0)], ids=["error", "NaN", "weight"])
+def test_a_round_without_a_good_client_is_given_up(fault: Train, flower_log: pytest.LogCaptureFixture) -> None:
     """When no update is usable, one error line says so, the model stays, and the next round works."""
 
     def first_bad(node: int, server_round: int, arrays: ArrayRecord) -> RecordDict:
-        return (how if server_round == 1 else train)(node, server_round, arrays)
+        return (fault if server_round == 1 else train)(node, server_round, arrays)
 
     strategy = sharding(MemoryStore())
     seen = {}
@@ -391,7 +391,7 @@ def test_equally_common_layouts(flower_log: pytest.LogCaptureFixture) -> None:
 
 
 def test_no_training_is_no_failure(flower_log: pytest.LogCaptureFixture) -> None:
-    """A strategy that asks nobody to train is not told that it got no answer."""
+    """A strategy that asks nobody to train gets no warning that nobody answered."""
     result = sharding(MemoryStore(), FedAvg(fraction_train=0.0)).start(grid_of(), record(initial()), num_rounds=1)
     assert [] == lines(flower_log, "ERROR")
     assert_same(initial(), state_of(result.arrays))
@@ -453,7 +453,7 @@ def test_extreme_weight(flower_log: pytest.LogCaptureFixture, weight: float) -> 
 
 
 def test_set_up_that_cannot_work_ends_the_run() -> None:
-    """A store that the executor cannot share is said, instead of giving up each round."""
+    """A store that the executor cannot share is an error at once; no round is given up for it."""
     with pytest.raises(UserError, match="cannot be shared with worker processes"):
         sharding(MemoryStore(), executor="processes:1").start(grid_of(), record(initial()), num_rounds=2)
 

@@ -1,4 +1,4 @@
-"""LocalGrid behaves as a Flower grid does; the plug-in's grid counts what passes, and waits as long as it is told."""
+"""LocalGrid behaves as a Flower grid does; the plug-in's grid counts bytes, and waits until the timeout."""
 
 import time
 import weakref

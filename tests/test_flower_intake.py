@@ -122,9 +122,9 @@ def test_work_runs_side_by_side() -> None:
 
     def on_reply(asked: Message, reply: Message) -> Any:
         node = asked.metadata.dst_node_id
-        told = asking(node)[0]
+        follow_up = asking(node)[0]
         return Work(
-            work, lambda result: FollowUp(told, lambda again: Message(again.content, reply_to=asked)) if result() == "done" else reply
+            work, lambda result: FollowUp(follow_up, lambda again: Message(again.content, reply_to=asked)) if result() == "done" else reply
         )
 
     replies = list(WatchedGrid(Echo(range(1, 33)), on_reply).send_and_receive(asking(*range(1, 33)), timeout=60))

@@ -71,7 +71,7 @@ def assert_is_expected(model: Path) -> None:
 
 
 def run_python(arguments: list[str], home: Path) -> str:
-    """Run this interpreter; give what it printed, or fail with all it said."""
+    """Run this interpreter; return its output, or fail with all that it printed."""
     ended = subprocess.run(
         [sys.executable, *arguments], env={**os.environ, "FLWR_HOME": str(home)}, capture_output=True, text=True, timeout=600, check=False
     )
@@ -155,7 +155,7 @@ def test_flwr_run_on_a_deployment(tmp_path: Path) -> None:
 
 
 def test_a_failing_app_is_told_with_its_logs(tmp_path: Path) -> None:
-    """When ``flwr run`` refuses an app, the error carries what it said, and the SuperLink ends all the same."""
+    """When ``flwr run`` refuses an app, the error has its output, and the SuperLink ends all the same."""
     home = tmp_path / "home"
     with Loopback(home, nodes=0) as loopback, pytest.raises(RuntimeError, match=r"flwr run ended with [1-9]"):
         loopback.run(tmp_path / "no such app")
@@ -214,11 +214,11 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
         lines = [run.stdout.readline() for _ in range(3)]
         assert 1 == len([*(tmp_path / "tmp").glob("gradsharding-demo-*")])
         os.killpg(run.pid, signal.SIGINT)
-        said, complaint = run.communicate(timeout=120)
+        output, complaint = run.communicate(timeout=120)
 
     assert (130, "gradsharding: interrupted") == (run.returncode, complaint.strip())
     assert re.fullmatch(r"3 clients with [0-9, ]+ images; 100 rounds, 4 slices\n", lines[0])
-    for number, text in enumerate([*lines[1:], *said.splitlines()], start=1):
+    for number, text in enumerate([*lines[1:], *output.splitlines()], start=1):
         assert re.match(rf"gradsharding, round +{number}: accuracy 0\.\d{{4}}, \d+\.\d s, ", text)
     assert_ends(tmp_path / "home")
     assert [] == [*(tmp_path / "tmp").glob("gradsharding-*")]

@@ -55,12 +55,12 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Interfering(LocalGrid):
     """A LocalGrid in which something happens to the permits of one node."""
 
-    def __init__(self, node: int, what: str) -> None:
+    def __init__(self, node: int, mishap: str) -> None:
         super().__init__({node: client() for node in NODES})
-        self.node, self.what = node, what
+        self.node, self.mishap = node, mishap
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Interfere, and pass on."""
+        """Push messages, and let the mishap befall the permit."""
         pushed = [*messages]
         ids = [*super().push_messages(pushed)]
         for message_id, message in zip(ids, pushed, strict=True):
@@ -69,8 +69,8 @@ class Interfering(LocalGrid):
         return ids
 
     def interfere(self, message_id: str) -> None:
-        """Let it happen."""
-        match self.what:
+        """Let the mishap happen."""
+        match self.mishap:
             case "dies":
                 self.silent.add(self.node)
             case "twice":
@@ -100,10 +100,10 @@ def test_same_model(ceph_store: S3Store, spool: Path) -> None:
 
     first = averaged(NODES, 1, initial())
     assert_same(averaged(NODES, 2, first), state_of(result.arrays))
-    told = [content.config_records[ORDERS] for _, content in grid.sent]
-    assert 2 * 2 * len(NODES) + 2 * len(NODES) == len(told)  # training, permits and evaluation
-    assert not any("store" in one for one in told)
-    assert all(os.environ["AWS_SECRET_ACCESS_KEY"] not in str(one) for one in told)
+    orders = [content.config_records[ORDERS] for _, content in grid.sent]
+    assert 2 * 2 * len(NODES) + 2 * len(NODES) == len(orders)  # training, permits and evaluation
+    assert not any("store" in order for order in orders)
+    assert all(os.environ["AWS_SECRET_ACCESS_KEY"] not in str(order) for order in orders)
     assert [] == left_in(spool)
     assert 0o700 == spool.stat().st_mode & 0o777
     assert {*NODES} == {*strategy.history[-1].clients}
@@ -161,20 +161,21 @@ def test_several_pieces(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("what", "reason"),
+    ("mishap", "reason"),
     [
         ("dies", "it was permitted to write its update, and did not report in time that it has"),
         ("another spool", "nothing has arrived under .* bytes were offered and permitted"),
         ("changed spool", "it could not write its update: .*the update is not the one that was offered"),
     ],
 )
-def test_left_out(ceph_store: S3Store, spool: Path, monkeypatch: pytest.MonkeyPatch, what: str, reason: str) -> None:
+@pytest.mark.usefixtures("clock")  # the timeout is over once all other work is done
+def test_left_out(ceph_store: S3Store, spool: Path, monkeypatch: pytest.MonkeyPatch, mishap: str, reason: str) -> None:
     """A node whose update never arrives is left out of the round with the reason, and the others are averaged."""
     monkeypatch.setenv("SPOOL", str(spool))
     monkeypatch.setattr("gradsharding.aws.s3.presign.PIECE", 5 << 20)  # so that an upload is under way
-    state = {"w": np.zeros(3 << 20, np.float32)} if what == "dies" else initial()
+    state = {"w": np.zeros(3 << 20, np.float32)} if mishap == "dies" else initial()
     strategy = sharding(ceph_store)
-    result = strategy.start(Interfering(14, what), record(state), num_rounds=1, timeout=5)
+    result = strategy.start(Interfering(14, mishap), record(state), num_rounds=1, timeout=5)
 
     assert_same(averaged([node for node in NODES if node != 14], 1, state), state_of(result.arrays))
     (left,) = strategy.history[0].left_out.items()
@@ -202,7 +203,7 @@ def test_offer_too_large(ceph_store: S3Store) -> None:
 
 
 def test_offer_cut_otherwise(ceph_store: S3Store) -> None:
-    """Offers that are not cut as they were told are not permitted: S3 would refuse small pieces at the end, and many cost time."""
+    """Offers in pieces of another size than ordered are not permitted: S3 would refuse small ones at the end, and many cost time."""
     lender = Lender(ceph_store, 60)
     model = Reference(source="m", version="v", nbytes=100 << 20, names=("w",))
     piece = 64 << 20
@@ -268,8 +269,8 @@ def test_credentials_that_end(ceph_store: S3Store, monkeypatch: pytest.MonkeyPat
         ends_in(seconds)
         flower_log.clear()
         sharding(ceph_store).start(grid, record(initial()), num_rounds=0)
-        said = "expire in .* a round may take 3600 s, and URLs should be valid for 900 s: .* use credentials that last longer"
-        assert warned == len(re.findall(said, flower_log.text))
+        warning = "expire in .* a round may take 3600 s, and URLs should be valid for 900 s: .* use credentials that last longer"
+        assert warned == len(re.findall(warning, flower_log.text))
 
 
 @pytest.mark.usefixtures("emulator")
@@ -285,8 +286,8 @@ def test_on_lambda(ceph_store: S3Store, monkeypatch: pytest.MonkeyPatch, caplog:
     assert_same(averaged(NODES, 2, averaged(NODES, 1, initial())), state_of(result.arrays))
     assert {"200"} == {call.outcome for call in front.calls}
     assert 2 * 2 == len(front.calls)  # three slices, two functions, two rounds
-    [said] = [line for line in caplog.messages if line.startswith("Concurrency")]
-    assert said.startswith("Concurrency: 2 of 4 unreserved invocations at once; the rest is left to others")
+    [message] = [line for line in caplog.messages if line.startswith("Concurrency")]
+    assert message.startswith("Concurrency: 2 of 4 unreserved invocations at once; the rest is left to others")
 
 
 def test_nodes_with_rights_of_their_own(ceph_store: S3Store) -> None:

@@ -79,13 +79,13 @@ def test_errors_tell_no_version(private: Path, version: str) -> None:
     """A node's error for a model at another version, or for a file that is none, tells neither the version nor what is in the file."""
     store = DirectoryStore(private.parent)
     (private.parent / "shadow").write_bytes(b"root:secret")
-    told = []
+    messages = []
     for key in (private.name, "shadow", "missing"):
         with pytest.raises(ChangedObject) as caught:
             load_model(Reference(source=key, version=version, nbytes=4, names=("w",)), store, {})
-        told.append(caught.value.message.removeprefix(key))
-    assert 1 == len({*told})
-    assert store.head(private.name).version not in told[0]
+        messages.append(caught.value.message.removeprefix(key))
+    assert 1 == len({*messages})
+    assert store.head(private.name).version not in messages[0]
 
 
 def test_a_lent_url_leads_to_keys_only(private: Path) -> None:
