@@ -69,7 +69,7 @@ def test_board_of_many_rounds_fits_the_terminal(sliced: int, plain: int) -> None
 
 
 def test_board_without_block_letters() -> None:
-    """A terminal that has ASCII only gets the numbers, and no bars."""
+    """A terminal that shows ASCII only gets the numbers, and no bars."""
     there = console(80, encoding="ascii")
     there.print(board(contest(10, 3, 2), there))
 
@@ -127,7 +127,7 @@ def test_plot(tmp_path: Path, name: str, begins: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "remedy"), [("f.pdf", "end in .png or .svg"), ("none/f.png", "a directory that is there"), ("d.png", "name a file")]
+    ("path", "remedy"), [("f.pdf", "end in .png or .svg"), ("none/f.png", "an existing directory"), ("d.png", "name a file")]
 )
 def test_plot_is_refused_before_anything_runs(path: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure that could not be drawn or written is a mistake that the command names at once."""

@@ -1,17 +1,17 @@
-"""The demo is a contest of two runs of one federation: their rounds so far, and what goes on now."""
+"""A contest is two runs of one federation: the rounds of each so far."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
 class Trained(NamedTuple):
-    """A round of training that has ended."""
+    """A finished round of training."""
 
     accuracy: float
-    """Share of the test images that the model now names rightly."""
+    """Share of the test images that the new model classifies correctly."""
     seconds: float
     through_server: int
-    """Bytes of messages, to the clients and from them, counted where they pass the server."""
+    """Bytes of messages to and from the clients, counted where they pass through the server."""
     past_server: int
     """Bytes that clients read from the store and wrote to it, counted by the clients."""
 
@@ -25,12 +25,12 @@ class Run:
 
     @property
     def through_server(self) -> int:
-        """Bytes that have passed the server so far."""
+        """Bytes that have gone through the server so far."""
         return sum(trained.through_server for trained in self.rounds)
 
     @property
     def past_server(self) -> int:
-        """Bytes that have not passed the server so far."""
+        """Bytes that have gone past the server so far."""
         return sum(trained.past_server for trained in self.rounds)
 
 
@@ -45,7 +45,7 @@ class Contest:
 
     @property
     def doing(self) -> str:
-        """What goes on now."""
+        """The step in progress, for people."""
         if self.interrupted:
             return "interrupted; ending Flower's simulation engine, which takes some seconds"
         if not self.sliced.rounds:

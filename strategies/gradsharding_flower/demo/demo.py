@@ -79,7 +79,7 @@ def demo(rounds: int, clients: int, shards: int, seed: int, figure: Path | None)
 
 
 def quiet() -> None:
-    """Leave the terminal to the demo: Flower and Ray speak of problems only, and report to nobody."""
+    """Leave the terminal to the demo: Flower and Ray print errors only, and send no telemetry."""
     os.environ.update(FLWR_LOG_LEVEL="ERROR", FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
     for name in ("flwr", "ray._private.worker"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A small real federation to try things on: a CNN on scikit-learn's digits, its data unequal and not alike between clients."""
+"""A small real federation: a CNN on scikit-learn's digits, with unequal and unlike data on each client."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +17,7 @@ from gradsharding_flower.arrays import from_state_dict, to_state_dict
 Indices = npt.NDArray[np.int64]
 
 _TEST_SHARE = 5
-"""One image in this many is kept for testing."""
+"""One image of this number is kept for testing."""
 
 
 class Net(nn.Module):
@@ -46,8 +46,8 @@ class Net(nn.Module):
 @cache
 def images() -> tuple[torch.Tensor, torch.Tensor]:
     """All 1,797 images as float32 in 0..1, shape (n, 1, 8, 8), and their digits; part of scikit-learn, nothing is downloaded."""
-    found = load_digits()
-    return torch.from_numpy(found.images / 16).float().unsqueeze(1), torch.from_numpy(found.target)
+    digits = load_digits()
+    return torch.from_numpy(digits.images / 16).float().unsqueeze(1), torch.from_numpy(digits.target)
 
 
 def split(clients: int, seed: int) -> tuple[list[Indices], Indices]:
@@ -76,14 +76,14 @@ def initial_model(seed: int) -> Net:
 
 
 def accuracy(model: Net, indices: Indices) -> float:
-    """Share of the images at ``indices`` that the model names rightly."""
+    """Share of the images at ``indices`` that the model classifies correctly."""
     pixels, digits = images()
     with torch.no_grad():
         return float((model(pixels[indices]).argmax(1) == digits[indices]).float().mean())
 
 
 def train(model: Net, indices: Indices, *, epochs: int, seed: int) -> float:
-    """Train on the images at ``indices``; give the last mean loss. The same arguments give the same weights."""
+    """Train on the images at ``indices``; return the last batch's mean loss. The same arguments give the same weights."""
     pixels, digits = images()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -1,4 +1,4 @@
-"""The demo's figure: accuracy by round, and the bytes that passed the server until then, of both runs."""
+"""The demo's figure shows both runs: accuracy by round, and bytes through the server so far."""
 
 import os
 from importlib.util import find_spec
@@ -13,18 +13,18 @@ FORMATS = (".png", ".svg")
 
 
 def check(path: Path) -> None:
-    """Raise UserError, before anything runs, if no figure can be drawn or written there."""
+    """Raise UserError if no figure can be drawn or written at ``path``."""
     if path.suffix.lower() not in FORMATS:
-        raise UserError(f"{path} is no file for a figure; let its name end in {' or '.join(FORMATS)}")
+        raise UserError(f"{path} is not a figure's name; let it end in {' or '.join(FORMATS)}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written; name a file in a directory that is there and that you may write to")
+        raise UserError(f"{path} cannot be written; name a file in an existing directory that you may write to")
     if find_spec("matplotlib") is None:
         raise UserError("--plot needs matplotlib, which is not installed; run: pip install matplotlib")
 
 
 def draw(contest: Contest, path: Path) -> None:
     """Write the figure, as PNG or SVG by the ending of ``path``."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - a second, and wanted by --plot only
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second to import, and only --plot needs it
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     accuracy, traffic = figure.subplots(1, 2)

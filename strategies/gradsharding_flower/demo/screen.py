@@ -1,4 +1,4 @@
-"""Draws a contest as it is at the moment: a board in a terminal, a line for each round elsewhere."""
+"""A contest is drawn as it stands: as a board in a terminal, as a line for each round elsewhere."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from gradsharding_flower.demo.contest import Contest, Run
 
 BARS = "▁▂▃▄▅▆▇█"
 BESIDE_ROWS = 11
-"""Lines of the board beside the rows of its table."""
+"""Lines of the board besides the rows of its table."""
 
 
 def line(contest: Contest, run: Run) -> str:
-    """Say in one line how the last round of ``run`` went."""
+    """Describe the last round of ``run`` in one line."""
     number, last = len(run.rounds), run.rounds[-1]
     past = f", {decimal(run.past_server)} past it so far" if run is contest.sliced else ""
     return (
@@ -34,7 +34,7 @@ def board(contest: Contest, console: Console, *, most_rows: int | None = None) -
 
 
 def totals(contest: Contest) -> str:
-    """Say in one line how many bytes have passed the server, and how many have not."""
+    """Count in one line the bytes that went through the server, and those that went past it."""
     sliced, plain = contest.sliced, contest.plain
     return (
         f"{sliced.name}: {decimal(sliced.past_server)} past the server, {decimal(sliced.through_server)} through it; "
@@ -67,7 +67,7 @@ def decimal(nbytes: int) -> str:
 
 @contextmanager
 def shown(contest: Contest, console: Console) -> Iterator[None]:
-    """Show the contest while it goes on, in a terminal only; at the end, or when it is interrupted, all its rounds remain."""
+    """Show the contest while it goes on, if the console is a terminal; all finished rounds remain on it, also after an interruption."""
     if not is_live(console):
         yield
         return
@@ -86,7 +86,7 @@ def shown(contest: Contest, console: Console) -> Iterator[None]:
 
 
 def is_live(console: Console) -> bool:
-    """Whether the console can draw over what it has drawn."""
+    """Whether the console can redraw its last lines."""
     return console.is_terminal and not console.is_dumb_terminal
 
 

@@ -1,4 +1,4 @@
-"""Strategies train the same federation one after another, in one run of Flower's simulation engine; who interrupts it ends all of it."""
+"""Strategies train the same federation one after another, in one run of Flower's simulation engine; an interruption ends all of it."""
 
 import contextlib
 import logging
@@ -19,7 +19,7 @@ from gradsharding_flower.demo.federation import Indices, Net, accuracy, client_a
 from gradsharding_flower.grid import Traffic, WatchedGrid
 
 OnRound = Callable[[Strategy, Trained], None]
-"""Is called in another thread after each round."""
+"""Is called after each round, in another thread."""
 
 
 def simulate(
@@ -47,18 +47,18 @@ def simulate(
                 look = _Look(strategy, split(clients, seed)[1], watched.traffic, on_round)
                 strategy.start(watched, start, num_rounds=rounds, evaluate_fn=look)
 
-    # Ray crashes when an exception takes this thread out of its calls: it runs in another, and ends in its own way.
+    # Ray can crash if an exception interrupts one of its calls: it runs in another thread, and ends in order.
     with ThreadPoolExecutor(1) as pool:
         engine = pool.submit(run_simulation, server, client, clients)
         try:
             engine.result()
         except (KeyboardInterrupt, SystemExit):
             on_interrupt()
-            logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # what is stopped complains
+            logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # a stopped round logs errors
             raise
         finally:
             stop.set()
-            with training:  # it has stopped, or it will not begin
+            with training:  # it has ended, or will not begin
                 pass
 
 
