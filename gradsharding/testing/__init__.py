@@ -1,6 +1,6 @@
-"""What a store, an executor and a rule promise, stated as tests; stores that count, fail and dawdle; the mean by plain numpy.
+"""The contracts of stores, executors and rules, as tests to inherit; stores that count, fail and delay; the mean by plain numpy.
 
-A contract is a class for pytest: inherit it, supply its fixture and hooks, and each of its promises is tested.
+A contract is a class for pytest. Inherit it and supply its fixture and hooks; pytest then tests each promise.
 """
 
 from gradsharding.testing.executors import ExecutorContract, ProcessContract, Started, peak

@@ -1,4 +1,4 @@
-"""What every Executor promises, stated as tests to inherit."""
+"""The contract of an Executor, as tests to inherit."""
 
 import os
 import signal
@@ -27,45 +27,45 @@ from gradsharding.testing.stores import read
 
 
 def peak(seen: TaskReport | Result) -> int:
-    """Give the peak memory of a task, or of a result's largest one, in bytes; it must have been measured."""
+    """Return the peak memory of a task, or of the largest task of a result, in bytes; it must have been measured."""
     assert seen.peak_memory is not None, seen.unmeasured
     return seen.peak_memory
 
 
 def puts(task: Task, store: ObjectStore) -> int:
-    """Requests of the class of PUT that a task should take."""
+    """Return the number of PUT-class requests that a task should make."""
     charges = store.charges
     return (charges.put_parts([(task.offset, task.nbytes)]) if task.part else charges.put(task.bytes_written)).puts
 
 
 class ExecutorContract:
-    """What every Executor promises. Supply the fixture ``executor``; the store is a directory unless ``store`` says otherwise."""
+    """What every Executor promises. Supply the fixture ``executor``; override ``store`` if the workers cannot open a directory."""
 
     shares_memory: ClassVar = False
-    """Whether its tasks see a MemoryStore of this process."""
+    """Whether its tasks can use a MemoryStore of this process."""
 
     waits: ClassVar = True
-    """Whether a run that fails ends only once nothing is written any more. False for pools that cancel the futures of running tasks."""
+    """Whether a failed run waits for the tasks under way. False for pools that cancel the futures of tasks that still run."""
 
     @pytest.fixture
     def executor(self) -> Executor:
-        """Give an executor."""
+        """Return an executor."""
         raise NotImplementedError
 
     @pytest.fixture
     def store(self, tmp_path: Path) -> ObjectStore:
-        """Give an empty store that the executor's workers can open."""
+        """Return an empty store that the executor's workers can open."""
         return DirectoryStore(tmp_path)
 
     def left_by(self, started: "Started") -> set[str]:
-        """Give the ids of the tasks whose output a failed run has left; see that nothing is added to it."""
+        """Return the ids of the tasks whose output a failed run has left; assert that no more are added."""
         left = started.written()
         time.sleep(0.05)
         assert left == started.written() or not self.waits
         return left
 
     def test_reports(self, executor: Executor, store: ObjectStore) -> None:
-        """Reports come in the order of the tasks, each is told once, and the parts make the mean."""
+        """Reports are returned in the order of the tasks, progress gets each once, and the parts make the mean."""
         updates, told = sample_updates(), list[TaskReport]()
         started = Started.of(store, updates)
         reports = started.run(executor, told.append)
@@ -80,7 +80,7 @@ class ExecutorContract:
         assert_same(reference_mean(updates), started.complete())
 
     def test_no_tasks(self, executor: Executor, store: ObjectStore) -> None:
-        """Nothing to do is done at once."""
+        """A run of no tasks returns no reports."""
         started = Started.of(store, sample_updates())
 
         assert [] == executor.run([], started.job, store, Limits(), lambda _: None)
@@ -98,7 +98,7 @@ class ExecutorContract:
 
     @pytest.mark.parametrize("make", [LambdaFLTree(), LIFLTree(), ShardedTree(shards=3)], ids=["lambda-fl", "lifl", "sharded-tree"])
     def test_tree(self, executor: Executor, store: ObjectStore, make: Topology) -> None:
-        """A task that reads partial sums runs once they are written; reports come in the order of the tasks all the same."""
+        """A task that reads partial sums runs after they are written; reports are still in the order of the tasks."""
         updates = sample_updates(5)
         started = Started.of(store, updates, make=make)
         reports = started.run(executor)
@@ -114,7 +114,7 @@ class ExecutorContract:
 
     @pytest.mark.parametrize("make", [Sharded(), LambdaFLTree(), ShardedTree()], ids=["sharded", "lambda-fl", "sharded-tree"])
     def test_exact(self, executor: Executor, store: ObjectStore, make: Topology) -> None:
-        """Exact sums, and partial sums of the size that their values need, make the bits that one function makes in this process."""
+        """Exact sums, in any topology, make the bits that one function makes in this process."""
         updates = _without_float64(sample_updates(5))
         started = Started.of(store, updates, make=make, rule=ExactMean())
         one = Started.of(MemoryStore(), updates, make=Flat(), rule=ExactMean())
@@ -127,7 +127,7 @@ class ExecutorContract:
             assert 0 < report.bytes_written <= task.bytes_written
 
     def test_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
-        """A task that meets NaN raises NonFinite here, with the client and the byte."""
+        """A task that finds NaN makes the run raise NonFinite, with the client and the byte."""
         bad = {"a": [1, 2, 3], "b": [1, np.nan, 3]}
         started = Started.of(store, {client: ({"w": np.array(values, "f4")}, 1) for client, values in bad.items()}, shards=3)
 
@@ -136,7 +136,7 @@ class ExecutorContract:
         assert {"found": [["b", 4]], "overflowing": [], "tasks": ["sharded/1"]} == caught.value.details
 
     def test_all_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
-        """NaN does not end the run: the others run on, and one NonFinite names all clients that hold some, whichever slices they are in."""
+        """NaN does not stop the other tasks: they end, and one NonFinite names all clients that sent NaN, in whichever slice."""
         updates: Updates = {f"c{i}": ({"w": np.array([np.nan if i == j else j for j in range(8)], "f4")}, 1) for i in range(6)}
         started, told = Started.of(store, updates, shards=8), list[TaskReport]()
 
@@ -147,7 +147,7 @@ class ExecutorContract:
         assert [1, 8, 9] == sorted(store.parts(started.job.output, started.job.upload))
 
     def test_overflow(self, executor: Executor, store: ObjectStore) -> None:
-        """Finite values whose sum is not are told from NaN, and the clients whose values are too large are named."""
+        """Finite values with an infinite sum are distinguished from NaN, and the clients with the large values are named."""
         updates: Updates = {c: ({"w": np.array([1.0, large])}, 100) for c, large in (("a", 2.0), ("b", 1.7e308), ("c", 3.0))}
         started = Started.of(store, updates, shards=2)
 
@@ -190,7 +190,7 @@ class ExecutorContract:
 
     @pytest.mark.parametrize(("replace", "kind"), [(False, MissingObject), (True, ChangedObject)])
     def test_input_gone(self, executor: Executor, store: ObjectStore, replace: bool, kind: type[GradShardingError]) -> None:  # noqa: FBT001
-        """A task whose input is gone, or was replaced, raises MissingObject or ChangedObject here, and names the client."""
+        """A missing input makes the run raise MissingObject, a replaced one ChangedObject; the error names the client."""
         started = Started.of(store, sample_updates())
         key = started.round.update_key("client-1")
         data = read(store, key)
@@ -203,7 +203,7 @@ class ExecutorContract:
         assert "client-1" == caught.value.details["client"]
 
     def test_memory_store(self, executor: Executor) -> None:
-        """A store in this process's memory is used where it can be, and refused with a sentence where it cannot."""
+        """A MemoryStore is used by an executor that can share it, and refused by one that cannot, with the remedy."""
         updates = sample_updates()
         started = Started.of(MemoryStore(), updates)
 
@@ -216,13 +216,13 @@ class ExecutorContract:
 
 
 class ProcessContract(ExecutorContract):
-    """What an Executor promises besides whose tasks run in other processes of this machine."""
+    """What an Executor promises, too, if its tasks run in other processes of this machine."""
 
     replaces: ClassVar = True
     """Whether a process that dies is replaced; if not, the run ends with TaskFailed."""
 
     def test_idle_worker_dies(self, executor: Executor, store: ObjectStore) -> None:
-        """A process that dies after its task is replaced, or the run ends with TaskFailed; either way the next run makes the mean."""
+        """If a process dies after its task, it is replaced or the run raises TaskFailed; the next run makes the mean."""
         updates = _without_float64(sample_updates(5))
         started, killed = Started.of(store, updates, make=LambdaFLTree()), set[str]()
 
@@ -247,7 +247,7 @@ def _without_float64(updates: Updates) -> Updates:
 
 
 class Started(NamedTuple):
-    """A sealed round whose upload has begun: what an executor needs."""
+    """A sealed round with a plan and an upload: what an executor needs."""
 
     round: Round
     plan: Plan
@@ -264,7 +264,7 @@ class Started(NamedTuple):
         make: Topology | None = None,
         rule: Rule = MEAN,
     ) -> Self:
-        """Submit, seal, plan and begin."""
+        """Submit updates, seal the round, plan it and begin its upload."""
         round_ = Round.create(store, name)
         for client, (arrays, weight) in updates.items():
             round_.submit(client, arrays, weight)
@@ -280,12 +280,12 @@ class Started(NamedTuple):
         return executor.run(self.plan.tasks, self.job, self.round.store, Limits(), progress)
 
     def written(self) -> set[str]:
-        """Give the ids of the tasks whose output is in the store."""
+        """Return the ids of the tasks whose output is in the store."""
         parts = self.round.store.parts(self.job.output, self.job.upload)
         partials = {key for key, _ in self.round.store.list(f"{self.job.partials}/")}
         return {task.id for task in self.plan.tasks if task.part in parts or self.job.partial(task.id) in partials}
 
     def complete(self) -> dict[str, Array]:
-        """Publish the result and read it."""
+        """Publish the result; return its arrays."""
         self.round.store.complete(self.job.output, self.job.upload, self.plan.parts)
         return load(self.job.output, self.round.store)

@@ -1,4 +1,4 @@
-"""The mean by plain numpy, and updates to try it on. Nothing here is shared with the engine's arithmetic."""
+"""The weighted mean by plain numpy, and sample updates. It shares no arithmetic with the engine."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -12,14 +12,14 @@ from gradsharding.format.encode import Raw
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array | Raw]
 Updates = Mapping[str, tuple[Mapping[str, Array | Raw], float]]
-"""Of each client: its arrays, and its weight."""
+"""Arrays and weight of each client."""
 
 _FLOATS = {"F32": (24, -126), "F16": (11, -14), "BF16": (8, -126)}
-"""Of a float narrower than float64: bits of the significand, and the smallest exponent (IEEE 754; bfloat16 alike)."""
+"""Bits of the significand and smallest exponent of each float narrower than float64 (IEEE 754; bfloat16 alike)."""
 
 
 def reference_mean(updates: Updates) -> dict[str, Array]:
-    """Average updates, weighted, the plain way: each tensor whole, clients in the order of their ids.
+    """Compute the weighted mean, each tensor whole, clients in the order of their ids.
 
     Floats are summed in float64 and rounded once; integers and bools are averaged exactly, ties to even. BF16, given
     as Raw, comes back as the equal float32.
@@ -30,7 +30,7 @@ def reference_mean(updates: Updates) -> dict[str, Array]:
 
 
 def sample_updates(clients: int = 3, *, size: int = 7, seed: int = 0) -> dict[str, tuple[Arrays, int]]:
-    """Draw updates with ``size`` elements of every dtype, a tensor of no dimension and two of no elements; weights 1, 2, 3 and on."""
+    """Draw updates with ``size`` elements of every dtype, a scalar tensor and two empty ones; the weights count up from 1."""
     draw = np.random.default_rng(seed)
 
     def update() -> Arrays:
@@ -73,7 +73,7 @@ def _mean_of_integers(arrays: Sequence[Array], weights: Sequence[float]) -> Arra
 
 
 def _round(values: Array, bits: int, least: int) -> Array:
-    """Round float64 to ``bits`` of significand, ties to even, in units no finer than the subnormals have."""
+    """Round float64 to ``bits`` of significand, ties to even, and to multiples of the smallest subnormal."""
     exponent = np.maximum(np.frexp(values)[1] - 1, least)
     return np.asarray(np.ldexp(np.rint(np.ldexp(values, bits - 1 - exponent)), exponent - bits + 1))
 
@@ -84,7 +84,7 @@ def round_float(values: Array, dtype: str) -> Array:
 
 
 def assert_same(expected: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
-    """Compare arrays by name, dtype, shape and every bit."""
+    """Assert that arrays have equal names, dtypes, shapes and bits."""
     assert expected.keys() == actual.keys()
     for name, array in expected.items():
         assert (name, array.dtype, array.shape) == (name, actual[name].dtype, actual[name].shape)

@@ -1,4 +1,4 @@
-"""What every ObjectStore promises, stated as tests to inherit."""
+"""The contract of an ObjectStore, as tests to inherit."""
 
 import os
 import subprocess
@@ -18,24 +18,24 @@ from gradsharding.usage import Usage, counting
 
 
 class StoreContract:
-    """What every ObjectStore promises. Supply the fixture ``store``, empty, and the two hooks."""
+    """What every ObjectStore promises. Supply the fixture ``store``, which is empty, and two hooks."""
 
     def raw_get(self, store: Any, key: str) -> bytes:
-        """Read an object past the store's own methods."""
+        """Read an object without using the store's methods."""
         raise NotImplementedError
 
     def raw_put(self, store: Any, key: str, data: bytes) -> None:
-        """Write an object, or replace it, past the store's own methods."""
+        """Write or replace an object without using the store's methods."""
         raise NotImplementedError
 
     @pytest.fixture
     def store(self) -> ObjectStore:
-        """Give an empty store."""
+        """Return an empty store."""
         raise NotImplementedError
 
     @pytest.mark.parametrize("key", ["a", "a/b/c", "ä ö/100%+1?#&=", "a.b/..c", "%2e%2e/x"])
     def test_put(self, store: ObjectStore, key: str) -> None:
-        """Put joins its buffers into one object, of the size and version that head and list tell."""
+        """Put joins its buffers into one object, whose size and version head and list report, too."""
         stat = store.put(key, [b"ab", bytearray(b"cd"), memoryview(b"ef")])
 
         assert b"abcdef" == self.raw_get(store, key)
@@ -49,7 +49,7 @@ class StoreContract:
         assert (b"", b"") == (self.raw_get(store, "a"), read(store, "a"))
 
     def test_put_creates(self, store: ObjectStore) -> None:
-        """A second put of a key raises ObjectExists and changes nothing."""
+        """A second put to the same key raises ObjectExists and changes nothing."""
         stat = store.put("a", [b"first"])
 
         with pytest.raises(ObjectExists, match="'a'"):
@@ -57,7 +57,7 @@ class StoreContract:
         assert (b"first", stat) == (self.raw_get(store, "a"), store.head("a"))
 
     def test_put_at_once(self, store: ObjectStore) -> None:
-        """Of many that put one key at once, exactly one wins, and its bytes stay."""
+        """When several threads put the same key at once, exactly one succeeds, and its bytes stay."""
         barrier = threading.Barrier(8)
 
         def put(i: int) -> int | None:
@@ -74,13 +74,13 @@ class StoreContract:
 
     @pytest.mark.parametrize(("start", "stop"), [(0, 10), (3, 7), (0, 1), (9, 10), (8, 99), (10, 20), (50, 60), (4, 4)])
     def test_get_range(self, store: ObjectStore, start: int, stop: int) -> None:
-        """Get gives bytes start to stop, and none beyond the end."""
+        """Get returns the bytes from start to stop, and none beyond the end."""
         self.raw_put(store, "a", b"0123456789")
 
         assert b"0123456789"[start:stop] == read(store, "a", start, stop)
 
     def test_get_large(self, store: ObjectStore) -> None:
-        """A long read may come in several buffers, which join to the object."""
+        """A long read may return several buffers; joined, they are the object."""
         data = bytes(range(256)) * 20_001
         self.raw_put(store, "a", data)
 
@@ -89,14 +89,14 @@ class StoreContract:
 
     @pytest.mark.parametrize(("size", "nbytes"), [(10, 4), (10, 10), (10, 1_000), (0, 4), (3_000_000, 1_000_000)])
     def test_peek(self, store: ObjectStore, size: int, nbytes: int) -> None:
-        """Peek gives an object's stat and its first bytes, or all of a smaller one."""
+        """Peek returns an object's stat and its first bytes, or all bytes of a smaller object."""
         data = os.urandom(size)
         self.raw_put(store, "a", data)
 
         assert (store.head("a"), data[:nbytes]) == store.peek("a", nbytes)
 
     def test_counts(self, store: ObjectStore) -> None:
-        """Each verb counts its requests and bytes where they are made."""
+        """Each verb counts the requests and bytes that it makes."""
         charges, upload = store.charges, store.begin("b")
 
         assert Usage(puts=1, bytes_written=6) == asked(store, lambda: store.put("a/1", [b"abc", b"def"]))
@@ -114,7 +114,7 @@ class StoreContract:
     @pytest.mark.parametrize("overwrite", [False, True])
     @pytest.mark.parametrize("sizes", [(300,), (300, 7_000_000), (300, 7_000_000, 6_500_000, 6_500_001), (300, *[1_000_000] * 7)], ids=str)
     def test_charges(self, store: ObjectStore, sizes: tuple[int, ...], overwrite: bool) -> None:  # noqa: FBT001
-        """Publishing parts takes the requests and bytes that the store's charges say; one GET fewer, where it tells the version itself."""
+        """Publishing parts takes the requests and bytes in the store's charges, or one GET less if complete returns the version."""
         upload, parts = store.begin("b"), dict(enumerate(sizes, 1))
         places = [(sum(sizes[:i]), size) for i, size in enumerate(sizes)]
 
@@ -129,7 +129,7 @@ class StoreContract:
         assert projected == counted.model_copy(update={"gets": projected.gets, "deletes": 0})
 
     def test_counts_stay_apart(self, store: ObjectStore) -> None:
-        """Pieces of work that go on at once are counted each by itself, and so is one inside another."""
+        """Threads that count at once count separately, and so does a count inside another."""
 
         def work(count: int) -> int:
             with counting() as ledger:
@@ -144,7 +144,7 @@ class StoreContract:
             assert [3, 1, 4, 15] == [*pool.map(work, [3, 1, 4, 15])]
 
     def test_versions(self, store: ObjectStore) -> None:
-        """A replaced object has another version, and a read of the old one raises ChangedObject."""
+        """A replaced object has a new version; reading the old one raises ChangedObject."""
         self.raw_put(store, "a", b"old")
         old = store.head("a").version
         assert b"old" == read(store, "a", version=old)
@@ -156,7 +156,7 @@ class StoreContract:
             read(store, "a", 0, 3, old)
 
     def test_replaced_while_read(self, store: ObjectStore) -> None:
-        """A read of a pinned version never mixes two versions: it gives the old bytes, or raises ChangedObject."""
+        """A read of a pinned version never mixes two versions: it returns the old bytes or raises ChangedObject."""
         self.raw_put(store, "a", b"o" * 3_000_000)
         chunks = store.get("a", 0, 3_000_000, version=store.head("a").version)
         seen = bytes(next(chunks))
@@ -170,7 +170,7 @@ class StoreContract:
             assert b"o" * 3_000_000 == seen
 
     def test_list(self, store: ObjectStore) -> None:
-        """List gives the keys that begin with a prefix, as text, sorted, and nothing where there are none."""
+        """List returns the keys that begin with a prefix, compared as text, in order; none if no key does."""
         for key in ("b", "a/2", "a0", "a/1/x", "a-1"):
             self.raw_put(store, key, b"")
 
@@ -179,7 +179,7 @@ class StoreContract:
             assert expected == [key for key, _ in store.list(prefix)]
 
     def test_delete(self, store: ObjectStore) -> None:
-        """Delete removes objects and passes over keys that are none: a missing one, one above an object, one below."""
+        """Delete removes objects and ignores keys of no object: a missing one, a parent of an object, a child of one."""
         for key in ("a", "b/c", "d", "e/f"):
             self.raw_put(store, key, b"")
         store.delete(["a", "missing", "b/c", "b/missing", "e", "d/g"])
@@ -187,7 +187,7 @@ class StoreContract:
         assert ["d", "e/f"] == [key for key, _ in store.list("")]
 
     def test_missing(self, store: ObjectStore) -> None:
-        """Whatever asks for an object or an upload that is not there raises MissingObject; abort has nothing to do."""
+        """Every verb raises MissingObject for an object or upload that does not exist, except abort, which does nothing."""
         self.raw_put(store, "b/c", b"")
         upload = store.begin("a")
         store.abort("a", upload)
@@ -212,7 +212,7 @@ class StoreContract:
 
     @pytest.mark.parametrize("key", ["", "/x", "../x", "a/../b", "a//b", "a/", "./a", ".gradsharding/x", "a\0b", "a\\b"])
     def test_bad_keys(self, store: ObjectStore, key: str) -> None:
-        """What is not a plain relative path raises InvalidId, whatever is asked."""
+        """Every verb raises InvalidId for a key that is not a plain relative path."""
         for ask in (
             lambda: store.head(key),
             lambda: read(store, key),
@@ -224,7 +224,7 @@ class StoreContract:
                 ask()
 
     def test_fetch(self, store: ObjectStore) -> None:
-        """Fetch reads many whole objects, in the order they are named."""
+        """Fetch reads whole objects in the order of the given keys."""
         objects = {f"{i % 7}/{i}": b"%d" % i * i for i in range(40)}
         for key, data in objects.items():
             self.raw_put(store, key, data)
@@ -233,7 +233,7 @@ class StoreContract:
         assert [] == list(store.fetch([]))
 
     def test_parts(self, store: ObjectStore) -> None:
-        """Parts come in any order and again; they are told with their bytes, and complete publishes them at once."""
+        """Parts may be written in any order, and again; parts reports their sizes, and complete publishes them as one object."""
         upload, other = store.begin("a"), store.begin("a")
         store.put_part("a", upload, 3, 5, memoryview(b"fghi"))
         store.put_part("a", upload, 1, 0, b"xxx")
@@ -263,7 +263,7 @@ class StoreContract:
     def test_incomplete(
         self, store: ObjectStore, sizes: dict[int, int], problem: str, mend: tuple[int, int, bytes], expected: bytes
     ) -> None:
-        """Complete raises IncompleteUpload for a part that is missing or of another length, and publishes nothing until it is mended."""
+        """Complete raises IncompleteUpload if a part is missing or has another size; it publishes once the part is there."""
         upload = store.begin("a")
         store.put_part("a", upload, 1, 0, b"abc")
         store.put_part("a", upload, 3, sum(size for number, size in sizes.items() if number < 3), b"fg")
@@ -277,7 +277,7 @@ class StoreContract:
         assert expected == self.raw_get(store, "a")
 
     def test_part_too_many(self, store: ObjectStore) -> None:
-        """Complete raises IncompleteUpload for a part that is not due."""
+        """Complete raises IncompleteUpload for a part that the object should not have."""
         upload = store.begin("a")
         store.put_part("a", upload, 1, 0, b"abc")
         store.put_part("a", upload, 2, 3, b"de")
@@ -286,7 +286,7 @@ class StoreContract:
             store.complete("a", upload, {1: 3})
 
     def test_large_parts(self, store: ObjectStore) -> None:
-        """Parts of any size, small ones before large ones and after, make one object."""
+        """Parts of any size, in any sequence of small and large ones, make one object."""
         sizes = [300, 7_000_000, 0, 6_500_000, 6_500_001, 5_400_000, 10]
         data, upload = [os.urandom(size) for size in sizes], store.begin("a")
         for number, part in enumerate(data, 1):
@@ -297,7 +297,7 @@ class StoreContract:
         assert b"".join(data) == self.raw_get(store, "a")
 
     def test_complete_creates(self, store: ObjectStore) -> None:
-        """Complete raises ObjectExists over an object, which stays, and replaces it when told to."""
+        """Complete raises ObjectExists where an object is, and leaves it; with ``overwrite`` it replaces the object."""
         self.raw_put(store, "a", b"old")
         old, upload = store.head("a"), store.begin("a")
         store.put_part("a", upload, 1, 0, b"new")
@@ -310,7 +310,7 @@ class StoreContract:
         assert b"new" == self.raw_get(store, "a")
 
     def test_late_part(self, store: ObjectStore) -> None:
-        """A part that comes after its object was published is refused, and the object keeps its version and bytes."""
+        """A part written after its object was published is refused; the object keeps its version and bytes."""
         upload = store.begin("a")
         store.put_part("a", upload, 1, 0, b"abc")
         stat = store.complete("a", upload, {1: 3})
@@ -320,7 +320,7 @@ class StoreContract:
         assert (stat, b"abc") == (store.head("a"), read(store, "a", version=stat.version))
 
     def test_parts_while_completed(self, store: ObjectStore) -> None:
-        """Parts that others write while an object is published come before it or are refused: its version is the one that is told."""
+        """Parts written while complete runs are included or refused: the object keeps the version that complete returned."""
         upload, data = store.begin("a"), bytes(100_000)
         store.put_part("a", upload, 1, 0, data)
 
@@ -341,7 +341,7 @@ class StoreContract:
 
     @pytest.mark.parametrize("overwrite", [False, True])
     def test_complete_at_once(self, store: ObjectStore, overwrite: bool) -> None:  # noqa: FBT001
-        """Of many that complete one upload at once one publishes it; to the others it is published or gone, and its version stays."""
+        """When several threads complete one upload at once, one publishes it and the others get an error; its version stays."""
         upload, barrier = store.begin("a"), threading.Barrier(4)
         store.put_part("a", upload, 1, 0, b"abc")
 
@@ -358,7 +358,7 @@ class StoreContract:
         assert b"abc" == self.raw_get(store, "a")
 
     def test_abort_while_written(self, store: ObjectStore) -> None:
-        """Parts that are written while their upload is given up are refused sooner or later, and nothing is published or left."""
+        """Parts written while their upload is aborted are refused in the end; nothing is published and nothing is left."""
         upload, started = store.begin("a"), threading.Barrier(4)
 
         def write(number: int) -> None:
@@ -377,7 +377,7 @@ class StoreContract:
         assert [] == list(store.list(""))
 
     def test_list_while_written(self, store: ObjectStore) -> None:
-        """Listing, while others create and delete, gives each object that was there throughout, and fails for none that was not."""
+        """Listing while others create and delete returns every object that exists throughout, and never fails."""
         for key in ("r/0/x", "r/1/y/z", "s"):
             store.put(key, [b""])
         stop = threading.Event()
@@ -401,7 +401,7 @@ class StoreContract:
             assert [None] * 3 == [writer.result() for writer in writers]
 
     def test_read_while_deleted(self, store: ObjectStore) -> None:
-        """Whoever asks for an object that others create and delete meanwhile finds all of it, or MissingObject or ChangedObject."""
+        """A read of an object that others create and delete meanwhile returns all of it, or raises MissingObject or ChangedObject."""
         stop, data = threading.Event(), b"x" * 50_000
 
         def churn() -> None:
@@ -431,7 +431,7 @@ class StoreContract:
             assert writer.result() is None
 
     def test_open(self, store: ObjectStore) -> None:
-        """Whoever opens the store's URL sees the same objects and uploads."""
+        """The store opened again by its URL has the same objects and uploads."""
         store.put("a", [b"abc"])
         upload = store.begin("b")
         again = open_store(store.url)
@@ -457,7 +457,7 @@ class StoreContract:
 
 
 def asked(store: ObjectStore, act: Callable[[], object]) -> Usage:
-    """Give what an act asks of a store, and of no other."""
+    """Count the requests and bytes of a call; all must be of this kind of store."""
     with counting() as ledger:
         act()
     assert {store.charges.kind} == {*ledger.spent}

@@ -1,4 +1,4 @@
-"""Stores around stores: one counts, one fails, one dawdles. Each is a store itself, and goes wherever a store goes."""
+"""Wrappers that count, fail or delay the requests to a store. Each is itself an ObjectStore."""
 
 import math
 import threading
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class _Wrapper:
-    """Passes each request on. ``_ask`` sees every request, ``_received`` every count of bytes that come back."""
+    """Forwards each request. ``_ask`` sees every request, ``_received`` the number of bytes in each buffer that comes back."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.store, self.url, self.grain, self.reading, self.charges = store, store.url, store.grain, store.reading, store.charges
@@ -25,7 +25,7 @@ class _Wrapper:
         return request()
 
     def _received(self, key: str, count: int) -> None:
-        """Take notice of nothing."""
+        """Ignore it; subclasses count or wait."""
 
     def head(self, key: str) -> Stat:
         return self._ask("head", key, lambda: self.store.head(key))
@@ -73,7 +73,7 @@ class _Wrapper:
 
 
 class CountingStore(_Wrapper):
-    """Counts calls of verbs, and bytes, of the keys for which ``only`` is true.
+    """Counts the calls, and the bytes, for keys for which ``only`` is true.
 
     ``gets`` (get, peek), ``heads``, ``lists`` (list, parts), ``deletes`` (delete, abort), ``puts`` (put, begin, put_part, complete).
     """
@@ -89,7 +89,7 @@ class CountingStore(_Wrapper):
     }
 
     def __init__(self, store: ObjectStore, *, only: Callable[[str], bool] = lambda _: True) -> None:
-        """Count what passes through this wrapper; workers that open the store's URL pass it by."""
+        """Count what passes through this wrapper. Workers that open the store by its URL bypass it."""
         super().__init__(store)
         self.gets = self.heads = self.lists = self.deletes = self.puts = self.bytes_read = self.bytes_written = 0
         self._only = only
@@ -109,13 +109,13 @@ class CountingStore(_Wrapper):
 
 
 class FlakyStore(_Wrapper):
-    """Fails as a script says: ``{("before", "put_part", 3): ConnectionError()}`` fails the third put_part.
+    """Fails by a script: ``{("before", "put_part", 3): ConnectionError()}`` makes the third put_part fail.
 
-    "before": the request never arrives. "after": it is done, and its answer is lost. The verb "any" counts all requests.
+    "before": the request never reaches the store. "after": it is carried out, but its answer is lost. The verb "any" counts all requests.
     """
 
     def __init__(self, store: ObjectStore, script: Mapping[tuple[str, str, int], Exception]) -> None:
-        """Raise the errors of ``script``, each at its place; ``calls`` counts the requests by verb."""
+        """Raise the errors of ``script`` in place of the requests that it names; ``calls`` counts requests by verb."""
         super().__init__(store)
         self.calls = Counter[str]()
         self._script = script
@@ -137,10 +137,10 @@ class FlakyStore(_Wrapper):
 
 
 class SlowStore(_Wrapper):
-    """Takes ``latency`` seconds for each request, and a second for each ``bandwidth`` bytes, as a distant store does."""
+    """Delays each request by ``latency`` seconds and limits it to ``bandwidth`` bytes/s, like a distant store."""
 
     def __init__(self, store: ObjectStore, *, latency: float = 0.0, bandwidth: float = math.inf) -> None:
-        """Slow ``store`` down; requests of several threads wait side by side."""
+        """Delay requests to ``store``; each thread waits for its own."""
         super().__init__(store)
         self._latency, self._bandwidth = latency, bandwidth
 
