@@ -139,6 +139,7 @@ def test_bundle_has_the_callers_versions(bundle: Bundle) -> None:
     assert bool(differing) == (f"numpy {bundle.versions['numpy']} (here it is {metadata.version('numpy')})" in bundle.told())
 
 
+@pytest.mark.slow
 def test_deployed_runtime_has_the_callers_versions(tmp_path: Path) -> None:
     """For what ``deploy`` puts up by default, each wheel has the version that is installed here."""
     found = fetch(tmp_path, RUNTIMES[DEPLOYED_RUNTIME], "arm64")

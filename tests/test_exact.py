@@ -134,6 +134,7 @@ def test_correctly_rounded(kind: str, dtype: str, clients: int, length: int, see
     assert wanted == mean(left, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_million_elements(kind: str, dtype: str) -> None:

@@ -65,6 +65,7 @@ class TestProcesses(ProcessContract):
         return ProcessExecutor(2)
 
 
+@pytest.mark.slow
 class TestProcessPool(ProcessContract):
     """The contract on the standard library's pool of processes."""
 
@@ -160,7 +161,7 @@ def test_worker_killed_too_often(tmp_path: Path) -> None:
     assert re.fullmatch(r"sharded/\d+", caught.value.details["task"])
 
 
-@pytest.mark.parametrize("use_cgroup", [True, False])
+@pytest.mark.parametrize("use_cgroup", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_out_of_memory(tmp_path: Path, use_cgroup: bool) -> None:
     """A worker that outgrows the allowed memory is stopped: OutOfMemory names the task and says the numbers."""
     if use_cgroup:
@@ -176,7 +177,7 @@ def test_out_of_memory(tmp_path: Path, use_cgroup: bool) -> None:
     assert [1] == list(ready.round.store.parts(ready.job.output, ready.job.upload))  # the header
 
 
-@pytest.mark.parametrize("use_cgroup", [True, False])
+@pytest.mark.parametrize("use_cgroup", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_enough_memory(tmp_path: Path, use_cgroup: bool) -> None:
     """A worker is not stopped at what the plan projects."""
     ready = started(tmp_path, shards=1, elements=16 * MIB)
@@ -187,6 +188,7 @@ def test_enough_memory(tmp_path: Path, use_cgroup: bool) -> None:
     assert peak(report) <= ready.plan.memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", [Sharded(shards=1), LambdaFLTree()], ids=["sharded", "lambda-fl"])
 def test_enough_memory_on_a_tmpfs(topology: Topology) -> None:
     """A store whose files are memory takes none of what a worker is allowed, though the kernel charges it with what it writes there."""

@@ -278,7 +278,7 @@ TREES: dict[str, Callable[..., GradSharding]] = {
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("inner", ["FedAvg", "FedAdam"])
+@pytest.mark.parametrize("inner", ["FedAvg", pytest.param("FedAdam", marks=pytest.mark.slow)])
 def test_other_topologies(name: str, inner: str, tmp_path: Path) -> None:
     """LambdaFL and LIFL train the model that GradSharding trains; only who sums what is another."""
     settings = {"store": tmp_path / "tree", "executor": "inline"}

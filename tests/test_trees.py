@@ -262,7 +262,7 @@ def test_plan_is_observation(nursery: Nursery, shared_memory: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("spec", ["inline", "threads:4", "processes:2"])
+@pytest.mark.parametrize("spec", ["inline", "threads:4", pytest.param("processes:2", marks=pytest.mark.slow)])
 def test_executors(tmp_path: Path, name: str, spec: str) -> None:
     """Whoever runs the tasks, and in whatever order they end, the bytes are the same."""
     updates = sample_updates(10, size=1000)

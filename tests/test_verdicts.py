@@ -92,6 +92,7 @@ def test_a_configuration_in_which_sharding_loses() -> None:
     assert one["verdict"].startswith("does not hold: sharding ends no later than trees in ")
 
 
+@pytest.mark.slow
 def test_no_function_is_drawn_that_does_not_exist() -> None:
     """The figure has no price for a model that no function of Lambda could hold; sharding in many slices has one."""
     config = {"paper_shards": 4, "figure_mb": [512, 10_240, 40_960]}
