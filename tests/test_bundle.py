@@ -336,6 +336,7 @@ def test_bundle_that_lambda_does_not_take_is_refused(tmp_path: Path, wheels: Pat
         build(tmp_path / "old", "arm64", "2.7")
 
 
+@pytest.mark.slow
 def test_index_without_wheels_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An index that has no such wheel, and one that cannot be reached, each end in one sentence with the way out."""
     (tmp_path / "empty").mkdir()
@@ -356,6 +357,7 @@ def test_index_without_wheels_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         build(tmp_path / "three", *HERE)
 
 
+@pytest.mark.slow
 def test_missing_or_old_pip_is_told(tmp_path: Path) -> None:
     """An environment without pip, as uv makes them, and one with a pip of 2020 say how to mend it."""
     venv.create(tmp_path / "venv", with_pip=False)

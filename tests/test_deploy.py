@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from gradsharding.planning.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.stores.updates import load
 from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
-from rigs.stack import account_missing, local_account
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -77,26 +76,16 @@ def test_sam_builds_it(sam: Path, tmp_path: Path) -> None:
     probe(Bundle(built, 0))
 
 
-@pytest.fixture(scope="module")
-def account() -> Iterator[Mapping[str, str]]:
-    """Give the environment that leads to an account."""
-    if why := account_missing():
-        pytest.skip(why)
-    with local_account() as environment:
-        yield environment
-
-
 @pytest.fixture
-def command(account: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line on that account."""
-    for name, value in account.items():
+def command(ministack: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run the command line on an account."""
+    for name, value in ministack.items():
         monkeypatch.setenv(name, value)
 
     return _gradsharding
 
 
 @pytest.mark.slow
-@pytest.mark.rig
 def test_deploy_smoke_destroy(command: Any) -> None:
     """A stack goes up, averages with every element right, changes when it is told to, and leaves nothing behind."""
     ours = ["--architecture", HERE[0], "--runtime", f"python{HERE[1]}"]
@@ -158,9 +147,9 @@ def test_what_is_not_there(command: Any) -> None:
     assert "'a b' cannot name a stack" in named.stderr
 
 
-def test_no_credentials(monkeypatch: pytest.MonkeyPatch, account: Mapping[str, str]) -> None:
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch, ministack: Mapping[str, str]) -> None:
     """Without credentials, each command ends in one line that says which variables to set."""
-    for name, value in account.items():
+    for name, value in ministack.items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
