@@ -63,7 +63,7 @@ def section() -> str:
 
 
 def embedded(found: dict[str, Any]) -> str:
-    """Table the embedded default beside Flower's own aggregation."""
+    """Tabulate the embedded default beside Flower's own aggregation."""
     rivals, flower = found["rivals"], found["rivals"]["flower"]
 
     def row(name: str, title: str) -> str:
@@ -98,7 +98,7 @@ def embedded(found: dict[str, Any]) -> str:
 
 
 def pays(setup: dict[str, Any], of_the_model: float) -> str:
-    """Say from which size of a model on workers are worth their start: such a part of this one."""
+    """Say from which size of a model workers are worth their start, as a share of this model."""
     size = 4e-6 * setup["elements"] * of_the_model
     return (
         f"By these phases, to start {setup['workers']} workers takes as long as they save on {setup['clients']} updates of "
@@ -107,7 +107,7 @@ def pays(setup: dict[str, Any], of_the_model: float) -> str:
 
 
 def flower_round(found: dict[str, Any]) -> str:
-    """Table a whole round with real Flower processes."""
+    """Tabulate a whole round with real Flower processes."""
     plain, direct, small = (found["figures"][name] for name in ("plain", "direct", "direct, small model"))
 
     def row(title: str, key: str, scale: float, unit: str) -> str:
@@ -137,45 +137,45 @@ def growth(large: float, small: float, model: float) -> str:
 
 
 def same_bits(found: dict[str, Any]) -> str:
-    """Table how many digests many paths to one mean have."""
+    """Tabulate the digests that many paths to one mean have."""
     paths = found["setup"]["combinations"]
 
-    def row(kind: str, one: dict[str, Any]) -> str:
-        float64 = one["float64"]
+    def row(kind: str, result: dict[str, Any]) -> str:
+        float64 = result["float64"]
         share = float64["elements_not_correctly_rounded"] / float64["elements"]
-        return f"| {kind} | {one['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
+        return f"| {kind} | {result['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
 
     return (
         f"## The same bits\n\nThe mean of {found['setup']['clients']} updates is computed along {paths:,} paths, which differ in order, "
         f"topology, slices, reads, executor and chunk size. {_origin(found)}\n\n"
         "| updates | digests, exact | digests, float64 | float32 elements that float64 does not round correctly |\n"
-        "|---|---|---|---|\n" + "".join(row(kind, one) for kind, one in found["data"].items()) + f"\n{advice(found['data'])}\n"
+        "|---|---|---|---|\n" + "".join(row(kind, result) for kind, result in found["data"].items()) + f"\n{advice(found['data'])}\n"
     )
 
 
 def advice(data: dict[str, dict[str, Any]]) -> str:
     """Say on which data the two kinds of sums depend on the path."""
 
-    def kinds(arithmetic: str, *, one: bool) -> str:
-        return "; ".join(kind for kind, found in data.items() if (found[arithmetic]["digests"] == 1) == one)
+    def kinds(arithmetic: str, *, same: bool) -> str:
+        return "; ".join(kind for kind, found in data.items() if (found[arithmetic]["digests"] == 1) == same)
 
-    same, other, exact = kinds("float64", one=True), kinds("float64", one=False), kinds("exact", one=False)
-    said = [
+    same, other, exact = kinds("float64", same=True), kinds("float64", same=False), kinds("exact", same=False)
+    clauses = [
         f"Sums in float64 gave the same bits on every path for {same}" if same else "",
         f"{'but not' if same else 'Sums in float64 did not give the same bits'} for {other}" if other else "",
     ]
-    return f"{', '.join(filter(None, said))}. Exact sums {f'did not for {exact}' if exact else 'did for all'}."
+    return f"{', '.join(filter(None, clauses))}. Exact sums {f'did not for {exact}' if exact else 'did for all'}."
 
 
 def kernel_speed(found: dict[str, Any]) -> str:
-    """Table how fast one core folds."""
+    """Tabulate how fast one core folds."""
     columns = ("read", "copy", "float64, F32", "exact, F32", "float64, BF16", "exact, BF16", "float64, F16", "exact, F16")
 
     def row(size: str, rates: dict[str, Any]) -> str:
         cells = (f"{rates[name]['median'] / 1e9:.1f}" for name in columns)
         return f"| {int(size) >> 10:,} KiB | {' | '.join(cells)} |\n"
 
-    ends = {name: one["median"] for name, one in found["ends"].items()}
+    ends = {name: result["median"] for name, result in found["ends"].items()}
     return (
         f"## One core\n\nThe table shows GB/s of input that one core adds to its sums, beside reading and copying memory. "
         f"{_origin(found)}\n\n"
@@ -190,7 +190,7 @@ def kernel_speed(found: dict[str, Any]) -> str:
 
 
 def s3_worker(found: dict[str, Any]) -> str:
-    """Table one function on S3 beside its client's own requests, and a serial loop."""
+    """Tabulate one function on S3 beside its client's own requests, and a serial loop."""
 
     def row(name: str, route: dict[str, Any]) -> str:
         rates = [f"{route['rivals'][rival]['read_rate']['median'] / 1e6:.0f}" for rival in ("ours", "raw", "serial", "obstore")]
@@ -212,8 +212,8 @@ def s3_worker(found: dict[str, Any]) -> str:
 
 def reached(routes: dict[str, Any]) -> str:
     """Say on which routes we read nearly as fast as the requests alone, and where a serial loop keeps up."""
-    below = [f"{name} ({one['ours_of_raw']:.2f})" for name, one in routes.items() if one["ours_of_raw"] < NEARLY]
-    slower = [f"{name} ({one['ours_of_serial']:.2f})" for name, one in routes.items() if one["ours_of_serial"] < 1]
+    below = [f"{name} ({result['ours_of_raw']:.2f})" for name, result in routes.items() if result["ours_of_raw"] < NEARLY]
+    slower = [f"{name} ({result['ours_of_serial']:.2f})" for name, result in routes.items() if result["ours_of_serial"] < 1]
     most = max(routes, key=lambda name: float(routes[name]["ours_of_serial"]))
     raw = f"We reach {NEARLY} of the requests' rate on every route" + (f" but {'; '.join(below)}" if below else "")
     serial = f"The loop is faster on {'; '.join(slower)}" if slower else "The loop is slower on every route"
@@ -221,20 +221,20 @@ def reached(routes: dict[str, Any]) -> str:
 
 
 def topologies(found: dict[str, Any]) -> str:
-    """Table what each topology takes on this machine."""
+    """Tabulate what each topology takes on this machine."""
 
-    def row(name: str, one: dict[str, Any]) -> str:
-        tree = "+".join(map(str, one["widths"]))
+    def row(name: str, result: dict[str, Any]) -> str:
+        tree = "+".join(map(str, result["widths"]))
         cells = (
             name,
-            f"{one['functions']} ({tree} × {one['shards']})",
-            f"{one['seconds']['median']:.2f} s",
-            f"{one['of_the_fastest']:.2f}",
-            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
-            f"{shown(one['peak_memory'], 2**20, ',.0f', 'MiB')} of {one['projected_memory'] / 2**20:,.0f} MiB",
-            str(one["gets"]),
-            str(one["puts"]),
-            f"{one['bytes_read'] / 1e6:,.0f} MB",
+            f"{result['functions']} ({tree} × {result['shards']})",
+            f"{result['seconds']['median']:.2f} s",
+            f"{result['of_the_fastest']:.2f}",
+            shown(result["cpu_seconds"] and result["cpu_seconds"]["median"], 1, ".2f", "s"),
+            f"{shown(result['peak_memory'], 2**20, ',.0f', 'MiB')} of {result['projected_memory'] / 2**20:,.0f} MiB",
+            str(result["gets"]),
+            str(result["puts"]),
+            f"{result['bytes_read'] / 1e6:,.0f} MB",
         )
         return f"| {' | '.join(cells)} |\n"
 
@@ -245,7 +245,7 @@ def topologies(found: dict[str, Any]) -> str:
         f"run the tasks, {setup['repetitions']} times in turn.\nAll results are the same bytes. {_origin(found)}\n\n"
         "| | functions | time, median | of the fastest | CPU | peak of projected memory | GETs | PUTs | read |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
-        + "".join(row(name, one) for name, one in found["topologies"].items())
+        + "".join(row(name, result) for name, result in found["topologies"].items())
         + f"\nFastest: {fastest(found['topologies'])}. The store counted GETs, PUTs and bytes, over the whole call.\n"
         + f"At most {setup['at_once']} functions run at once, so these times do not show the gain of many.\n"
     )
@@ -258,17 +258,17 @@ def fastest(found: dict[str, Any]) -> str:
 
 
 def request_counts(found: dict[str, Any]) -> str:
-    """Table requests as a server, a report and a plan count them."""
+    """Tabulate requests as a server, a report and a plan count them."""
 
-    def row(name: str, one: dict[str, Any]) -> str:
-        cells = (f"{one[which]['gets']} + {one[which]['puts']}" for which in ("server", "observed", "projected"))
+    def row(name: str, result: dict[str, Any]) -> str:
+        cells = (f"{result[which]['gets']} + {result[which]['puts']}" for which in ("server", "observed", "projected"))
         return f"| {name} | {' | '.join(cells)} |\n"
 
-    def told(name: str, one: dict[str, Any]) -> str:
-        most = {kind: one["planned_of_reported"][kind]["most"] for kind in ("gets", "puts")}
+    def summary(name: str, result: dict[str, Any]) -> str:
+        most = {kind: result["planned_of_reported"][kind]["most"] for kind in ("gets", "puts")}
         return (
-            f"On {name}, {one['reported_as_seen']} of {one['rounds']} random rounds were reported as the server saw them, and "
-            f"{one['planned_at_least_reported']} stayed within their plan, which counted at most {most['gets']:.2f} times the GETs and "
+            f"On {name}, {result['reported_as_seen']} of {result['rounds']} random rounds were reported as the server saw them, and "
+            f"{result['planned_at_least_reported']} stayed within their plan, which counted at most {most['gets']:.2f} times the GETs and "
             f"{most['puts']:.2f} times the PUTs where sizes do not vary."
         )
 
@@ -277,9 +277,9 @@ def request_counts(found: dict[str, Any]) -> str:
         "## Requests\n\nEach cell is GET and HEAD + PUT, COPY, POST and LIST of a whole command: in Ceph's own log, in the report, "
         "in the plan.\n"
         f"{_origin(found)}\n\n| round | at the server | reported | planned |\n|---|---|---|---|\n"
-        + "".join(row(name, one) for name, one in servers["ceph"]["fixed"].items())
+        + "".join(row(name, result) for name, result in servers["ceph"]["fixed"].items())
         + "\n"
-        + "\n".join(told(name.capitalize(), one) for name, one in servers.items())
+        + "\n".join(summary(name.capitalize(), result) for name, result in servers.items())
         + "\n"
     )
 
@@ -288,14 +288,14 @@ def memory_wall(found: dict[str, Any]) -> str:
     """Tell the largest models that were aggregated in functions of a given memory."""
     setup, most = found["setup"], found["setup"]["most"]
 
-    def row(name: str, one: dict[str, Any]) -> str:
-        ran, planned = (f"{one[key] / 2**20:,.0f} MiB" + " or more" * (one[key] >= most) for key in ("ran", "planned"))
+    def row(name: str, result: dict[str, Any]) -> str:
+        ran, planned = (f"{result[key] / 2**20:,.0f} MiB" + " or more" * (result[key] >= most) for key in ("ran", "planned"))
         return f"| {name} | {ran} | {planned} |\n"
 
     return (
         f"## The memory wall\n\nThe table shows the largest model that ran in functions of {setup['memory'] / 2**20:.0f} MiB, with "
         f"{setup['clients']} updates; the largest tried was {most / 2**20:,.0f} MiB.\n{_origin(found)}\n\n"
-        "| | ran | the plan allows |\n|---|---|---|\n" + "".join(row(name, one) for name, one in found["topologies"].items())
+        "| | ran | the plan allows |\n|---|---|---|\n" + "".join(row(name, result) for name, result in found["topologies"].items())
     )
 
 
