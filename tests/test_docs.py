@@ -207,6 +207,14 @@ def kinds(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:
 SUBJECTS = {"advice", "arithmetic", "cli", "deploy", "flower", "format", "lambda", "planning", "rounds", "running", "s3", "stores", "tests"}
 
 
+@pytest.mark.parametrize("policy", ["aggregator", "node"])
+def test_policies_are_shown_in_full(policy: str) -> None:
+    """The guide to IAM shows the policies as they are."""
+    shown = [json.loads(block.text) for block in blocks("docs/how-to/iam.md") if block.language == "json"]
+
+    assert json.loads((ROOT / "deploy" / "policies" / f"{policy}.json").read_text()) in shown
+
+
 def test_decisions_are_dated() -> None:
     """A decision has its title; its date, with which its name begins, and its subject; and a reason."""
     for path in (ROOT / "docs" / "decisions").glob("2*.md"):
