@@ -297,7 +297,7 @@ def test_planned() -> None:
     assert {"flat", "sharded"} == {option.name for option in robust.options} < {option.name for option in plain.options}
     assert other.memory > one.memory + 40 * max(s.stop - s.start for s in other.slices)
     assert forecast_seconds(one, 2 << 30).p50 < forecast_seconds(other, 2 << 30).p50
-    with pytest.raises(UserError, match=r"trimmed-mean:0.1 needs .* lambda-fl is a tree"):
+    with pytest.raises(UserError, match=r"trimmed-mean:0.1 needs .* lambda-fl merge partial sums: plan sharded"):
         recommend(model, rule="trimmed-mean:0.1", topologies=["lambda-fl"])
 
 
