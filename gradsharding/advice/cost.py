@@ -135,9 +135,9 @@ def bill(
     ``caller`` has the requests beside those of the tasks. Functions of which Lambda reported nothing cost their requests only.
     """
     seen = tuple(reports)
-    told = invocations(seen)
-    gib_seconds = sum((Decimal(str(one.billed_seconds)) * one.memory_size / GIB for one in told), Decimal(0))
-    functions = priced_functions(gib_seconds, len(told), prices, architecture)
+    invoked = invocations(seen)
+    gib_seconds = sum((Decimal(str(call.billed_seconds)) * call.memory_size / GIB for call in invoked), Decimal(0))
+    functions = priced_functions(gib_seconds, len(invoked), prices, architecture)
     asked = {"functions' ": _of_s3(together(*(report.usage for report in seen))), "the caller's ": _of_s3(caller)}
     return priced(functions, asked, plan, prices, storage, clients)
 

@@ -1,4 +1,4 @@
-"""Prices are data: dated, with their source, read from one file, and never written into code."""
+"""Prices are data: dated, with their source, read from one file, never written into code."""
 
 import os
 import tomllib
@@ -18,14 +18,14 @@ PACKAGED = Path(__file__).with_name("prices.toml")
 """The prices that come with this release."""
 
 HOME_REGION = "us-east-1"
-"""The region where none is named."""
+"""The region if none is named."""
 
 UNLISTED = "express_"
 """Prefix of the prices that ``gradsharding prices --refresh`` does not fetch."""
 
 
 def _money(text: Any) -> Decimal:
-    """Read a price; a float would not be the decimal that was written."""
+    """Read a price from text; a float would not be the decimal that was written."""
     if isinstance(text, Decimal):
         return text
     if not isinstance(text, str):
@@ -53,34 +53,34 @@ Money = Annotated[Decimal, BeforeValidator(_money), PlainSerializer(_plain, retu
 
 
 class Source(Value):
-    """Where figures come from, and the day for which they were stated."""
+    """The origin of prices, and the day for which they were stated."""
 
     name: str
     page: str
-    """AWS's own page or list, which decides."""
+    """URL of AWS's own page or list, which is authoritative."""
     date: date
 
 
 class Price(Value):
-    """A figure, and the name of its source."""
+    """A price, and the name of its source."""
 
     usd: Money
     source: str
 
 
 class Box(Value):
-    """An EC2 machine, on demand: what an always-on server would run on."""
+    """An EC2 machine, on demand, such as a server that is always on would use."""
 
     hour: Money
     vcpus: int
     memory_gib: int
     network_gbit: Money
-    """Gbit/s that it sustains; most machines exceed it for a while."""
+    """Sustained Gbit/s; most machines exceed it for a while."""
     source: str
 
 
 class Region(Value):
-    """What a file says about one region: prices by name, and machines under ``box``."""
+    """One region in a price file: prices by name, and machines under ``box``."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Price] = Field(init=False)
@@ -93,7 +93,7 @@ class Region(Value):
 
 
 class PriceFile(Value):
-    """A file of prices, in TOML or in JSON."""
+    """A price file, in TOML or JSON."""
 
     source: dict[str, Source] = Field(default_factory=dict)
     region: dict[str, Region] = Field(default_factory=dict)
@@ -108,7 +108,7 @@ class PriceFile(Value):
 
 
 class Prices(Value):
-    """List prices of one region: those that are known, which may be none."""
+    """The known list prices of one region, possibly none."""
 
     region: str
     sources: dict[str, Source]
@@ -118,13 +118,13 @@ class Prices(Value):
     """The file from which they were read."""
 
     def usd(self, name: str) -> Decimal:
-        """Give a price in US dollars; raise UserError if it is not known."""
+        """Return a price in US dollars; raise UserError if it is unknown."""
         if lacks := self.lacking([name]):
             raise UserError(lacks)
         return self.figures[name].usd
 
     def lacking(self, names: Collection[str]) -> str | None:
-        """Say which of these prices are not known, and where to get them; None if all are known."""
+        """Return a sentence on which of these prices are unknown, and how to get them; None if all are known."""
         absent = [name for name in dict.fromkeys(names) if name not in self.figures]
         if not absent:
             return None
@@ -134,16 +134,16 @@ class Prices(Value):
         return f"{problem}; {self._advice}"
 
     def completed(self, other: "Prices") -> "Prices":
-        """Fill in prices that are not known with those of another region: for comparing plans, not for a bill."""
+        """Fill in unknown prices from another region, to compare plans, not to make a bill."""
         return self.model_copy(update={"figures": {**other.figures, **self.figures}, "sources": {**other.sources, **self.sources}})
 
     def lambda_second(self, architecture: Architecture) -> Decimal:
-        """Price of a function's GiB-second."""
+        """Return the price of a function's GiB-second."""
         return self.usd(f"lambda_second_{architecture}")
 
     @property
     def origin(self) -> str:
-        """Say which prices these are, how old the oldest is, and where they come from; or that there are none."""
+        """A phrase on which prices these are, the date of the oldest, and the file; or that there are none."""
         if not self.figures:
             return f"no price for {self.region}; {self._advice}"
         used = {price.source for price in self.figures.values()}
@@ -156,24 +156,24 @@ class Prices(Value):
 
 
 def user_file() -> Path:
-    """The file that ``gradsharding prices --refresh`` writes."""
+    """Return the file that ``gradsharding prices --refresh`` writes."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "gradsharding" / "prices.json"
 
 
 def former_user_file() -> Path:
-    """The file that earlier releases wrote; it counts until there is a ``user_file``."""
+    """Return the file that earlier releases wrote; it is used as long as there is no ``user_file``."""
     return user_file().with_suffix(".toml")
 
 
 def price_file() -> Path:
-    """The file in use: the one that GRADSHARDING_PRICES names, the user's, or the packaged one."""
+    """Return the file in use: that of GRADSHARDING_PRICES, the user's, or the packaged one."""
     if named := os.environ.get("GRADSHARDING_PRICES"):
         return Path(named)
     return next((path for path in (user_file(), former_user_file()) if path.is_file()), PACKAGED)
 
 
 def read_prices(file: Path) -> PriceFile:
-    """Read a file of prices: TOML if its name ends in ``.toml``, else JSON. Raise UserError if it is missing or wrong."""
+    """Read a price file: TOML if its name ends in ``.toml``, else JSON. Raise UserError if it is missing or invalid."""
     try:
         text = file.read_text()
         return PriceFile.model_validate(tomllib.loads(text)) if file.suffix == ".toml" else PriceFile.model_validate_json(text)
@@ -190,9 +190,9 @@ def read_prices(file: Path) -> PriceFile:
 
 
 def load_prices(region: str = HOME_REGION, path: Path | None = None) -> Prices:
-    """Read the prices of a region, none if none are known; raise UserError as ``read_prices`` does.
+    """Read the known prices of a region; raise UserError as ``read_prices`` does.
 
-    Where the user's own file lacks the region, the packaged prices count.
+    If the user's own file lacks the region, the packaged prices are used.
     """
     file = path or price_file()
     found = read_prices(file)

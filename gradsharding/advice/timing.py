@@ -154,7 +154,7 @@ def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = N
 
 
 def cpu_rate(cpu: float, effort: Effort, speeds: Speeds) -> float:
-    """Bytes a second that ``cpu`` vCPUs can receive and add, by a rule of this ``effort``."""
+    """Return the bytes per second that ``cpu`` vCPUs can receive and add, by a rule of this ``effort``."""
     return cpu / (1 / speeds.client_rate + effort.add / speeds.fold_rate)
 
 
@@ -206,7 +206,7 @@ def _stage(kinds: tuple[Kind, ...], memory: int, concurrency: int | None, speeds
 
 
 def _read_seconds(task: Task, cpu: float, speeds: Speeds) -> float:
-    """Reading and folding all inputs, on so many vCPUs."""
+    """Return the seconds of reading and adding all inputs on ``cpu`` vCPUs."""
     nbytes, reading, effort = task.bytes_read, task.reading, task.rule.effort(task.clients)
     if task.reads and task.shared:
         return nbytes * (1 / speeds.shared_rate + effort.add / (cpu * speeds.fold_rate))

@@ -53,27 +53,27 @@ def aggregate(
     progress: Callable[[Plan], Progress] | None = None,
     overwrite: bool = False,
 ) -> Result:
-    """Average a round's updates, weighted, and publish the result as one safetensors object.
+    """Aggregate a round's updates by a rule, and publish the result as one safetensors object.
 
-    ``topology`` divides the work, by default into slices: ``Sharded()``. Each stage of the story leaves one object behind, so a call that
-    follows a crash, with the same arguments, runs only the tasks whose parts are missing. A round that is done stays so, whatever is asked
-    for now: its result is given back, and nothing is planned. ``overwrite`` lets the result replace an object that is there.
+    ``topology`` divides the work; the default is ``Sharded()``. After a crash, the same call runs only the tasks whose parts are missing.
+    A round that is done stays as it is: its result is returned, whatever the arguments. ``overwrite`` lets the result replace an existing
+    object.
 
-    The ``rule``, a value or its text, says how the updates become one: by default ``mean``. With a rule that vouches, such as
-    ``exact-mean``, the result has the same bits whatever the topology, its slices, the executor and the order of anything, and its record
-    carries the digest of its data.
+    The ``rule``, a value or its text, combines the updates; the default is the weighted mean. With a rule that vouches, such as
+    ``exact-mean``, the result has the same bits whatever the topology, its slices, the executor and the order of arrival, and its record
+    has the digest of its data.
 
-    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output is taken) or UserError (a rule that does
-    not exist, or does not fit the updates or the topology; a round that another rule has done) before any data is read; NonFinite,
-    MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published. Where an update is missing
-    or was written again, ``details["clients"]`` gives the reason for each such client. Such an error's ``usage`` is what the call has
-    asked of stores in vain, as far as it is known: workers that were killed report nothing.
+    Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output exists) or UserError (a rule that does not
+    exist, or does not fit the updates or the topology; a round that was done by another rule) before any data is read. Raise NonFinite,
+    MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published. If updates are missing or
+    were written again, ``details["clients"]`` has the reason for each such client. An error's ``usage`` has the requests that the call
+    made in vain, as far as they are known: workers that were killed report none.
     """
     reports: list[TaskReport] = []
     runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
-            record, plan, had = _aggregated(round, topology, as_rule(rule), limits, runner, nonfinite, progress, reports, overwrite)
+            record, plan, used = _aggregated(round, topology, as_rule(rule), limits, runner, nonfinite, progress, reports, overwrite)
         except GradShardingError as raised:
             error = _seen_from_here(raised, round)
             if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # a store's failure is no client's fault
@@ -82,8 +82,8 @@ def aggregate(
             if error is raised:
                 raise
             raise error from raised
-    said = taken(runner, had) if had else None
-    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started, had, said)
+    shared = taken(runner, used) if used else None
+    return Result(round, record, plan, tuple(reports), ledger.spent, time.perf_counter() - started, used, shared)
 
 
 def _aggregated(

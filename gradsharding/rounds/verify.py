@@ -1,6 +1,6 @@
 """A result is verified by computing slices of it again from the pinned updates, in Python's own numbers, and comparing bit for bit.
 
-How they are computed again is said by the rule, in ``recompute``, which shares nothing with what made the result.
+The rule computes them, by ``recompute``, which shares nothing with the code that made the result.
 """
 
 import random
@@ -27,27 +27,26 @@ SLICE = 4_096
 """Elements of a slice that is computed again."""
 
 READERS = 16
-"""Updates that are read at once: most of the time goes in waiting for the store."""
+"""Updates that are read at once: most of the time is spent waiting for the store."""
 
 
 class Verified(NamedTuple):
-    """What was found to be so."""
+    """A result that was verified, and how much of it was computed again."""
 
     record: ResultRecord
     slices: int
-    """That were computed again."""
+    """Slices that were computed again."""
     of: int
-    """Slices that there are."""
+    """Slices of the whole result."""
     elements: int
-    """In those that were computed again."""
+    """Elements that were computed again."""
 
 
 def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
-    """Check a round's result: its header, its data's digest, and ``sample`` slices, drawn at random; all, if there are fewer.
+    """Check a round's result: its header, the digest of its data, and ``sample`` slices, drawn at random; all, if there are fewer.
 
-    Raise VerificationFailed, naming the element, if a bit differs, or if the header does; UserError if the round has no result, or its
-    rule does not vouch for the bits;
-    MissingObject or ChangedObject if its updates are not what they were.
+    Raise VerificationFailed if the header, the digest or a bit differs, which names the first such element; UserError if the round has no
+    result, or its rule does not vouch for the bits; MissingObject or ChangedObject if an update is missing or was written again.
     """
     record, manifest = _published(round)
     found = data_digest(record.source, round.store, version=record.version, layout=record.layout)
@@ -63,7 +62,7 @@ def verify(round: Round, *, sample: int = 10) -> Verified:  # noqa: A002
 
 
 def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
-    """Give what a round has published, if it can be verified."""
+    """Return a round's result and manifest; raise UserError or VerificationFailed if it cannot be verified."""
     (record, _, altered), manifest = round_.published(), round_.sealed()
     if altered:
         raise VerificationFailed(
@@ -85,12 +84,12 @@ def _published(round_: Round) -> tuple[ResultRecord, Manifest]:
 
 
 def _counts(runs: Sequence[Run]) -> list[int]:
-    """Number the slices of the vector, none of which has two dtypes: how many there are before each run, and in all."""
+    """Count the slices of the vector, each of one dtype: return their number before each run, and the total."""
     return [*accumulate((-(-run.length // SLICE) for run in runs), initial=0)]
 
 
 def _chosen(runs: Sequence[Run], counts: list[int], sample: int) -> Iterator[tuple[int, Run]]:
-    """Draw slices, each once, and give their first bytes and their elements, in order."""
+    """Draw distinct slices; yield the first byte of each, and its elements as a run, in order."""
     begins = [*accumulate((run.nbytes for run in runs), initial=0)]
     for number in sorted(random.SystemRandom().sample(range(counts[-1]), min(sample, counts[-1]))):
         i = bisect_right(counts, number) - 1
@@ -99,7 +98,7 @@ def _chosen(runs: Sequence[Run], counts: list[int], sample: int) -> Iterator[tup
 
 
 def _others(round_: Round) -> str:
-    """Name some rounds that have a result."""
+    """Return a sentence that names some rounds with a result; "" if there are none."""
     keys = [key.split("/") for key, _ in round_.store.list("rounds/") if key.endswith("/result.json")]
     names = sorted(key[1] for key in keys if len(key) == 3)
     return f". Rounds that are done: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" if names else ""
@@ -108,7 +107,7 @@ def _others(round_: Round) -> str:
 def _compare(
     start: int, run: Run, published: Iterable[int], manifest: Manifest, rule: Rule, round_: Round, readers: ThreadPoolExecutor
 ) -> None:
-    """Compute the elements of ``run``, from byte ``start`` of the vector on, again, and hold them against those ``published``."""
+    """Compute the elements of ``run``, which begins at byte ``start`` of the vector, again, and compare them with those ``published``."""
 
     def read(term: Term) -> bytes:
         with naming(term.client):
@@ -116,10 +115,10 @@ def _compare(
 
     columns = [_elements(run.dtype, data) for data in readers.map(read, manifest.terms)]
     expected = rule.recompute(run.dtype, columns, [term.weight for term in manifest.terms])
-    for i, (wanted, there) in enumerate(zip(expected, published, strict=True)):
-        if wanted != there:
+    for i, (wanted, got) in enumerate(zip(expected, published, strict=True)):
+        if wanted != got:
             raise VerificationFailed(
-                f"round {round_.id}: {_place(manifest.layout, start + i * ITEM_SIZE[run.dtype])} is {_shown(run.dtype, there)}, "
+                f"round {round_.id}: {_place(manifest.layout, start + i * ITEM_SIZE[run.dtype])} is {_shown(run.dtype, got)}, "
                 f"and its updates make {_shown(run.dtype, wanted)}"
             )
 
@@ -133,7 +132,7 @@ def _read(source: str, version: str | None, start: int, run: Run, round_: Round)
 
 
 def _elements(dtype: str, data: bytes) -> Iterator[int]:
-    """Decode elements when they are asked for: of many clients, their bytes alone are held."""
+    """Decode elements lazily, so that only the bytes of many clients are in memory."""
     return (element for (element,) in struct.iter_unpack(f"<{CODES[dtype]}", data))
 
 

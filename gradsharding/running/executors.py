@@ -70,12 +70,12 @@ class Pacing(Protocol):
     """An executor whose functions keep to a rate of requests that they share, so that it chooses how they read."""
 
     def reading(self, plan: Plan, limits: Limits) -> Reading:
-        """Give the reading by which functions within ``limits`` finish ``plan`` soonest; it fits into their memory."""
+        """Return the reading by which functions within ``limits`` finish ``plan`` soonest; it fits into their memory."""
         ...
 
 
 def suited(executor: Executor, plan: Plan, limits: Limits) -> Reading:
-    """Give the reading that suits an executor's functions: the plan's own, unless they share a rate of requests."""
+    """Return the reading that suits an executor's functions: the plan's own, unless they share a rate of requests."""
     return executor.reading(plan, limits) if isinstance(executor, Pacing) else plan.reading
 
 

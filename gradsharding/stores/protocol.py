@@ -160,9 +160,9 @@ def taken(key: str, url: str) -> ObjectExists:
     return ObjectExists(f"{key!r} is already in {url}; objects are created once", key=key)
 
 
-def changed(key: str, version: str | None, found: str, how: str = "it was written again") -> ChangedObject:
+def changed(key: str, version: str | None, found: str, reason: str = "it was written again") -> ChangedObject:
     """Return the error for an object that is at another version than expected."""
-    return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: {how}", key=key)
+    return ChangedObject(f"{key!r} is at version {found}, not {version} as sealed: {reason}", key=key)
 
 
 def no_upload(key: str, upload: str) -> MissingObject:
