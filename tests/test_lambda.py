@@ -199,18 +199,18 @@ def test_no_such_function(ceph_store: S3Store, start: Start) -> None:
         "gradsharding:gone": "gradsharding deploy",
         "arn:aws:lambda:us-east-1:123456789012:function:other:live": "gradsharding deploy --name other",
     }.items():
-        said = re.escape(f"there is no function {name!r} in this account and region; put it up with: {command}")
+        said = re.escape(f"there is no function {name!r} in this account and region; deploy it with: {command}")
         with pytest.raises(StoreRefused, match=f"^{said}$"):
             aggregate(round_, executor=LambdaExecutor(name))
     elsewhere = "arn:aws:lambda:eu-west-1:123456789012:function:other"
-    said = f"^function '{elsewhere}' is in eu-west-1, and the region chosen here is us-east-1; set AWS_DEFAULT_REGION to eu-west-1$"
+    said = f"^function '{elsewhere}' is in eu-west-1, and the region set here is us-east-1; set AWS_DEFAULT_REGION to eu-west-1$"
     with pytest.raises(StoreRefused, match=said):
         aggregate(round_, executor=LambdaExecutor(elsewhere))
 
 
 def test_no_name() -> None:
     """What can name no function is refused before anything is asked."""
-    with pytest.raises(UserError, match=r"^'a b' can name no Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN$"):
+    with pytest.raises(UserError, match=r"^'a b' is no name of a Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN$"):
         open_executor("lambda:a b")
 
 
@@ -238,8 +238,8 @@ def test_alias_is_looked_up_once(ceph_store: S3Store, start: Start) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gradsharding:live", "version 1 of gradsharding, which gradsharding:live led to when this run began, is gone: .*; run it again"),
-        ("gradsharding:1", "there is no function 'gradsharding:1' in this account and region; put it up with: gradsharding deploy"),
+        ("gradsharding:live", "version 1 of gradsharding, to which gradsharding:live pointed when this run began, is gone: .*"),
+        ("gradsharding:1", "there is no function 'gradsharding:1' in this account and region; deploy it with: gradsharding deploy"),
     ],
 )
 def test_version_is_gone(ceph_store: S3Store, start: Start, name: str, said: str) -> None:
@@ -263,8 +263,8 @@ def test_version_is_gone(ceph_store: S3Store, start: Start, name: str, said: str
         (20, 100, None, 20, "20 of 20 invocations at once that are reserved for f"),
         (20, 100, 30, 20, "20 of 20 invocations at once that are reserved for f"),
         (0, 100, None, 0, "0 of 0 invocations at once that are reserved for f"),
-        (None, None, None, 100, "100 invocations at once; these credentials may not ask how many the account has"),
-        (None, None, 300, 300, "300 invocations at once; these credentials may not ask how many the account has"),
+        (None, None, None, 100, "100 invocations at once; these credentials may not read how many the account has"),
+        (None, None, 300, 300, "300 invocations at once; these credentials may not read how many the account has"),
     ],
 )
 def test_invocations_at_once(
@@ -332,16 +332,16 @@ def test_gives_up(ceph_store: S3Store, start: Start, fault: str, advice: str) ->
 @RUNS_HERE
 def test_throttled_for_too_long(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks that get no turn for a quarter of an hour end the round, and it says what takes their place."""
-    monkeypatch.setattr("gradsharding.aws.functions.executor.TURN_PATIENCE", 0.2)
+    monkeypatch.setattr("gradsharding.aws.functions.invocations.TURN_PATIENCE", 0.2)
     start(faults=dict.fromkeys(range(1, 99), "throttle"))
-    with pytest.raises(TaskFailed, match=r"waited .* s for its turn: other work takes the account's concurrency"):
+    with pytest.raises(TaskFailed, match=r"waited .* s for its turn: other work uses the account's concurrency"):
         aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
 
 
 @RUNS_HERE
 def test_each_turn_has_its_patience(ceph_store: S3Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one task waited for its turn is not counted against the next task."""
-    monkeypatch.setattr("gradsharding.aws.functions.executor._pause", lambda _: 600.0)
+    monkeypatch.setattr("gradsharding.aws.functions.invocations._pause", lambda _: 600.0)
     updates = sample_updates()
     front = start(concurrency=1, faults={1: "raise", 2: "throttle", 4: "throttle"})  # after a failure, tasks go one by one
     result = aggregate(_round(ceph_store, updates), topology=Sharded(shards=2), executor=LambdaExecutor("gradsharding"))
@@ -375,7 +375,7 @@ def told() -> Iterator[LocalLambda]:
 
 def _end_of(said: Said | Fault, front: LocalLambda, monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple[GradShardingError, int]:
     """Give what a task raises if Lambda says this whenever it is asked, and how often it was; waiting takes no time."""
-    monkeypatch.setattr("gradsharding.aws.functions.executor.TURN_PATIENCE", -1.0)
+    monkeypatch.setattr("gradsharding.aws.functions.invocations.TURN_PATIENCE", -1.0)
     monkeypatch.setattr(LambdaExecutor, "settings", UNKNOWN)
     account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
     for name, value in {**account, **front.environment(), **settings}.items():
@@ -399,7 +399,7 @@ def test_all_that_lambda_says(told: LocalLambda, monkeypatch: pytest.MonkeyPatch
             assert (f"task t/2 failed: Lambda answered {kind}; run it again (2 times)", "") == (error.message, why)
             assert 2 == asked
         case Verdict(Do.REFUSE, why):
-            absent = "there is no function 'gradsharding' in this account and region; put it up with: gradsharding deploy"
+            absent = "there is no function 'gradsharding' in this account and region; deploy it with: gradsharding deploy"
             refused = f"invocation of function gradsharding: {why} ({kind})"
             assert (absent if kind == "ResourceNotFoundException" else refused) == error.message
             assert isinstance(error, StoreRefused)
@@ -409,14 +409,17 @@ def test_all_that_lambda_says(told: LocalLambda, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        (Said(400, "ThrottlingException"), "waited 0 s for its turn: more is asked a second"),
-        (Said(502, "KMSAccessDeniedException", "KMS Exception: ThrottlingException"), "waited 0 s for its turn: more is asked a second"),
+        (Said(400, "ThrottlingException"), "waited 0 s for its turn: requests exceed the account's rate"),
+        (
+            Said(502, "KMSAccessDeniedException", "KMS Exception: ThrottlingException"),
+            "waited 0 s for its turn: requests exceed the account's rate",
+        ),
         (Said(502, "KMSAccessDeniedException", "KMS Exception: AccessDeniedException"), "allow it kms:Decrypt"),
         (Said(409, "ResourceConflictException", "The function is currently in the following state: Pending"), "being created or updated"),
         (Said(409, "ResourceConflictException", "The function is currently in the following state: Failed"), "could not be created"),
         (
             Said(429, "TooManyRequestsException", reason="ReservedFunctionConcurrentInvocationLimitExceeded"),
-            "other work takes the function's reserved concurrency",
+            "other work uses the function's reserved concurrency",
         ),
         (Said(503, "SomethingNewException"), "Lambda answered SomethingNewException; run it again (2 times)"),
         (Said(403, "AccessDeniedException"), "access is denied"),
@@ -567,7 +570,7 @@ def test_foreign_function(ceph_store: S3Store, start: Start, tmp_path: Path) -> 
     """A function that is not ours is told apart from one that fails, by what it answers."""
     (tmp_path / "foreign.py").write_text("def handler(event, context):\n    return {'statusCode': 200}\n")
     front = start(concurrency=1, code=tmp_path, handler="foreign.handler")
-    said = r"^function gradsharding runs other code than gradsharding's: it answered b'{\"statusCode\": ?200}'; name another function$"
+    said = r"^function gradsharding does not run gradsharding's code: it answered b'{\"statusCode\": ?200}'; name another function$"
     with pytest.raises(UserError, match=said):
         aggregate(_round(ceph_store, sample_updates()), executor=LambdaExecutor("gradsharding"))
     assert 1 == len(front.calls)
@@ -640,7 +643,7 @@ def test_killed_for_its_memory(ceph_store: S3Store, start: Start) -> None:
     front = start(memory=512, limit=160)
     round_ = _round(ceph_store, updates)
     with pytest.raises(
-        OutOfMemory, match=r"task sharded/0 outgrew .* Lambda ended it at 160.0 MiB; use more shards, or give the function more"
+        OutOfMemory, match=r"task sharded/0 exceeded .* Lambda ended it at 160.0 MiB; use more shards, or give the function more"
     ):
         aggregate(round_, topology=Sharded(shards=1), executor=LambdaExecutor("gradsharding"))
     assert ["Unhandled"] == [call.outcome for call in front.calls]

@@ -341,7 +341,7 @@ def test_urls_of_a_role(ministack: Mapping[str, str], profile: Path, monkeypatch
     assert 1500 <= longer <= 1800
     assert "test" != first
     with pytest.raises(
-        StoreRefused, match=r"for 7200 s, and the credentials that sign them expire in 1\d+ s, .*; let URLs last 1\d+ s, or use"
+        StoreRefused, match=r"last 7200 s, and the credentials that sign them expire in 1\d+ s, .*; let URLs last 1\d+ s, or use"
     ):
         lent(7200)
 
@@ -374,7 +374,7 @@ def test_credentials_that_nobody_can_renew(profile: Path, monkeypatch: pytest.Mo
     assert (900, "ACCESS_KEY_ID") == lent(900)
     for left, says in ((400, r"expire in \d+ s, .*; let URLs last \d+ s, or use"), (40, r"expire in \d+ s, and the URLs with them; use")):
         monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", in_seconds(left))
-        with pytest.raises(StoreRefused, match=rf"good for 900 s, and the credentials that sign them {says} credentials that last"):
+        with pytest.raises(StoreRefused, match=rf"last 900 s, and the credentials that sign them {says} credentials that last"):
             lent(900)
     monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", in_seconds(700))
     assert 450 <= lent(900)[0] <= 700

@@ -1,1 +1,1 @@
-"""The cloud's edge: S3 as a store, Lambda as an executor, and what puts them up. Only here is boto3 imported."""
+"""The edge to AWS: S3 as a store, Lambda as an executor, and their deployment. Only this folder imports boto3."""

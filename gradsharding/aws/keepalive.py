@@ -1,7 +1,7 @@
-"""A connection that waits for an answer sends something before any network forgets it: TCP's own probes, and no data.
+"""A connection that waits for an answer is kept alive by TCP's own probes, before any network drops it.
 
-Botocore's ``tcp_keepalive`` turns the probes on, and leaves when they begin to the system: after 7,200 s on Linux. AWS's NAT gateways and
-network load balancers forget a connection that is silent for 350 s
+Botocore's ``tcp_keepalive`` turns the probes on, but the system decides when they begin: after 7,200 s on Linux. AWS's NAT gateways and
+network load balancers drop a connection that is silent for 350 s
 (https://docs.aws.amazon.com/vpc/latest/userguide/nat-gateway-troubleshooting.html), Azure's after 240 s, many firewalls after 60 s.
 """
 
@@ -22,24 +22,24 @@ class Probes(NamedTuple):
     every: int
     """Seconds from one probe to the next, while none is answered."""
     most: int
-    """Probes without an answer after which the connection is given up."""
+    """Unanswered probes after which the connection is closed."""
 
 
 PROBES = Probes(idle=20, every=20, most=9)
-"""A connection is never silent for more than 20 s; one whose other end is gone is known to be so after 200 s."""
+"""A connection is never silent for more than 20 s; a dead one is closed after 200 s."""
 
 
 def options() -> list[tuple[int, int, int]]:
-    """Socket options that send the probes, as far as this system has them: Linux has all, macOS names the first otherwise."""
-    wanted = {"TCP_KEEPIDLE": PROBES.idle, "TCP_KEEPALIVE": PROBES.idle, "TCP_KEEPINTVL": PROBES.every, "TCP_KEEPCNT": PROBES.most}
-    known = [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in wanted.items() if hasattr(socket, name)]
-    return [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *known]
+    """The socket options that send the probes, as far as this system has them: Linux has all, macOS has another name for the first."""
+    values = {"TCP_KEEPIDLE": PROBES.idle, "TCP_KEEPALIVE": PROBES.idle, "TCP_KEEPINTVL": PROBES.every, "TCP_KEEPCNT": PROBES.most}
+    supported = [(socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in values.items() if hasattr(socket, name)]
+    return [(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1), (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *supported]
 
 
 def keep_alive(client: Any, ca_bundle: str | None) -> None:
-    """Have a client of botocore's send its requests over connections that are probed.
+    """Make a client of botocore send its requests over connections with these probes.
 
-    Botocore lets no caller choose socket options, and lets a handler of ``before-send`` do the sending. So it is done here, by botocore's
+    Botocore lets no caller choose socket options, but a handler of ``before-send`` may send the request. This one does, by botocore's
     own HTTP session, with the same timeouts, proxies and certificates; ``ca_bundle`` is the session's.
     """
     config = client.meta.config
@@ -52,6 +52,6 @@ def keep_alive(client: Any, ca_bundle: str | None) -> None:
         "client_cert": config.client_cert,
         "proxies_config": config.proxies_config,
     }
-    http = URLLib3Session(**settings)  # its stubs know less than it takes
-    send: Callable[..., Any] = lambda request, **_: http.send(request)  # noqa: E731 - what the event gives beside it is not needed
+    http = URLLib3Session(**settings)  # its stubs lack some parameters
+    send: Callable[..., Any] = lambda request, **_: http.send(request)  # noqa: E731 - a handler gets more arguments
     client.meta.events.register("before-send", send)

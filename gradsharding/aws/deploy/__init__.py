@@ -1,1 +1,1 @@
-"""What puts the function and its bucket up, and takes them down."""
+"""Deployment of the function and its bucket, and its removal."""

@@ -1,1 +1,1 @@
-"""Lambda as an executor."""
+"""AWS Lambda as an executor: the caller's side, and the handler that runs in a function."""

@@ -1,6 +1,6 @@
-"""One invocation carries several tasks of one job; what they share is written once. Back come reports, and what ended them early.
+"""One invocation carries several tasks of one job, and what they share once; its answer has reports, and the error that stopped it.
 
-A fault is raised over there, so that Lambda counts it among the function's errors; the exception's message carries the whole answer.
+A fault is raised in the function, so that Lambda counts it as an error of the function; the exception's message is the whole answer.
 """
 
 import json
@@ -16,27 +16,27 @@ from gradsharding.running.pace import Share
 from gradsharding.value import Value
 
 STACK = "gradsharding"
-"""Name of the stack, and of its function, that is meant where none is named."""
+"""Default name of the stack, and of its function."""
 
 _FAULTS = (StoreFailed, StoreRefused, TaskFailed)
 
 
 class Fault(Exception):
-    """What ends an invocation that must count as failed; its message is the answer, as JSON."""
+    """Ends an invocation that must count as failed; its message is the answer, as JSON."""
 
 
 class Event(Value):
-    """What an invocation is given."""
+    """The event of an invocation."""
 
     release: str
     job: Job
     tasks: tuple[Task, ...]
     share: Share | None = None
-    """What it may ask of S3 a second; None for as much as it can."""
+    """Requests to S3 that it may make per second; None for no limit."""
 
 
 def pack(job: Job, tasks: Sequence[Task], share: Share | None = None) -> bytes:
-    """Write a job, with the terms that ``tasks`` read, and the tasks as the event of an invocation; raise PlanTooLarge beyond 6 MiB."""
+    """Serialize a job, with the terms that ``tasks`` read, and the tasks as an invocation's event; raise PlanTooLarge beyond 6 MiB."""
     event = Event(release=__version__, job=job.narrowed(tasks), tasks=tuple(tasks), share=share)
     data = event.model_dump_json().encode()
     if len(data) > PAYLOAD:
@@ -48,22 +48,22 @@ def pack(job: Job, tasks: Sequence[Task], share: Share | None = None) -> bytes:
 
 
 def unpack(event: Any, function: str = STACK) -> tuple[Job, tuple[Task, ...], Share | None]:
-    """Read the event of an invocation of ``function``; raise UserError if another release wrote it."""
+    """Parse the event of an invocation of ``function``; raise UserError if another release wrote it."""
     if event["release"] != __version__:
         raise UserError(
             f"the function runs gradsharding {__version__}, and was called by {event['release']}; to update it, run: {deploying(function)}"
         )
-    read = Event.model_validate_json(json.dumps(event))  # Lambda's runtime has parsed it, and strict values refuse lists from Python
+    read = Event.model_validate_json(json.dumps(event))  # the runtime has parsed it to lists, which strict values refuse
     return read.job, read.tasks, read.share
 
 
 def is_fault(error: BaseException) -> bool:
-    """Tell whether an error lies with the function, its store or its rights, and not with the updates that it was given."""
+    """Whether an error is due to the function, its store or its rights, and not to the updates."""
     return isinstance(error, _FAULTS) or not isinstance(error, GradShardingError)
 
 
 def failed(error: BaseException, reports: Sequence[Any]) -> dict[str, Any]:
-    """Answer that ``error`` has ended an invocation after some reports; raise it as a Fault if it is one."""
+    """Return the answer of an invocation that ``error`` ended after some reports; raise it as a Fault if it is one."""
     answer = {**to_wire(error), "reports": [*reports]}
     answer["message"] = without_secrets(answer["message"])  # Lambda's runtime logs what is raised
     if is_fault(error):
@@ -72,16 +72,16 @@ def failed(error: BaseException, reports: Sequence[Any]) -> dict[str, Any]:
 
 
 def answered(payload: bytes, *, error: bool) -> dict[str, Any] | None:
-    """Read what the handler gave or, if Lambda says that there was an ``error``, raised; None for what does not come from our handler."""
+    """Parse the handler's answer or, if Lambda reports an ``error``, the exception; None for a payload that is not our handler's."""
     try:
         found = json.loads(payload)
         if error:
             found = json.loads(found["errorMessage"]) if found["errorType"] == Fault.__name__ else None
-    except (ValueError, KeyError, TypeError):  # another's, or cut on the way
+    except (ValueError, KeyError, TypeError):  # another program's, or truncated
         return None
     return found if isinstance(found, dict) and "reports" in found else None
 
 
 def deploying(function: str) -> str:
-    """Name the command that puts a function up, or brings it up to date."""
+    """Return the command that deploys or updates a function."""
     return "gradsharding deploy" + (f" --name {function}" if function != STACK else "")

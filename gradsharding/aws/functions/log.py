@@ -1,7 +1,7 @@
-"""What a function logs: one JSON object a line, with the keys of Powertools for AWS Lambda, and nothing that is secret.
+"""A function's log has one JSON object per line, with the keys of Powertools for AWS Lambda, and no secrets.
 
-The keys are those of https://docs.aws.amazon.com/powertools/python/latest/core/logger; the lines are the same whether the function is
-set to log text or JSON.
+For the keys, see https://docs.aws.amazon.com/powertools/python/latest/core/logger. The lines are the same whether the function's log
+format is text or JSON.
 """
 
 import datetime as dt
@@ -19,7 +19,7 @@ SERVICE = "gradsharding"
 
 
 class Invoked(Protocol):
-    """What the runtime tells of an invocation."""
+    """The context that Lambda's runtime passes with an invocation."""
 
     function_name: str
     memory_limit_in_mb: Any
@@ -33,15 +33,15 @@ class Invoked(Protocol):
 
 
 class _Lines(logging.Handler):
-    """Writes records to standard output, which Lambda takes for the log."""
+    """Writes records to standard output, which Lambda appends to the log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(_line(record), flush=True)  # noqa: T201 - Lambda's way to log
 
 
 log = logging.getLogger(f"{SERVICE}.function")
-log.setLevel(logging.INFO)  # Lambda itself leaves out what its setting of a level does not want
-log.propagate = False  # the runtime's own handler would write it again
+log.setLevel(logging.INFO)  # Lambda itself drops records below the level in its settings
+log.propagate = False  # the runtime's own handler would write it a second time
 log.addHandler(_Lines())
 
 _about: dict[str, Any] = {}
@@ -50,7 +50,7 @@ _seen: list[str] = []
 
 @contextmanager
 def about(context: Invoked) -> Iterator[None]:
-    """Have all lines within say which invocation of which function wrote them, and whether it was the first in its environment."""
+    """Within, every line names the invocation and the function, and says whether the invocation was a cold start."""
     _about.update(
         cold_start=not _seen,
         function_name=context.function_name,

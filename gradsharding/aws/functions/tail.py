@@ -1,4 +1,4 @@
-"""The end of an invocation's log says what was billed: a line that begins with REPORT, or, in a function that logs JSON, an object."""
+"""The end of an invocation's log has its bill: a line that begins with REPORT or, if the function logs JSON, an object."""
 
 import json
 import re
@@ -11,20 +11,20 @@ _REPORT = re.compile(
 
 
 class Metered(NamedTuple):
-    """What Lambda measured of an invocation; bytes and seconds."""
+    """Lambda's measurements of an invocation, in bytes and seconds."""
 
     request: str
     billed: float
     memory_size: int
     max_memory: int
     init: float | None
-    """Of a cold start; None for a warm one."""
+    """Duration of the cold start; None for a warm start."""
 
 
 def metered(log: str) -> Metered | None:
-    """Read the last report of a log, in either format; None if there is none.
+    """Read the last report in a log, in either format; None if there is none.
 
-    Both say the same (https://docs.aws.amazon.com/lambda/latest/dg/monitoring-cloudwatchlogs-logformat.html,
+    Both have the same content (https://docs.aws.amazon.com/lambda/latest/dg/monitoring-cloudwatchlogs-logformat.html,
     https://docs.aws.amazon.com/lambda/latest/dg/telemetry-schema-reference.html#platform-report).
 
     >>> metered('{"type":"platform.report","record":{"requestId":"r","metrics":'
@@ -43,18 +43,18 @@ def _from_text(line: str) -> Metered | None:
 
 
 def _from_json(line: str) -> Metered | None:
-    """Read a line that is a report of the platform's; not our own lines, nor the rest of one that was cut."""
+    """Read a line if it is the platform's report; not our own lines, nor the rest of one that was cut."""
     try:
         event = json.loads(line)
         if event["type"] != "platform.report":
             return None
-        told, metrics = event["record"]["requestId"], event["record"]["metrics"]
+        request, metrics = event["record"]["requestId"], event["record"]["metrics"]
         init = metrics.get("initDurationMs")
-        return _metered(told, metrics["billedDurationMs"], metrics["memorySizeMB"], metrics["maxMemoryUsedMB"], init)
+        return _metered(request, metrics["billedDurationMs"], metrics["memorySizeMB"], metrics["maxMemoryUsedMB"], init)
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _metered(request: str, billed: float | str, size: int | str, used: int | str, init: float | str | None) -> Metered:
-    """Put figures of Lambda's, in milliseconds and MiB, into seconds and bytes."""
+    """Convert Lambda's figures from milliseconds and MiB to seconds and bytes."""
     return Metered(request, float(billed) / 1000, int(size) << 20, int(used) << 20, None if init is None else float(init) / 1000)
