@@ -100,7 +100,7 @@ def test_deploy_smoke_destroy(command: Any) -> None:
     assert "\n4 slices: 4 functions, " in smoked.stdout
     assert "\n2 slices in a tree of fan-in 2: 6 functions, " in smoked.stdout
     assert "MiB projected" in smoked.stdout
-    assert "invocations: Lambda told no figures" in smoked.stdout  # ministack writes none into an invocation's log
+    assert "invocations: Lambda reported no figures" in smoked.stdout  # ministack writes none into an invocation's log
     assert "list prices of us-east-1" in smoked.stdout
 
     store = open_store(next(line.split()[1] for line in up.stdout.splitlines() if line.startswith("store:")))

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradsharding.aws.client import s3_client
-from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, LONGEST, PATIENCE, Patience, pause
+from gradsharding.aws.patience import ATTEMPTS, FEWER, LATER, PAUSE, TOTAL, Patience, pause
 from gradsharding.aws.s3.direct import UrlSource, offer, write
 from gradsharding.aws.s3.presign import grant, readable, settle
 from gradsharding.aws.s3.store import S3Store
@@ -43,8 +43,8 @@ def test_minutes() -> None:
 
     assert one != other
     assert one[0] <= 0.2
-    assert PATIENCE - LONGEST < sum(one) <= PATIENCE
-    assert LONGEST / 2 < max(one) <= LONGEST
+    assert TOTAL - PAUSE < sum(one) <= TOTAL
+    assert PAUSE / 2 < max(one) <= PAUSE
 
 
 @given(st.lists(st.booleans(), max_size=20))
@@ -110,7 +110,7 @@ def test_every_verb(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Mon
     spool = tmp_path / "spool"
     spool.write_bytes(b"y" * 100)
     moto_store.put("a", [b"x" * 100])
-    monkeypatch.setattr("gradsharding.aws.patience.LONGEST", 0.0)
+    monkeypatch.setattr("gradsharding.aws.patience.PAUSE", 0.0)
     monkeypatch.setattr("random.uniform", lambda *_: 0.0)
     with Proxy(moto.endpoint, Path(faults=REFUSED)) as path:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", path.endpoint)
@@ -123,7 +123,7 @@ def test_every_verb(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Mon
 
 
 SAYS = {
-    "503": r"asked for too much at once, and has said so \d+ times in a row \(SlowDown\), through (2[89]\d|300) s of waiting; ",
+    "503": r"the store is throttling requests: it answered SlowDown \d+ times in a row, through (2[89]\d|300) s of waiting; ",
     "down": r"the server answered 503 \d+ times in a row, through (2[89]\d|300) s of waiting: it may be down or overloaded; ",
 }
 """What is said in the end, by the fault."""
@@ -142,7 +142,7 @@ def test_gives_up(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.Monke
     monkeypatch.setattr("asyncio.sleep", at_once)
     with Proxy(moto.endpoint, Path(faults=dict.fromkeys(range(1, 1_000), fault))) as path:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", path.endpoint)
-        remedy = LATER if verb == "read by a URL" else FEWER if fault == "503" else f"look at it, or {FEWER}"
+        remedy = LATER if verb == "read by a URL" else FEWER if fault == "503" else f"check it, or {FEWER}"
         with pytest.raises(StoreFailed, match=f"{SAYS[fault]}{remedy}$"):
             VERBS[verb](moto_store, tmp_path)
 
@@ -152,7 +152,7 @@ def test_gives_up_at_once() -> None:
     with keeping(None, 0.0):
         patience = Patience()
         patience.too_much()
-    assert f"it: the server answered 503 once, with no time left to wait: it may be down or overloaded; look at it, or {FEWER}" == str(
+    assert f"it: the server answered 503 once, with no time left to wait: it may be down or overloaded; check it, or {FEWER}" == str(
         patience.error("it", "503")
     )
 
@@ -191,7 +191,7 @@ def test_a_round_through_a_narrow_path(ceph: Ceph, ceph_store: S3Store, monkeypa
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     with Proxy(ceph.server.endpoint, Path(faults=dict.fromkeys(range(2, 1_000, 2), "503"))) as path:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", path.endpoint)
-        monkeypatch.setattr("gradsharding.aws.patience.LONGEST", 0.05)  # here
+        monkeypatch.setattr("gradsharding.aws.patience.PAUSE", 0.05)  # here
         result = aggregate(round_, topology=Sharded(shards=4), executor=ProcessExecutor(2))
         refused = path.requests // 2
     sent = total(result.usage)

@@ -174,7 +174,7 @@ def test_denied_write_is_the_functions(ceph_store: S3Store) -> None:
     """A function that its role does not let write the result is named with it, since it is not the caller's rights that lack."""
     round_ = Round.create(ceph_store, "r", output=f"s3://{ceph_store.bucket}/another/mean.safetensors")
     round_.submit("a", {"w": np.ones(1 << 10, "f4")}, 1)
-    said = r"^function gradsharding, under its role: .*/another/.*: access is denied \(AccessDenied\); allow this action there to whoever"
+    said = r"^function gradsharding, under its role: .*/another/.*: access is denied \(AccessDenied\); allow the caller this action there"
     with pytest.raises(StoreRefused, match=said) as caught:
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
     assert ("AccessDenied", True) == (caught.value.details["code"], caught.value.details["denied"])

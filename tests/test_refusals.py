@@ -19,14 +19,15 @@ import botocore.exceptions
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gradsharding.aws import refusals
 from gradsharding.aws.client import explained, explaining, lambda_client, session
 from gradsharding.aws.functions.call import Fault, failed
 from gradsharding.aws.functions.log import _line
-from gradsharding.aws.refusals import reason, scrubbed
+from gradsharding.aws.reasons import scrubbed
+from gradsharding.aws.refusals import reason
 from gradsharding.aws.s3.direct import _Discreet
 from gradsharding.aws.s3.store import S3Store
 from gradsharding.aws.secrets import without_secrets
+from gradsharding.aws.unanswered import FAILURES
 from gradsharding.errors import GradShardingError, StoreFailed, StoreRefused
 from gradsharding.testing import read
 from rigs.s3 import S3Server
@@ -66,7 +67,7 @@ def test_all_of_botocore(settings: Path, kind: type[BotoCoreError]) -> None:  # 
     error = kind(**dict.fromkeys(fields, f"x {KEY} {SECRET}\n"), **more)
     found = explained(error, "GetObject of s3://b/k")
 
-    assert kind is BotoCoreError or any(one.__name__ in refusals._FAILURES for one in kind.__mro__)
+    assert kind is BotoCoreError or any(one.__name__ in FAILURES for one in kind.__mro__)
     assert found.message.startswith("GetObject of s3://b/k: ")
     assert "; " in found.message
     assert found.message.isprintable()
@@ -120,7 +121,7 @@ PROFILES = {
     if importlib.util.find_spec("awscrt")
     else r"^AWS: this needs the package awscrt .*; install it: pip install 'boto3\[crt\]'$",
     "process": r"^AWS: the credential_process of profile process failed \(vault: not logged in, token=…\); run that command by itself",
-    "words": r"^AWS: the credential_process of profile words printed no JSON; run it by itself, and mend it in .*config$",
+    "words": r"^AWS: the credential_process of profile words printed no JSON; run it by itself, and correct it in .*config$",
     "nothing": r"^AWS: the credential_process of profile nothing failed \(Missing required key in response: 'AccessKeyId'\); run that",
     "program": r"No such file or directory: '/no/such/program'; correct profile program in .*config",
     "loop": r"Infinite loop in credential configuration detected.*; correct profile loop in .*config",
@@ -279,8 +280,8 @@ def _ask(service: str) -> Ask:
 FORMS = {"sts": "query", "cloudformation": "query", "lambda": "rest-json", "logs": "json"}
 
 STRANGER, FORGED, OVER = "there is no such access key", "the secret key does not belong", "the session has expired; renew the credentials"
-CLOCK, TORN, OFF = "this machine's clock is wrong; set it", "the credentials are not whole", "the account may not use this service"
-LIES = r"it lies in region eu-west-3; set AWS_DEFAULT_REGION to that"
+CLOCK, TORN, OFF = "this machine's clock is wrong; set it", "the credentials are incomplete", "the account may not use this service"
+LIES = r"the bucket is in region eu-west-3; set AWS_DEFAULT_REGION to that"
 
 ECHO = f"The AWS Access Key Id {KEY} ... The Canonical String for this request should have been 'GET /?X-Amz-Security-Token={SECRET}'"
 OLD = "Signature expired: 20261128T000000Z is now earlier than 20261128T060000Z (20261128T061500Z - 15 min.)"
@@ -327,39 +328,39 @@ ANSWERS: list[tuple[str, int, str, str, str]] = [
         403,
         "InvalidObjectState",
         "The operation is not valid for the object's storage class",
-        "lies in an archive, such as Glacier; restore",
+        "is in an archive, such as Glacier; restore",
     ),
-    ("s3", 400, "KMS.DisabledException", "arn is disabled.", "the key of KMS that encrypts it cannot be used .*; enable it"),
+    ("s3", 400, "KMS.DisabledException", "arn is disabled.", "the KMS key that encrypts it cannot be used .*; enable it"),
     (
         "s3",
         403,
         "AccessDenied",
         "Access Denied",
-        r"denied \(AccessDenied\); allow this action there to whoever asks, .*; without s3:ListBucket, S3 says so",
+        r"denied \(AccessDenied\); allow the caller this action there, .*; without s3:ListBucket, S3 denies access also to",
     ),
     (
         "put",
         403,
         "AccessDenied",
         BY.format("s3:PutObject", "identity-based"),
-        "no identity-based policy allows .*; allow s3:PutObject there to",
+        "no identity-based policy allows .*; allow the caller s3:PutObject there",
     ),
-    ("head", 403, "", "", r"access is denied \(403\); .*; without s3:ListBucket, S3 says so of an object that is not there, too$"),
+    ("head", 403, "", "", r"access is denied \(403\); .*; without s3:ListBucket, S3 denies access also to an object that does not exist$"),
     ("head", 400, "", "", r"refused without a reason, .*; renew the credentials of the environment, and check AWS_DEFAULT_REGION"),
-    ("sts", 403, "AccessDenied", BY.format("sts:GetCallerIdentity", "session"), "allow sts:GetCallerIdentity there to whoever asks, or"),
+    ("sts", 403, "AccessDenied", BY.format("sts:GetCallerIdentity", "session"), "allow the caller sts:GetCallerIdentity there, or"),
     (
         "lambda",
         403,
         "AccessDeniedException",
         BY.format("lambda:GetAccountSettings", "boundary"),
-        "allow lambda:GetAccountSettings there to",
+        "allow the caller lambda:GetAccountSettings there",
     ),
     (
         "logs",
         400,
         "AccessDeniedException",
         BY.format("logs:DescribeLogGroups", "x"),
-        "allow logs:DescribeLogGroups there to",
+        "allow the caller logs:DescribeLogGroups there",
     ),
 ]
 
@@ -449,12 +450,12 @@ def _unsent(kind: str, **facts: Any) -> BotoCoreError:
         (
             _unsent("ProxyConnectionError", proxy_url="http://me:hush@proxy:3128", error="407"),
             StoreRefused,
-            r"^the proxy proxy:3128 does not let us through; correct HTTPS_PROXY",
+            r"^the proxy proxy:3128 refuses the connection; correct HTTPS_PROXY",
         ),
         (
             _unsent("ConnectTimeoutError", endpoint_url="https://s3.eu-central-1.amazonaws.com/b", error="timed out"),
             StoreFailed,
-            r"^s3\.eu-central-1\.amazonaws\.com took no connection, after several attempts; check firewalls, in a VPC the gateway endpoint",
+            r"^s3\.eu-central-1\.amazonaws\.com accepted no connection in several attempts; check firewalls, in a VPC the gateway endpoint",
         ),
         (
             _unsent(
@@ -475,7 +476,7 @@ def _unsent(kind: str, **facts: Any) -> BotoCoreError:
             StoreRefused,
             r"^this machine's metadata gave no .*; attach a role to it",
         ),
-        (EOFError(), StoreRefused, r"asks for an MFA code, and nobody can type one here; set the credentials"),
+        (EOFError(), StoreRefused, r"asks for an MFA code, and nobody can enter one here; set the credentials"),
         (
             ClientError({"Error": {"Code": "InternalError", "Message": "We"}}, "PutObject"),
             StoreFailed,
@@ -489,8 +490,8 @@ def test_network(error: Exception, kind: type[GradShardingError], says: str) -> 
     """What stands between us and AWS is named: a region or a host that is not there, a firewall, a proxy, a certificate, a role."""
     found = reason(error)
     with pytest.raises(kind, match=says):
-        raise found.kind(found.said)
-    assert "hush" not in found.said
+        raise found.kind(found.text)
+    assert "hush" not in found.text
 
 
 def test_no_file_of_certificates(moto: S3Server, settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +501,7 @@ def test_no_file_of_certificates(moto: S3Server, settings: Path, monkeypatch: py
     monkeypatch.setenv("AWS_CONFIG_FILE", str(settings))
     monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle")
     monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
-    with pytest.raises(StoreRefused, match=r"no file of certificates where AWS_CA_BUNDLE says \(/no/such/bundle\); correct it"):
+    with pytest.raises(StoreRefused, match=r"the file of certificates that AWS_CA_BUNDLE names does not exist \(.no.such.bundle\)"):
         S3Store("s3://bucket").head("a")
 
 

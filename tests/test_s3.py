@@ -393,7 +393,7 @@ def test_another_region(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) ->
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere)) as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
         for ask in (lambda: read(moto_store, "a"), lambda: list(moto_store.list("")), lambda: moto_store.head("a")):
-            with pytest.raises(StoreRefused, match="it lies in region eu-west-3; set AWS_DEFAULT_REGION to that"):
+            with pytest.raises(StoreRefused, match="the bucket is in region eu-west-3; set AWS_DEFAULT_REGION to that"):
                 ask()
 
 

@@ -1,4 +1,4 @@
-"""One client for each service and account, made as the standard AWS environment says; what AWS refuses is said in a sentence."""
+"""One client for each service and account, made from the standard AWS environment; each of AWS's errors becomes one sentence."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 CONNECTIONS = 64
-"""Connections that one client keeps open at most."""
+"""Connections that one client keeps open, at most."""
 
 S3_CONFIG: dict[str, Any] = {
     "signature_version": "s3v4",
@@ -45,28 +45,26 @@ S3_CONFIG: dict[str, Any] = {
 }
 """Botocore's settings for S3."""
 
-
 PATIENCE_KEY = "gradsharding.patience"
 """Key of the Patience that botocore carries with each request, and with its answer."""
 
 Environment = tuple[tuple[str, str], ...]
-"""Variables that a client is made by."""
+"""The environment variables from which a client is made."""
 
 _MAKING = threading.Lock()
-"""A cache lets threads that ask at once each make a client, and each takes memory that no plan counts."""
-
+"""Held while a client is made: ``lru_cache`` alone lets several threads each make one, and each takes memory that no plan counts."""
 
 LISTS = {"ListObjectsV2", "ListParts"}
-"""Operations that S3 bills as LIST, and HTTP knows as GET."""
+"""Operations that S3 bills as LIST, although their HTTP method is GET."""
 
 DELETES = {"DeleteObjects"}
-"""Operations that S3 counts as DELETE (DeleteRequests in https://docs.aws.amazon.com/AmazonS3/latest/userguide/metrics-dimensions.html),
-and HTTP knows as POST."""
+"""Operations that S3 counts as DELETE, although their HTTP method is POST
+(DeleteRequests in https://docs.aws.amazon.com/AmazonS3/latest/userguide/metrics-dimensions.html)."""
 
 
 def _before_send(request: Any, event_name: str, **_: Any) -> None:
     operation, method = event_name.rpartition(".")[2], request.method
-    take_turn(reads=method in ("GET", "HEAD"))  # tasks have a share, whose threads may wait
+    take_turn(reads=method in ("GET", "HEAD"))  # a task waits for its share of S3's request rate
     if operation in DELETES or method == "DELETE":
         count("s3", deletes=1)
     elif operation in LISTS:
@@ -79,7 +77,7 @@ def _before_send(request: Any, event_name: str, **_: Any) -> None:
 
 
 def _needs_retry(response: Any, caught_exception: Exception | None, request_dict: dict[str, Any], **_: Any) -> float | None:
-    """Tell botocore how many seconds to wait before it asks again; None to take the answer as it is."""
+    """Return the seconds that botocore waits before it retries; None to accept the answer."""
     patience: Patience = request_dict["context"].setdefault(PATIENCE_KEY, Patience())
     if response is None:
         return patience.broke() if isinstance(caught_exception, (NotConnected, HTTPClientError)) else None
@@ -91,41 +89,43 @@ def _needs_retry(response: Any, caught_exception: Exception | None, request_dict
 
 
 def _with_md5(request: Any, **_: Any) -> None:
-    """Add what a request that deletes many objects must have on servers older than boto3's CRC-32: Swift, and MinIO for years."""
+    """Add the MD5 that servers from before boto3's CRC-32 require in DeleteObjects: Swift, and MinIO for years."""
     if "Content-MD5" not in request.headers:
         request.headers["Content-MD5"] = b64encode(hashlib.md5(request.body, usedforsecurity=False).digest()).decode()
 
 
 def s3_client(bucket: str = "", signer: str | None = None) -> "S3Client":
-    """Give the S3 client of the environment as it is now, for a bucket; threads may share it.
+    """Return the S3 client of the environment as it is now, for a bucket; threads may share it.
 
-    ``signer`` names another signature than botocore's own. Raise UserError for a demand of the environment's that makes no sense, and
-    StoreRefused as ``session`` does.
+    ``signer`` names a signature in place of botocore's own. Raise UserError for an invalid demand of the environment, and StoreRefused
+    as ``session`` does.
     """
     with _MAKING, _setting_up():
         return _s3_client(environment(), _is_arn(bucket), signer)
 
 
 def s3_settings(session: Any, bucket: str) -> dict[str, Any]:
-    """Give the settings of an S3 client of a session of botocore's, for a bucket.
+    """Return the settings of an S3 client of a botocore session, for a bucket.
 
-    Buckets are addressed by paths, which all servers know, unless the profile says otherwise; an access point has no path.
+    Buckets are addressed by path, which every server supports, unless the profile says otherwise; access points have no path.
     """
     style = "auto" if _is_arn(bucket) else (session.get_scoped_config().get("s3") or {}).get("addressing_style", "path")
-    # A body is signed by its SHA-256 otherwise, which costs more than all the rest; TLS and the CRC-32 that we send protect it.
+    # By default a body is signed by its SHA-256, which costs more than all the rest; TLS and our CRC-32 protect it.
     return S3_CONFIG | {"s3": {"addressing_style": style, "payload_signing_enabled": False}}
 
 
 def prepare(client: Any) -> None:
-    """Have an S3 client of boto3's ask as ours do.
+    """Make an S3 client of boto3 behave as ours do.
 
-    It counts what it sends, keeps to its share, is patient, sends what is demanded, and takes Ceph's names of buckets, too.
+    It counts its requests, keeps to its share, retries patiently, meets the demands, and accepts Ceph's bucket names.
     """
-    # Botocore's standard mode takes what is too much for broken: six attempts, 15 s in the mean; and no more at all, whatever the request,
-    # once a quota of the client's is spent: 500 tokens, of which each retry takes five, and a success gives but the last five back.
+    # Botocore's standard mode treats throttling as failure: six attempts, 15 s on average. And it stops retrying any request once the
+    # client's quota is spent: 500 tokens, of which each retry takes five, and a success returns only the last five.
     client.meta.events.unregister("needs-retry.s3", unique_id="retry-config-s3")
     client.meta.events.register("needs-retry.s3", _needs_retry)
-    client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)  # it refuses tenant:bucket; S3Store checks names
+    client.meta.events.unregister(
+        "before-parameter-build.s3", validate_bucket_name
+    )  # it refuses tenant:bucket; S3Store checks names itself
     client.meta.events.register("before-send.s3", _before_send)
     if not dialect(client.meta.endpoint_url).aws:
         client.meta.events.register("before-sign.s3.DeleteObjects", _with_md5)
@@ -137,29 +137,29 @@ def _is_arn(bucket: str) -> bool:
 
 
 def lambda_client(read_timeout: float = 60) -> "LambdaClient":
-    """Give a Lambda client of the environment as it is now. It never tries again by itself: who calls it knows what may run twice."""
+    """Return a Lambda client of the environment as it is now. It never retries: only its caller knows what may run twice."""
     with _MAKING, _setting_up():
         return _lambda_client(environment(), read_timeout)
 
 
 def session() -> boto3.session.Session:
-    """Give boto3's session of the environment as it is now, whose credentials have been found: none, if there are none.
+    """Return boto3's session of the environment as it is now, with the credentials resolved, if there are any.
 
-    Raise StoreRefused for a profile, a file, a login or a program of the user's that gives none although it should.
+    Raise StoreRefused if a profile, a file, a login or a program of the user's should give credentials, and fails to.
     """
     with _MAKING, _setting_up():
         return _session(environment()).boto3
 
 
 def seconds_left(least: float) -> float | None:
-    """Seconds that the environment's credentials will last; None if they last, or do not say.
+    """Return the seconds until the environment's credentials expire; None if they never expire, or their expiry is not known.
 
-    Those that end in fewer than ``least`` seconds are renewed first, if they can be. Raise StoreRefused for a login that has ended.
+    Credentials that expire in fewer than ``least`` seconds are renewed first, if possible. Raise StoreRefused for a login that has expired.
     """
     found: Any = session().get_credentials()
     if not isinstance(found, RefreshableCredentials) or getattr(found, "_expiry_time", None) is None:
         return None
-    own: Any = found  # botocore tells nobody when they end, and renews them by a time of its own only
+    own: Any = found  # botocore has no public way to read the expiry, or to renew before a chosen time
     with _setting_up(), own._refresh_lock:  # noqa: SLF001
         if own.refresh_needed(least):
             own._protected_refresh(is_mandatory=True)  # noqa: SLF001
@@ -167,28 +167,28 @@ def seconds_left(least: float) -> float | None:
 
 
 def seconds_in_all() -> float | None:
-    """Seconds after which the environment's credentials end, and nothing here can renew them; None if they last, or do not say."""
+    """Return the seconds until credentials expire that cannot be renewed here; None if they can be, or their expiry is not known."""
     found = session().get_credentials()
     return seconds_left(0) if found and found.method == "env" else None
 
 
 def explained(error: Exception, doing: str) -> GradShardingError:
-    """Say what AWS refused, or that it did not answer, and what to do; ``doing`` is what was asked for, such as "GetObject of s3://b/k".
+    """Return our error for an error of botocore's, with the remedy; ``doing`` names the request, such as "GetObject of s3://b/k".
 
-    ``details["denied"]`` says that it is, or looks like, a lack of permission.
+    ``details["denied"]`` is set if it is, or looks like, a lack of permission.
     """
-    meta: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
-    patience: Patience | None = meta.get(PATIENCE_KEY)
+    metadata: Any = error.response.get("ResponseMetadata", {}) if isinstance(error, ClientError) else {}
+    patience: Patience | None = metadata.get(PATIENCE_KEY)
     if patience:
-        return patience.error(doing, refusals.code_of(error) or str(meta["HTTPStatusCode"]))
-    why, code = refusals.reason(error), refusals.code_of(error)
-    facts: dict[str, Any] = ({"code": code} if code else {}) | ({"denied": True} if why.denied else {})
-    return why.kind(f"{doing}: {why.said}", **facts)
+        return patience.error(doing, refusals.code_of(error) or str(metadata["HTTPStatusCode"]))
+    reason, code = refusals.reason(error), refusals.code_of(error)
+    facts: dict[str, Any] = ({"code": code} if code else {}) | ({"denied": True} if reason.denied else {})
+    return reason.kind(f"{doing}: {reason.text}", **facts)
 
 
 @contextmanager
 def explaining(doing: str) -> Iterator[None]:
-    """Turn what botocore raises within into our errors."""
+    """Within, turn errors of botocore's into ours."""
     try:
         yield
     except (BotoCoreError, ClientError) as error:
@@ -197,7 +197,7 @@ def explaining(doing: str) -> Iterator[None]:
 
 @contextmanager
 def _setting_up() -> Iterator[None]:
-    """Turn whatever botocore, a file or a program of the user's raises within into our errors."""
+    """Within, turn whatever botocore, or a file or a program of the user's, raises into our errors."""
     try:
         yield
     except GradShardingError:
@@ -207,7 +207,7 @@ def _setting_up() -> Iterator[None]:
 
 
 class _Session(NamedTuple):
-    """What clients are made of: they share the credentials, and when those are renewed."""
+    """Sessions from which clients are made, so that they share credentials and their renewal."""
 
     botocore: botocore.session.Session
     boto3: boto3.session.Session
@@ -217,12 +217,12 @@ class _Session(NamedTuple):
 def _session(_: Environment) -> _Session:
     found = botocore.session.get_session()
     if credentials := found.get_credentials():
-        credentials.get_frozen_credentials()  # of a role, a login or a program: what goes wrong there is told now, not in a request
+        credentials.get_frozen_credentials()  # a role, a login or a program may fail: better now than in a request
     return _Session(found, boto3.session.Session(botocore_session=found))
 
 
 @lru_cache(maxsize=8)
-def _s3_client(environment: Environment, arn: bool, signer: str | None) -> "S3Client":  # noqa: FBT001 - where lru_cache is used
+def _s3_client(environment: Environment, arn: bool, signer: str | None) -> "S3Client":  # noqa: FBT001 - for lru_cache
     session = _session(environment)
     client = session.boto3.client("s3", config=Config(**s3_settings(session.botocore, "arn:" if arn else "")))
     prepare(client)
@@ -246,5 +246,5 @@ def _lambda_client(environment: Environment, read_timeout: float) -> "LambdaClie
 
 
 def environment() -> Environment:
-    """Give what clients depend on: AWS's variables, and ours for S3."""
+    """Return the variables on which clients depend: AWS's, and ours for S3."""
     return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "GRADSHARDING_S3_"))))

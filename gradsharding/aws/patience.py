@@ -1,4 +1,4 @@
-"""What a store refuses as too much at once is asked again for minutes; what breaks is asked again a few times: one law for all clients."""
+"""All clients retry alike: a throttled request for minutes, and a failed one a few times."""
 
 import random
 import time
@@ -6,17 +6,17 @@ import time
 from gradsharding.errors import StoreFailed
 from gradsharding.running.pace import time_left
 
-PATIENCE = 300.0
-"""Seconds that one request waits, all in all, while the store says that it is too much."""
+TOTAL = 300.0
+"""Seconds that one request waits in all, while the store throttles it."""
 
-LONGEST = 20.0
+PAUSE = 20.0
 """Seconds of one wait, at most."""
 
 ATTEMPTS = 6
-"""How often a request that is broken or not answered is made, a read that breaks off goes on, and a write in conflict is tried."""
+"""Attempts at a request that fails or is not answered, at a read that breaks off, and at a write in conflict."""
 
 BUSY = {429, 503}
-"""HTTP statuses that say so."""
+"""HTTP statuses of throttling."""
 
 THROTTLES = {
     "SlowDown",
@@ -30,69 +30,68 @@ THROTTLES = {
     "BandwidthLimitExceeded",
     "TooManyRequestsException",
 }
-"""Codes that say so, be it of one key in an answer of status 200."""
+"""Codes of throttling, also for one key in an answer of status 200."""
 
 FAILURES = {500, 502, 504}
-"""HTTP statuses of a server that has failed."""
+"""HTTP statuses of a server's failure."""
 
 FAILED = {"InternalError", "RequestTimeout", "RequestTimeoutException", "PriorRequestNotComplete"}
-"""Codes of a server that has failed."""
-
+"""Codes of a server's failure."""
 
 FEWER = "run fewer functions at once, use fewer shards, or keep the updates below another prefix"
-"""What to do against too much at once, for whoever runs a round."""
+"""Remedy against throttling, for whoever runs a round."""
 
-LATER = "run it again later, and if it stays so, tell whoever gave the URL"
-"""The same, for a node, which has nothing but a URL."""
+LATER = "run it again later; if that does not help, tell whoever gave the URL"
+"""Remedy against throttling, for a node, which has nothing but a URL."""
 
 
 class Patience:
-    """What one request has waited; what is too much does not count as broken, nor the other way about."""
+    """Counts how one request was throttled and how it failed, each by itself."""
 
     def __init__(self) -> None:
         self.waited = 0.0
-        """Seconds, all in all, because it was too much."""
+        """Seconds, in all, because of throttling."""
         self.refused = 0
-        """How often it was too much."""
+        """Times it was throttled."""
         self.broken = 0
-        """How often it broke, or was not answered."""
+        """Times it failed, or was not answered."""
 
     def after(self, code: str) -> float | None:
-        """Count what the store calls ``code``, as what it is."""
+        """Count an error with the store's ``code``; return the seconds to wait, or None."""
         return self.too_much() if code in THROTTLES else self.broke()
 
     def too_much(self) -> float | None:
-        """Count a refusal; give the seconds to wait, at random so that many do not come back together; None if it has been long enough."""
+        """Count a throttling; return the seconds to wait, at random so that callers spread out; None if it has waited long enough."""
         self.refused += 1
-        seconds = random.uniform(0.5, 1) * min(LONGEST, 0.1 * 2.0 ** min(self.refused, 30))
-        if self.waited + seconds > PATIENCE or seconds > time_left():
+        seconds = random.uniform(0.5, 1) * min(PAUSE, 0.1 * 2.0 ** min(self.refused, 30))
+        if self.waited + seconds > TOTAL or seconds > time_left():
             return None
         self.waited += seconds
         return seconds
 
     def broke(self) -> float | None:
-        """Count a failure; give the seconds to wait before another attempt; None if there have been enough."""
+        """Count a failure; return the seconds to wait before another attempt; None if there were enough."""
         self.broken += 1
         seconds = random.uniform(0, 2.0 ** (self.broken - 1))
         return None if self.broken == ATTEMPTS or seconds > time_left() else seconds
 
     def error(self, doing: str, code: str, *, by_url: bool = False) -> StoreFailed:
-        """Say that it was refused for too long; ``doing`` is what was asked for, ``code`` what the store calls it, or else the HTTP status.
+        """Return the error for a request that was throttled for too long; ``doing`` names it, ``code`` is the store's, or the HTTP status.
 
-        A 503 without a code of S3's may as well come from a gateway whose servers are gone. ``by_url`` says that a node reads this.
+        A 503 without a code of S3's may also come from a gateway whose servers are down. ``by_url`` says that a node will read it.
         """
         through = f"through {self.waited:.3g} s of waiting" if self.waited else "with no time left to wait"
         remedy = LATER if by_url else FEWER
         if code in THROTTLES or code == "429":
-            said = f"the store was asked for too much at once, and has said so {times(self.refused)} ({code}), {through}; {remedy}"
+            problem = f"the store is throttling requests: it answered {code} {times(self.refused)}, {through}; {remedy}"
         else:
-            look = "" if by_url else "look at it, or "
-            said = f"the server answered {code} {times(self.refused)}, {through}: it may be down or overloaded; {look}{remedy}"
-        return StoreFailed(f"{doing}: {said}", code=code)
+            check = "" if by_url else "check it, or "
+            problem = f"the server answered {code} {times(self.refused)}, {through}: it may be down or overloaded; {check}{remedy}"
+        return StoreFailed(f"{doing}: {problem}", code=code)
 
 
 def times(count: int) -> str:
-    """Say how often something went wrong.
+    """Write how often something failed.
 
     >>> times(1), times(6)
     ('once', '6 times in a row')
@@ -101,5 +100,5 @@ def times(count: int) -> str:
 
 
 def pause(failures: int) -> None:
-    """Wait before trying again: up to 0.1 s, doubled each time, at random so that many do not come back together, if there is time."""
+    """Wait before another attempt: up to 0.1 s, doubled each time, at random so that callers spread out, and no longer than is left."""
     time.sleep(min(random.uniform(0, 0.1 * 2**failures), max(0.0, time_left())))

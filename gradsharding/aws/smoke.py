@@ -1,4 +1,4 @@
-"""``gradsharding smoke``: what is deployed averages the same updates in slices and in a tree; numpy says whether it is right."""
+"""``gradsharding smoke`` has the deployed stack average the same updates in slices and in a tree, and compares both with numpy."""
 
 import contextlib
 import time
@@ -29,13 +29,13 @@ from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.urls import open_store
 
 CLIENTS, ELEMENTS = 4, 4 << 20
-"""Updates, and the float32 values of each: 64 MiB in all."""
+"""Number of updates, and of float32 values in each: 64 MiB in all."""
 
 WAYS: Mapping[str, Topology] = {
     "4 slices": Sharded(shards=4),
     "2 slices in a tree of fan-in 2": ShardedTree(shards=2, fan_in=2),
 }
-"""Small slices, which are composed into the result's parts, and large ones, which are parts themselves; partial sums in between."""
+"""The topologies: one with small slices, which are composed into parts, and one with large slices, which are parts, and partial sums."""
 
 
 @click.command()
@@ -58,12 +58,12 @@ def smoke(name: str) -> None:
 
 
 def try_out(store: ObjectStore, executor: Executor) -> None:
-    """Average updates each way, check every element, and print what it took.
+    """Average updates in each topology, check every element, and print the time, memory and cost.
 
     Raise GradShardingError if an element is wrong, or if something that was written could not be deleted.
     """
     draw, run = np.random.default_rng(0), uuid.uuid4().hex[:12]
-    # fixed-point values, whose weighted sums float64 holds exactly, in whatever order they are added
+    # fixed-point values, whose weighted sums are exact in float64, in any order of addition
     updates = [np.ldexp(draw.integers(-(1 << 23), 1 << 23, ELEMENTS, np.int32).astype(np.float32), -21) for _ in range(CLIENTS)]
     sums = np.zeros(ELEMENTS)
     for weight, update in enumerate(updates, 1):
@@ -90,14 +90,14 @@ def _compare(expected: npt.NDArray[np.float32], result: Result, way: str) -> Non
     if not np.array_equal(expected, found):
         wrong = np.flatnonzero(expected != found)
         raise GradShardingError(
-            f"{way}: {len(wrong):,} of {len(expected):,} elements are not those that numpy makes; the first is element {wrong[0]:,}, "
+            f"{way}: {len(wrong):,} of {len(expected):,} elements differ from numpy's; the first is element {wrong[0]:,}, "
             f"{found[wrong[0]]} instead of {expected[wrong[0]]}; please report this"
         )
 
 
 @contextlib.contextmanager
 def _deleted_after(rounds: list[Round]) -> Iterator[None]:
-    """Delete all that rounds have written, whatever happens; name what is left, and raise GradShardingError if all else went well."""
+    """On exit, delete all that rounds have written, and name what could not be deleted: in a GradShardingError if nothing else failed."""
     try:
         yield
     except BaseException:
@@ -109,7 +109,7 @@ def _deleted_after(rounds: list[Round]) -> Iterator[None]:
 
 
 def _left(rounds: list[Round]) -> list[str]:
-    """Delete what rounds have written; give what is still there, and why."""
+    """Delete what rounds have written; return what is still there, and why."""
     left = []
     for round_ in rounds:
         store, prefix = round_.store, round_.key("")
@@ -125,19 +125,20 @@ def _left(rounds: list[Round]) -> list[str]:
 
 
 def bill_text(result: Result) -> str:
-    """Memory and cost of a finished round, in list prices."""
-    told = result.invocations
+    """Return the memory and cost of a finished round, in list prices."""
+    invocations = result.invocations
     lines = [f"memory per function: {mib(result.plan.memory)} projected, {observed_memory(result)}"]
-    if told:
-        cold = sum(one.init_seconds is not None for one in told)
-        largest, had = max(one.max_memory for one in told), max(one.memory_size for one in told)
-        lines.append(f"invocations: {len(told)}, {cold} of them cold starts; {mib(largest)} of {mib(had)} used")
+    if invocations:
+        cold = sum(invocation.init_seconds is not None for invocation in invocations)
+        used = max(invocation.max_memory for invocation in invocations)
+        allocated = max(invocation.memory_size for invocation in invocations)
+        lines.append(f"invocations: {len(invocations)}, {cold} of them cold starts; {mib(used)} of {mib(allocated)} used")
     else:
-        lines.append("invocations: Lambda told no figures, so that only requests to the store are counted")
+        lines.append("invocations: Lambda reported no figures, so only requests to the store are billed here")
     try:
-        prices = prices_of(result) if told else load_prices(lambda_client().meta.region_name)
+        prices = prices_of(result) if invocations else load_prices(lambda_client().meta.region_name)
         billed = (bill_of(result) or bill(result.reports, result.caller, result.plan, prices)).aggregation
-    except UserError as error:  # of the file of prices
+    except UserError as error:  # the file of prices is wrong
         return "\n".join([*lines, f"no price: {error.message}"])
     if not prices.figures:
         return "\n".join([*lines, prices.origin])

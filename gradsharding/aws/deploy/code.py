@@ -19,7 +19,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from gradsharding.aws.client import explained
 from gradsharding.aws.deploy.account import TAG, Account, Tell
 from gradsharding.aws.deploy.bundle import build
-from gradsharding.aws.refusals import DENIED, code_of, scrubbed
+from gradsharding.aws.reasons import scrubbed
+from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")

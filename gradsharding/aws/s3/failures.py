@@ -8,7 +8,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from gradsharding.aws.client import explained
 from gradsharding.aws.demands import EQUAL_PARTS
-from gradsharding.aws.refusals import READS, code_of, scrubbed
+from gradsharding.aws.reasons import scrubbed
+from gradsharding.aws.refusals import READS, code_of
 from gradsharding.errors import StoreRefused
 from gradsharding.stores.protocol import changed, missing, no_upload, taken
 
