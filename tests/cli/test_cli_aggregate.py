@@ -20,6 +20,7 @@ from rigs.command import (
     model,
     once_rounded,
     reference,
+    slow,
     start,
     wait_for_slices,
 )
@@ -32,7 +33,7 @@ def test_reference_rounds_bfloat16_to_nearest_even() -> None:
     assert [1.0, 1 + 2**-7, -(1 + 2**-6)] == rounded.tolist()
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:2")])
 @pytest.mark.parametrize("shards", [1, 3, 64])
 def test_result_is_the_reference_bit_for_bit(
     updates: list[str], call: Callable[..., str], tmp_path: Path, shards: int, executor: str

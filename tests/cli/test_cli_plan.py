@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rigs.command import flowing
 
 
@@ -103,6 +105,7 @@ def test_plan_of_express(call: Callable[..., str]) -> None:
     assert not json.loads(call(*plan, "--storage", "express", "--json"))["storage_supported"]
 
 
+@pytest.mark.slow
 def test_plan_elsewhere(call: Callable[..., str]) -> None:
     """In another region its prices count; one without any is planned for all the same, and one line says how to get what is missing."""
     plan = ("plan", "--size", "528MB", "--clients", "20")

@@ -14,10 +14,10 @@ import safetensors.torch
 
 from gradsharding.rounds.round import Round
 from gradsharding.stores.directory import DirectoryStore
-from rigs.command import COMMAND, LARGE, done, everything, gradsharding, model, start, wait_for_slices
+from rigs.command import COMMAND, LARGE, done, everything, gradsharding, model, slow, start, wait_for_slices
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:2"])
+@pytest.mark.parametrize("executor", ["inline", slow("processes:2")])
 def test_killed_run_is_resumed(large: Path, tmp_path: Path, executor: str) -> None:
     """After kill -9 there is no output; the same command does the rest, and makes what an uninterrupted run makes."""
     out, report, whole = tmp_path / "out" / "mean", tmp_path / "r.json", tmp_path / "whole"
@@ -47,7 +47,9 @@ def in_shared_memory(store: Path) -> list[Path]:
     return [Path(place.removeprefix("shm://")) for place in places]
 
 
-@pytest.mark.parametrize("topology", ["sharded-tree --shards 400 --fan-in 1", "lifl --fan-in 1", "lifl --fan-in 1 --shared-memory"])
+@pytest.mark.parametrize(
+    "topology", [slow("sharded-tree --shards 400 --fan-in 1"), slow("lifl --fan-in 1"), "lifl --fan-in 1 --shared-memory"]
+)
 def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> None:
     """The same for trees: partial sums that were written count, and none are left behind, in the store or in shared memory."""
     out, whole, store = tmp_path / "out" / "mean", tmp_path / "whole", tmp_path / "store"
@@ -73,14 +75,15 @@ def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> N
     assert [] == [path for path in store.glob("rounds/*/partials/**/*") if path.is_file()]
 
 
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGQUIT": 131}
+
+
 @pytest.mark.parametrize(
     ("executor", "name", "status"),
     [
-        *(("processes:2", name, status) for name, status in (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGQUIT", 131))),
-        ("inline", "SIGINT", 130),
-        ("inline", "SIGTERM", 143),
-        ("threads:2", "SIGINT", 130),
-        ("threads:2", "SIGTERM", 143),
+        *(("inline", name, status) for name, status in SIGNALS.items()),
+        *(slow("processes:2", name, status) for name, status in SIGNALS.items()),
+        *(("threads:2", name, SIGNALS[name]) for name in ("SIGINT", "SIGTERM")),
     ],
 )
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
@@ -134,7 +137,7 @@ CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -0", "|
 
 
 @pytest.mark.parametrize(
-    ("streams", "executor"), [*((streams, "inline") for streams in CLOSED), *((streams, "processes:1") for streams in CLOSED[3:6])]
+    ("streams", "executor"), [*((streams, "inline") for streams in CLOSED), *(slow(streams, "processes:1") for streams in CLOSED[3:6])]
 )
 def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, executor: str) -> None:
     """With streams that are closed, or whose reader leaves, a run does its work, and nothing it says gets into a file."""

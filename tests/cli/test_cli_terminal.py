@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gradsharding.cli.main import COMMANDS
-
 UPDATES = ["a.safetensors:120", "b.safetensors:80"]
 SESSION = {
     "help": ["--help"],
@@ -29,7 +27,7 @@ SESSION = {
     "aggregate": ["aggregate", *UPDATES, "-o", "out", "--exact", "--store", "kept", "--executor", "inline"],
     "aggregate again": ["aggregate", *UPDATES, "-o", "out", "--exact", "--store", "kept", "--executor", "inline"],
     "prices": ["prices"],
-    **{f"help of {name}": [name, "--help"] for rows in COMMANDS.values() for name in rows if name != "demo"},
+    **{f"help of {name}": [name, "--help"] for name in ("plan", "aggregate", "verify", "completion")},
 }
 """Commands, one after the other in one process: starting each by itself would take most of the time."""
 

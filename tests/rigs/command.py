@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from gradsharding.cli.terminal import ENDING
@@ -96,6 +98,8 @@ def bits(state: dict[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, list[in
     """A state dict as values that compare bit for bit."""
     return {n: (t.dtype, list(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for n, t in state.items()}
 
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 LARGE = ["a.safetensors:2", "b.safetensors"]
 
