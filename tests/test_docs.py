@@ -204,7 +204,22 @@ def kinds(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:
         yield from kinds(child)
 
 
-SUBJECTS = {"advice", "arithmetic", "cli", "deploy", "flower", "format", "lambda", "planning", "rounds", "running", "s3", "stores", "tests"}
+SUBJECTS = {
+    "advice",
+    "arithmetic",
+    "cli",
+    "deploy",
+    "documents",
+    "flower",
+    "format",
+    "lambda",
+    "planning",
+    "rounds",
+    "running",
+    "s3",
+    "stores",
+    "tests",
+}
 
 
 @pytest.mark.parametrize("policy", ["aggregator", "node"])
