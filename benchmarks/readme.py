@@ -143,7 +143,7 @@ def same_bits(found: dict[str, Any]) -> str:
     def row(kind: str, result: dict[str, Any]) -> str:
         float64 = result["float64"]
         share = float64["elements_not_correctly_rounded"] / float64["elements"]
-        return f"| {kind} | {result['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
+        return f"| {power(kind)} | {result['exact']['digests']} | {float64['digests']:,} | {share:.2%} |\n"
 
     return (
         f"## The same bits\n\nThe mean of {found['setup']['clients']} updates is computed along {paths:,} paths, which differ in order, "
@@ -157,7 +157,7 @@ def advice(data: dict[str, dict[str, Any]]) -> str:
     """Say on which data the two kinds of sums depend on the path."""
 
     def kinds(arithmetic: str, *, same: bool) -> str:
-        return "; ".join(kind for kind, found in data.items() if (found[arithmetic]["digests"] == 1) == same)
+        return "; ".join(power(kind) for kind, found in data.items() if (found[arithmetic]["digests"] == 1) == same)
 
     same, other, exact = kinds("float64", same=True), kinds("float64", same=False), kinds("exact", same=False)
     clauses = [
@@ -165,6 +165,11 @@ def advice(data: dict[str, dict[str, Any]]) -> str:
         f"{'but not' if same else 'Sums in float64 did not give the same bits'} for {other}" if other else "",
     ]
     return f"{', '.join(filter(None, clauses))}. Exact sums {f'did not for {exact}' if exact else 'did for all'}."
+
+
+def power(text: str) -> str:
+    """Write powers as text that Markdown does not take for bold: ``2^25``."""
+    return text.replace("**", "^")
 
 
 def kernel_speed(found: dict[str, Any]) -> str:
