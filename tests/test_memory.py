@@ -207,7 +207,7 @@ def random_round(draw: random.Random, store: DirectoryStore, name: str) -> Start
         f"c{i}": ({"w": numbers.normal(size=elements).astype("f4"), "h": numbers.normal(size=elements // 7).astype("f2")}, i + 1)
         for i in range(draw.randint(2, 5))
     }
-    rule = draw.choice([MEAN, ExactMean()])
+    rule: Rule = draw.choice([MEAN, ExactMean()])
     return Started.of(store, updates, name=name, make=draw.choice(makes), rule=rule)
 
 

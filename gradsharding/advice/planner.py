@@ -179,10 +179,10 @@ def recommend(
 ) -> Advice:
     """Plan every topology on Lambda and S3 at its best, and recommend the fastest of those that cost little more than the cheapest.
 
-    ``shards`` fixes the number of slices. Only ``topologies`` are considered, by default all that are registered; of these, trees only if
-    the ``rule`` merges partial results. Nothing is read or run. Costs whose prices are missing from ``prices`` are unknown; the options are
-    then compared at the packaged prices of ``HOME_REGION``. Raise UserError for a rule that does not fit the updates or the topologies, for
-    a topology that is not registered, for functions that Lambda does not offer, and for a budget if a price is missing.
+    ``shards`` fixes the number of slices; only ``topologies`` are considered, by default all that are registered and can apply the
+    ``rule``. Nothing is read or run. Costs whose prices are missing from ``prices`` are unknown; the options are then compared at the
+    packaged prices of ``HOME_REGION``. Raise UserError for a rule that does not exist, or does not fit the updates or a topology, for a
+    topology that is not registered, for functions that Lambda does not offer, and for a budget if a price is missing.
     """
     needs = needs or Needs()
     if needs.memory > MEMORY[-1]:
@@ -191,12 +191,7 @@ def recommend(
         raise UserError(f"a function cannot run for {needs.timeout:,} s; Lambda offers {TIMEOUT:,} s at most: allow no more")
     prices = prices or load_prices()
     search = _Search(manifest, needs, prices.completed(load_prices(path=PACKAGED)), speeds or Speeds(), as_rule(rule))
-    ways = [_ways(name, manifest, shards, search.rule) for name in (TOPOLOGIES if topologies is None else topologies)]
-    options = tuple(search.best_of(way) for way in ways if way)
-    if not options:
-        raise UserError(
-            f"{search.rule} needs all values of an element at once, and {', '.join(topologies or ())} merge partial sums: plan sharded"
-        )
+    options = tuple(search.best_of(_ways(name, manifest, shards)) for name in (search.applicable if topologies is None else topologies))
     fit = [option for option in options if option.problem is None]
     best = _choose(fit)
     servers = search.servers(best) if not prices.lacking([f"lambda_second_{needs.architecture}", "lambda_request"]) else ()
@@ -208,14 +203,9 @@ def recommend(
     return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), said, servers, missing)
 
 
-def _ways(name: str, manifest: Manifest, shards: int | None, rule: Rule) -> list[Topology]:
-    """Return a topology with each choice of its options that is worth a try; none, if it is a tree and the rule does not merge.
-
-    Raise UserError for an unknown name.
-    """
+def _ways(name: str, manifest: Manifest, shards: int | None) -> list[Topology]:
+    """Return a topology with each choice of its options that is worth a try; raise UserError for an unknown name."""
     options = type(make_topology(name)).model_fields
-    if "fan_in" in options and not rule.merges:
-        return []
     most = max(1, min(MAX_PARTS - 1, manifest.layout.elements, manifest.layout.nbytes // SMALLEST_SLICE))
     step = 1.8 if "fan_in" in options else 1.5  # fewer where each is tried with many trees
     counts = [shards] if shards else [*_ladder(1, most, step)]
@@ -259,6 +249,12 @@ class _Search:
             "reading": READING,
             "digest": self.rule.vouches,
         }
+
+    @property
+    def applicable(self) -> list[str]:
+        """Names of the topologies that can apply the rule."""
+        clients = len(self.manifest.terms)
+        return [name for name in TOPOLOGIES if self.rule.merges or not make_topology(name).merges(clients)]
 
     @cached_property
     def term_bytes(self) -> float:

@@ -9,7 +9,7 @@ from gradsharding.value import Value
 
 
 def format_field(newest: int) -> Any:
-    """Make the field ``format`` of a kind of record that is written in format ``newest``, and read in every format up to it."""
+    """Define the field ``format`` of a kind of record that is written in format ``newest``, and read in every format up to that."""
     return Field(default=newest, ge=1, le=newest)
 
 
@@ -17,7 +17,8 @@ class Record(Value):
     """A small object in a store, which other processes and other releases read."""
 
     format: int = format_field(1)
-    """Of this kind of record: increased whenever a field is added or removed, or changes its meaning. The first releases left it out: 1."""
+    """Of this kind of record. Increased whenever a field of it is added or removed, or changes its meaning. The first releases left it out,
+    and meant 1."""
 
 
 R = TypeVar("R", bound=Record)

@@ -48,22 +48,20 @@ class Topology(Value):
         reading: Reading = STREAM,
         rule: Rule = MEAN,
     ) -> Plan:
-        """Plan a round: functions with ``limits`` read slices of about ``grain`` bytes by ``reading``, and apply ``rule``.
+        """Plan a round: functions with ``limits`` read slices of about ``grain`` bytes by ``reading``, and apply the ``rule``.
 
-        Raise PlanTooLarge for more slices than the update has elements, UserError for a rule that does not fit the updates or the topology.
+        Raise PlanTooLarge for more slices than the update has elements, UserError for a rule that does not fit the updates, or cannot
+        be applied by a tree.
         """
         rule.admit(manifest.layout, len(manifest.terms))
-        fan_ins = self.fan_ins(len(manifest.terms))
-        if len(fan_ins) > 1 and not rule.merges:
-            raise UserError(
-                f"{rule} needs all values of an element at once, and {self.name} is a tree, which merges partial sums: use sharded"
-            )
+        if self.merges(len(manifest.terms)) and not rule.merges:
+            raise UserError(f"{rule} needs all values of an element at once, and {self.name} is a tree of partial sums: use sharded")
         whole = Plan(
             topology=self.name,
             header_bytes=len(manifest.layout.header()),
             slices=cut(manifest.layout.runs, 1),
             terms=manifest.terms,
-            fan_ins=fan_ins,
+            fan_ins=self.fan_ins(len(manifest.terms)),
             reading=reading,
             rule=rule,
         )
@@ -72,6 +70,10 @@ class Topology(Value):
     def fan_ins(self, clients: int) -> tuple[int, ...]:
         """Give the inputs of a function at each level of the tree over the clients; the last level has one function a slice."""
         return (clients,)
+
+    def merges(self, clients: int) -> bool:
+        """Tell whether functions merge the partial sums of others: whether it is a tree."""
+        return len(self.fan_ins(clients)) > 1
 
     def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:  # noqa: ARG002 - for subclasses
         """Divide a plan of one slice into slices of about ``grain`` bytes, if the topology has slices."""

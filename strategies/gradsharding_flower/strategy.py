@@ -63,7 +63,7 @@ class GradSharding(Strategy):
     limits : Limits | None (default: None)
         Memory that one function may use (default: 512 MiB, or the memory of the Lambda function).
     rule : Rule | str | None (default: None)
-        How updates become one, as a value or as text such as "trimmed-mean:0.2"; by default their weighted mean.
+        How updates become one, as a value or as text such as "trimmed-mean:0.2" (default: their weighted mean).
     exact : bool (default: False)
         The same as ``rule="exact-mean"``: the bits of the mean do not depend on the topology, the slices, the executor or any order.
         Exact sums take more memory and time, and refuse float64 tensors; the server reads each mean once, for its digest.
@@ -356,8 +356,8 @@ class GradSharding(Strategy):
 
 
 def _rule(rule: Rule | str | None, *, exact: bool) -> Rule:
-    """Return the rule that the options choose; raise UserError if ``exact`` and ``rule`` differ."""
+    """Return the rule that was asked for; raise UserError if ``exact`` asks for another one."""
     chosen = as_rule(rule) if rule is not None else ExactMean() if exact else MEAN
     if exact and chosen != ExactMean():
-        raise UserError(f"exact=True is rule={str(ExactMean())!r}, and rule={str(chosen)!r} is another: give one of them")
+        raise UserError(f"exact=True means rule={str(ExactMean())!r}, not {str(chosen)!r}: give one of them")
     return chosen

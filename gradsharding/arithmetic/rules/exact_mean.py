@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from gradsharding.arithmetic import exact, integers, sums
 from gradsharding.arithmetic.accumulator import MergeableAccumulator, Scratch, Size
 from gradsharding.arithmetic.rules.rule import Cohort, Effort, Rule
 from gradsharding.errors import UserError, quoted
 from gradsharding.format.dtypes import Array, Run, is_float
-from gradsharding.format.layout import Layout
+
+if TYPE_CHECKING:  # functions apply rules, and read no headers
+    from gradsharding.format.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class ExactMean(Rule):
     weighs: ClassVar[bool] = True
     vouches: ClassVar[bool] = True
 
-    def admit(self, layout: Layout, clients: int) -> None:  # noqa: ARG002 - any number of them
+    def admit(self, layout: "Layout", clients: int) -> None:  # noqa: ARG002 - any number of them
         """Raise UserError if a tensor is F64: its exact sums would take 360 bytes an element."""
         wide = next((tensor.name for tensor in layout.tensors if tensor.dtype == "F64"), None)
         if wide is not None:

@@ -6,11 +6,13 @@ A rule is a value: compared by its parameters, written as text (``trimmed-mean:0
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from gradsharding.arithmetic.accumulator import Accumulator, Scratch, Size
 from gradsharding.format.dtypes import Array, Run
-from gradsharding.format.layout import Layout
+
+if TYPE_CHECKING:  # functions apply rules, and read no headers
+    from gradsharding.format.layout import Layout
 
 
 class Cohort(NamedTuple):
@@ -47,7 +49,7 @@ class Rule(ABC):
     vouches: ClassVar[bool]
     """Whether the bits of the result depend on the contributions alone. Then a digest is published, and ``recompute`` can check it."""
 
-    def admit(self, layout: Layout, clients: int) -> None:  # noqa: B027 - most rules take every update
+    def admit(self, layout: "Layout", clients: int) -> None:  # noqa: B027 - most rules take every update
         """Raise UserError if the rule cannot be applied to ``clients`` updates of this ``layout``; nothing has been read yet."""
 
     @abstractmethod

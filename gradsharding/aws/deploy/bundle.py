@@ -28,7 +28,7 @@ from gradsharding.planning.platform import DEPLOYED_RUNTIME, FIGURES, RUNTIMES
 UNZIPPED = FIGURES["code"].value
 """Bytes of an unzipped bundle, at most."""
 
-ROOMS = ("", "arithmetic", "aws", "aws/functions", "aws/s3", "format", "planning", "running", "stores")
+ROOMS = ("", "arithmetic", "arithmetic/rules", "aws", "aws/functions", "aws/s3", "format", "planning", "running", "stores")
 """Folders of this package whose modules a function's code holds, subfolders excepted: its handler imports nothing from any other."""
 
 GIVEN = {"boto3", "botocore", "certifi", "s3transfer", "urllib3", "jmespath", "dateutil", "six"}
