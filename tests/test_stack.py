@@ -671,7 +671,7 @@ def test_stack_that_could_not_be_made(enter: Callable[[], Account], tmp_path: Pa
         ("DELETE_FAILED", "gradsharding destroy --name one"),
         ("ROLLBACK_FAILED", "gradsharding destroy --name one"),
         ("ROLLBACK_COMPLETE", "gradsharding deploy --name one"),
-        ("UPDATE_IN_PROGRESS", "wait until it is done"),
+        ("UPDATE_IN_PROGRESS", "wait until that has ended"),
     ],
 )
 def test_remedies(state: str, said: str) -> None:

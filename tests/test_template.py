@@ -284,22 +284,22 @@ def test_whatever_changes_publishes_a_version() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--kms-key", "alias/mine"], "--kms-key takes the ARN of a key, arn:aws:kms:REGION:ACCOUNT:key/ID; 'alias/mine' is none"),
-        (["--subnets", "subnet-01234567,vpc-1"], "--subnets takes ids of subnets, such as .*; 'vpc-1' is none"),
-        (["--security-groups", "sg-01234567,"], "--security-groups takes ids of security groups, such as .*; '' is none"),
-        (["--permissions-boundary", ROLE], "--permissions-boundary takes the ARN of a policy, .*; '.*role/mine' is none"),
-        (["--bucket", "My_Bucket"], "--bucket takes the name of a bucket: 3 to 63 small letters, .*; 'My_Bucket' is none"),
-        (["--bucket-owner", "me"], "--bucket-owner takes the 12 digits of an account; 'me' is none"),
-        (["--role", "mine"], "--role takes the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME; 'mine' is none"),
-        (["--service-role", "mine"], "--service-role takes the ARN of a role, .*; 'mine' is none"),
-        (["--access-log-bucket", "x"], "--access-log-bucket takes the name of a bucket: .*; 'x' is none"),
-        (["--access-log-prefix", "a b"], "--access-log-prefix takes up to 512 letters.*; 'a b' is none"),
-        (["--code-bucket", "x/y"], "--code-bucket takes the name of a bucket: .*; 'x/y' is none"),
-        (["--prefix", "a/b"], "--prefix takes up to 64 letters, digits, hyphens and underscores; 'a/b' is none"),
-        (["--alarm-topic", "told"], "--alarm-topic takes the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME; 'told' is none"),
-        (["--tag", "team"], "--tag takes KEY=VALUE, .*; 'team' is none"),
-        (["--tag", "aws:x=1"], "--tag 'aws:x=1': the key gradsharding, and those that begin with aws:, are taken; use another key"),
-        (["--tag", "gradsharding=x"], "--tag 'gradsharding=x': the key gradsharding, .* are taken; use another key"),
+        (["--kms-key", "alias/mine"], "--kms-key takes the ARN of a key, arn:aws:kms:REGION:ACCOUNT:key/ID, not 'alias/mine'"),
+        (["--subnets", "subnet-01234567,vpc-1"], "--subnets takes ids of subnets, such as .*, not 'vpc-1'"),
+        (["--security-groups", "sg-01234567,"], "--security-groups takes ids of security groups, such as .*, not ''"),
+        (["--permissions-boundary", ROLE], "--permissions-boundary takes the ARN of a policy, .*, not '.*role/mine'"),
+        (["--bucket", "My_Bucket"], "--bucket takes the name of a bucket: 3 to 63 small letters, .*, not 'My_Bucket'"),
+        (["--bucket-owner", "me"], "--bucket-owner takes the 12 digits of an account, not 'me'"),
+        (["--role", "mine"], "--role takes the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME, not 'mine'"),
+        (["--service-role", "mine"], "--service-role takes the ARN of a role, .*, not 'mine'"),
+        (["--access-log-bucket", "x"], "--access-log-bucket takes the name of a bucket: .*, not 'x'"),
+        (["--access-log-prefix", "a b"], "--access-log-prefix takes up to 512 letters.*, not 'a b'"),
+        (["--code-bucket", "x/y"], "--code-bucket takes the name of a bucket: .*, not 'x/y'"),
+        (["--prefix", "a/b"], "--prefix takes up to 64 letters, digits, hyphens and underscores, not 'a/b'"),
+        (["--alarm-topic", "told"], "--alarm-topic takes the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME, not 'told'"),
+        (["--tag", "team"], "--tag takes KEY=VALUE, .*, not 'team'"),
+        (["--tag", "aws:x=1"], "--tag 'aws:x=1': the key gradsharding, and those that begin with aws:, are reserved; use another key"),
+        (["--tag", "gradsharding=x"], "--tag 'gradsharding=x': the key gradsharding, .* are reserved; use another key"),
         (["--tag", "a=1", "--tag", "a=2"], "--tag gives 'a' twice, as '1' and '2'; give it once"),
         ([word for i in range(50) for word in ("--tag", f"k{i}=")], "50 tags are given with --tag; a stack takes 49: leave out 1"),
     ],
@@ -322,9 +322,9 @@ def test_what_makes_no_sense_is_refused(words: list[str], says: str) -> None:
         (["--bucket", "theirs", "--expire-days", "3"], None, "--expire-days is a rule of the bucket that is made; .*"),
         (["--access-log-prefix", "x/"], None, "--access-log-prefix needs --access-log-bucket: .*; give both"),
         (["--kms-key", KEY.replace(REGION, "us-east-1")], None, ".* lies in us-east-1, and the stack in eu-central-1; name one"),
-        (["--bucket", "theirs"], {}, "the stack's bucket is one that it made, .*; put up another stack with --name for theirs"),
-        (["--bucket", ""], {"ExistingBucket": "theirs"}, "the stack's bucket is theirs, and stays so, .* --name for a new one"),
-        (["--prefix", "fl"], {"Prefix": "gradsharding"}, "the stack's prefix is gradsharding, and stays so, .* --name for fl"),
+        (["--bucket", "theirs"], {}, "the stack's bucket is its own, .*; deploy another stack with --name for theirs"),
+        (["--bucket", ""], {"ExistingBucket": "theirs"}, "the stack's bucket is theirs, and cannot be changed, .* --name for a new one"),
+        (["--prefix", "fl"], {"Prefix": "gradsharding"}, "the stack's prefix is gradsharding, and cannot be changed, .* --name for fl"),
         (["--permissions-boundary", BOUNDARY], {"ExistingRole": ROLE}, "--role and --permissions-boundary exclude each other"),
     ],
 )  # fmt: skip
@@ -450,6 +450,6 @@ def test_options_arrive_on_an_account(ministack: Mapping[str, str], monkeypatch:
     assert "GRADSHARDING_S3_SSE" not in taken_back["Environment"]["Variables"]
     assert (1024, "3") == (taken_back["MemorySize"], taken_back["Version"])  # what is not given stays
     assert [] == cloudwatch.list_dashboards()["DashboardEntries"]
-    with pytest.raises(UserError, match="the stack's bucket is one that it made"):
+    with pytest.raises(UserError, match="the stack's bucket is its own, and cannot be changed"):
         up("--bucket", "theirs")
     assert "3" == functions.get_function_configuration(FunctionName="one:live")["Version"]

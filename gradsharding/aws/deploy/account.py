@@ -1,6 +1,6 @@
-"""A stack is ours if it carries our tag and our template's marker; anything else of its name is refused, and nothing of it is touched.
+"""A stack is ours if it has our tag and our template's marker; any other stack of that name is refused, and left untouched.
 
-The tag, ``gradsharding`` = the stack's name, says that we put it up; the marker, in the template's metadata, says what it is made of.
+The tag, ``gradsharding`` = the stack's name, says that we deployed it; the marker, in the template's metadata, says from what.
 """
 
 import re
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 TAG = "gradsharding"
-"""Key of the tag on what is ours; its value is the stack's name."""
+"""Key of the tag on our resources; its value is the stack's name."""
 
 WAITING = 3600
 """Seconds that a command waits for CloudFormation, at most."""
@@ -34,15 +34,15 @@ WORKING = {"CREATE_COMPLETE", "UPDATE_COMPLETE", "UPDATE_ROLLBACK_COMPLETE", "IM
 """States of a stack that is up and may be changed."""
 
 BEGINNING = 60
-"""Seconds until an operation shows in a stack's events, at most."""
+"""Seconds until an operation appears in a stack's events, at most."""
 
 DATA = ("Bucket", "AWS::S3::Bucket")
-"""Logical id and type of the bucket in our template. Any other bucket in a stack of ours was added by somebody."""
+"""Logical id and type of the bucket in our template. Any other bucket in a stack of ours was added by somebody else."""
 
 Tell = Callable[[str], None]
 
 _AWS = re.compile(r"(^|\.)(amazonaws\.(com|com\.cn|eu)|api\.aws)$")
-"""Hosts of AWS, those of VPC endpoints among them."""
+"""Hosts of AWS, including VPC endpoints."""
 
 _CHANGE_SET = re.compile(r"gradsharding-[0-9a-f]{32}")
 
@@ -60,28 +60,28 @@ class Stack(NamedTuple):
     parameters: Mapping[str, str]
     tags: Mapping[str, str]
     protected: bool
-    """Against being deleted: its termination protection is on."""
+    """Whether its termination protection is on."""
     role: str = ""
-    """ARN of the role that CloudFormation takes whenever it changes the stack; "" if it takes the rights of who asks."""
+    """ARN of the role with which CloudFormation changes the stack; "" if it uses the caller's rights."""
 
     @property
     def works(self) -> bool:
-        """Whether all that its template says is there, as far as CloudFormation knows."""
+        """Whether all resources of its template exist, as far as CloudFormation knows."""
         return self.status in WORKING
 
     @property
     def empty(self) -> bool:
-        """Whether a change set was made for it and never run: it has no resources."""
+        """Whether a change set was created for it and never run: it has no resources."""
         return self.status == "REVIEW_IN_PROGRESS"
 
     @property
     def changing(self) -> bool:
-        """Whether CloudFormation is at work on it."""
+        """Whether CloudFormation is changing it."""
         return self.status.endswith("_IN_PROGRESS") and not self.empty
 
 
 class Resource(NamedTuple):
-    """A resource of a stack, as CloudFormation knows it: it may be gone all the same."""
+    """A resource of a stack in CloudFormation's records; it may have been deleted."""
 
     logical: str
     physical: str
@@ -95,10 +95,10 @@ class Resource(NamedTuple):
 
 
 class Account:
-    """The account and region of the environment, and the clients they give: that of S3 reaches this account's buckets only."""
+    """The account and region of the environment, with their clients; the one of S3 reaches this account's buckets only."""
 
     def __init__(self) -> None:
-        """Ask who we are; raise StoreRefused if there are no credentials or no region."""
+        """Look up the caller; raise StoreRefused if there are no credentials or no region."""
         self._session = own = session()
         try:
             who = own.client("sts").get_caller_identity()
@@ -113,7 +113,7 @@ class Account:
         prepare(self.s3)
 
     def _check_endpoints(self) -> None:
-        """Raise UserError if S3 is asked on another server than CloudFormation: what that has not, would count as gone."""
+        """Raise UserError if S3 and CloudFormation have different servers: buckets that S3's server lacks would count as deleted."""
         hosts = [urlsplit(client.meta.endpoint_url).hostname or "" for client in (self.s3, self.formation)]
         if hosts[0] != hosts[1] and not hosts[0].endswith(f".{hosts[1]}") and not all(map(_AWS.search, hosts)):
             raise UserError(
@@ -123,45 +123,45 @@ class Account:
 
     @cached_property
     def anybodys_s3(self) -> "S3Client":
-        """A client of S3 that reaches any account's buckets; it is to ask no more than whether one is there."""
+        """An S3 client that reaches any account's buckets; use it only to see whether a bucket exists."""
         client = self._session.client("s3", config=Config(**s3_settings(self._session._session, "")))  # noqa: SLF001 - botocore's own
         prepare(client)
         return client
 
     @cached_property
     def functions(self) -> "LambdaClient":
-        """Lambda's client."""
+        """Client of Lambda."""
         return self._session.client("lambda")
 
     @cached_property
     def logs(self) -> "CloudWatchLogsClient":
-        """The logs' client."""
+        """Client of CloudWatch Logs."""
         return self._session.client("logs")
 
     @cached_property
     def roles(self) -> Any:
-        """IAM's client."""
+        """Client of IAM."""
         return self._session.client("iam")
 
     @cached_property
     def alarms(self) -> Any:
-        """CloudWatch's client."""
+        """Client of CloudWatch."""
         return self._session.client("cloudwatch")
 
     def __str__(self) -> str:
         return f"account {self.number}, region {self.region}"
 
     def _expect_owner(self, params: Mapping[str, Any], model: Any, **_: Any) -> dict[str, Any]:
-        """Add the owner to each request that takes one and names none: a bucket's name says nothing about whose it is.
+        """Add the expected owner to each request that can have one: a bucket's name does not show whose it is.
 
-        And what the environment demands, as botocore takes but the first answer, which is this one. An ACL is demanded of objects.
+        Also add what the environment demands, as botocore uses only the first handler's answer, this one. An ACL is for objects only.
         """
         wanted = {**demanded(), "ExpectedBucketOwner": self.number}
         members = model.input_shape.members.keys() - ({"ACL"} if "Key" not in model.input_shape.members else set())
         return {**{name: value for name, value in wanted.items() if name in members}, **params}
 
     def look_up(self, name: str) -> Stack | None:
-        """Find a stack by its name, whosever it is, or by its ARN; a deleted one only by its ARN."""
+        """Find a stack by its name or its ARN, whether it is ours or not; a deleted one only by its ARN."""
         try:
             found = self.formation.describe_stacks(StackName=name)["Stacks"][0]
         except (BotoCoreError, ClientError) as error:
@@ -182,7 +182,7 @@ class Account:
         )
 
     def find(self, name: str) -> Stack | None:
-        """Find our stack of that name; raise UserError if the stack of that name is not ours."""
+        """Find our stack of a name; raise UserError if the stack of that name is not ours."""
         found = self.look_up(name)
         if found and (why := self.foreign(found)):
             raise UserError(
@@ -192,17 +192,17 @@ class Account:
         return found
 
     def foreign(self, stack: Stack) -> str:
-        """Why a stack is not ours; "" if it is."""
+        """Say why a stack is not ours; "" if it is."""
         if stack.empty and (sets := self.change_sets(stack)) and not all(self._is_prepared(stack, *one) for one in sets.items()):
             return "others have prepared it"
-        if stack.empty and sets and not stack.tags:  # CloudFormation may keep the tags with the change set until that is run
+        if stack.empty and sets and not stack.tags:  # CloudFormation may keep the tags in the change set until it is run
             return ""
         if (tag := stack.tags.get(TAG)) != stack.name:
             return f"its tag {TAG!r} is {tag!r}" if tag is not None else f"it has no tag {TAG!r}"
         return "" if stack.empty or is_marked(self.template(stack)) else "its template has not our marker"
 
     def template(self, stack: Stack) -> str | Mapping[str, Any]:
-        """Give the template that a stack was made from, as it was sent: text, or what its JSON says."""
+        """Return the template of a stack as it was sent: text, or the parsed JSON."""
         try:
             body: Any = self.formation.get_template(StackName=stack.id, TemplateStage="Original")["TemplateBody"]
         except (BotoCoreError, ClientError) as error:
@@ -210,7 +210,7 @@ class Account:
         return body if isinstance(body, str) else dict(body)
 
     def kept(self, stack: Stack) -> set[str]:
-        """Name the resources, by logical id, that a stack leaves when it is deleted, as its template says with SAM's part worked out."""
+        """Return the logical ids of the resources that stay when a stack is deleted, according to its template after SAM's transform."""
         try:
             body: Any = self.formation.get_template(StackName=stack.id, TemplateStage="Processed")["TemplateBody"]
         except (BotoCoreError, ClientError) as error:
@@ -219,14 +219,14 @@ class Account:
         return {logical for logical, one in found.items() if str(one.get("DeletionPolicy", "")).startswith("Retain")}
 
     def description(self, stack: Stack) -> str:
-        """Give what a stack's template says of itself."""
+        """Return the description in a stack's template."""
         try:
             return self.formation.get_template_summary(StackName=stack.id).get("Description", "")
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"the template of stack {stack.name}") from error
 
     def resources(self, stack: Stack) -> list[Resource]:
-        """List the resources that CloudFormation made for a stack; those that it has deleted again are left out."""
+        """List the resources that CloudFormation created for a stack, without those that it has deleted since."""
         try:
             pages = self.formation.get_paginator("list_stack_resources").paginate(StackName=stack.id)
             found = [one for page in pages for one in page["StackResourceSummaries"]]
@@ -239,11 +239,11 @@ class Account:
         ]
 
     def buckets(self, stack: Stack) -> list[str]:
-        """Name the bucket that CloudFormation made for a stack by our template; never one that was brought, nor one that others added."""
+        """Return the bucket that CloudFormation created for a stack from our template; never an existing one, nor one that others added."""
         return [one.physical for one in self.resources(stack) if one.is_data and one.physical]
 
     def made(self, name: str) -> set[str]:
-        """Name the buckets that CloudFormation made for our stacks of that name, as their events say; it keeps those for 90 days."""
+        """Return the buckets that CloudFormation created for our stacks of a name, by their events, which it keeps for 90 days."""
         now = self.look_up(name)
         found = set[str]()
         for stack in (*([now] if now and not self.foreign(now) else ()), *self._deleted(name)):
@@ -256,7 +256,7 @@ class Account:
         return found - {""}
 
     def brought(self) -> set[str]:
-        """Name the buckets that stacks of this region were given, whosever they are; raise StoreRefused if these may not be listed."""
+        """Return the existing buckets that any stack of this region uses; raise StoreRefused if the stacks cannot be listed."""
         try:
             pages = self.formation.get_paginator("describe_stacks").paginate()
             given = [one for page in pages for stack in page["Stacks"] for one in stack.get("Parameters", [])]
@@ -265,7 +265,7 @@ class Account:
         return {one.get("ParameterValue", "") for one in given if one.get("ParameterKey") == "ExistingBucket"} - {""}
 
     def done(self, stack: Stack, token: str, tell: Tell) -> Stack:
-        """Wait until the operation that carries ``token`` has begun and ended; a stack's state alone may still be the old one."""
+        """Wait until the operation that carries ``token`` has begun and ended; the stack's state alone may still be the old one."""
         until, pause = time.monotonic() + BEGINNING, 0.05
         while (now := self.look_up(stack.id)) and not now.changing and now.status != "DELETE_COMPLETE" and time.monotonic() < until:
             try:
@@ -273,14 +273,14 @@ class Account:
             except (BotoCoreError, ClientError) as error:
                 raise explained(error, f"events of stack {stack.name}") from error
             if any(event.get("ClientRequestToken") == token for event in events):
-                now = self.look_up(stack.id)  # what it was before may have been asked for before the first event
+                now = self.look_up(stack.id)  # the previous look may have been before the first event
                 break
             time.sleep(pause)
             pause = min(2.0, pause * 1.5)
         return self.settled(now, tell) if now else stack._replace(status="DELETE_COMPLETE")
 
     def settled(self, stack: Stack, tell: Tell) -> Stack:
-        """Wait until CloudFormation is no longer at work on a stack; give it as it is then. Raise StackFailed after ``WAITING`` seconds."""
+        """Wait until CloudFormation has stopped changing a stack; return it as it is then. Raise StackFailed after ``WAITING`` seconds."""
         started, pause, said = time.monotonic(), 0.1, ""
         while stack.changing:
             if time.monotonic() > started + WAITING:
@@ -299,7 +299,7 @@ class Account:
         return stack
 
     def failure(self, stack: Stack, token: str) -> str:
-        """Why the operation that carried ``token`` failed, and why its rollback did; "" if its events do not say."""
+        """Say why the operation that carried ``token`` failed, and why its rollback did; "" if its events do not say."""
         failed: list[str] = []
         try:
             pages = self.formation.get_paginator("describe_stack_events").paginate(StackName=stack.id)
@@ -318,26 +318,26 @@ class Account:
             return f"its events cannot be read: {error}"
         if not failed:
             return ""
-        if "DescribeEvents" in failed[-1]:  # it was refused before anything was made, and the reasons are there
+        if "DescribeEvents" in failed[-1]:  # it was refused before anything was created, and the reasons are in those events
             failed = self._validation(stack) or failed
         return failed[-1] if failed[-1] == failed[0] or "ROLLBACK_FAILED" not in stack.status else f"{failed[-1]}; then {failed[0]}"
 
     def _validation(self, stack: Stack) -> list[str]:
-        """What CloudFormation found wrong with a template before it made anything; boto3 of before November 2025 cannot ask."""
+        """Return what CloudFormation found wrong with a template before it created anything; boto3 before November 2025 cannot ask."""
         if not hasattr(self.formation, "describe_events"):
             return []
         try:
             events = self.formation.describe_events(StackName=stack.id, Filters={"FailedEvents": True})["OperationEvents"]
         except (BotoCoreError, ClientError):
-            return []  # the event that sent us here says something, too
+            return []  # the caller has another reason to show
         return [f"{one.get('LogicalResourceId')}: {one['ValidationStatusReason']}" for one in events if one.get("ValidationStatusReason")]
 
     def deleted(self, name: str) -> Stack | None:
-        """Find the newest of our stacks of that name that CloudFormation has deleted; it remembers them for 90 days."""
+        """Find the newest of our deleted stacks of a name; CloudFormation keeps them for 90 days."""
         return next(self._deleted(name), None)
 
     def _deleted(self, name: str) -> Iterator[Stack]:
-        """Find our stacks of that name, by tag and marker, that CloudFormation has deleted: the newest first."""
+        """Find our deleted stacks of a name, by tag and marker; the newest first."""
         try:
             pages = self.formation.get_paginator("list_stacks").paginate(StackStatusFilter=["DELETE_COMPLETE"])
             ids = [one["StackId"] for page in pages for one in page["StackSummaries"] if one["StackName"] == name]
@@ -347,7 +347,7 @@ class Account:
         return (one for one in found if one and one.tags.get(TAG) == name and not self.foreign(one))
 
     def change_sets(self, stack: Stack) -> dict[str, str]:
-        """Give the change sets that are there for a stack, whosever they are: the ARN of each by its name."""
+        """Return all change sets of a stack, whoever created them: the ARN of each by its name."""
         try:
             pages = self.formation.get_paginator("list_change_sets").paginate(StackName=stack.name)
             return {one["ChangeSetName"]: one["ChangeSetId"] for page in pages for one in page["Summaries"]}
@@ -355,14 +355,14 @@ class Account:
             raise explained(error, f"change sets of stack {stack.name}") from error
 
     def _is_prepared(self, stack: Stack, name: str, arn: str) -> bool:
-        """Whether a change set is one of ours: it is called as ours are, and has our tag. Others may choose such a name, too."""
+        """Whether a change set is ours, by its name and its tag; others may choose such a name, too."""
         if not _CHANGE_SET.fullmatch(name):
             return False
         try:
             tags = self.formation.describe_change_set(ChangeSetName=arn).get("Tags", [])
         except (BotoCoreError, ClientError) as error:
             if code_of(error) == "ChangeSetNotFound":
-                return True  # it is gone since it was listed, and prepares nothing
+                return True  # it was deleted since it was listed
             raise explained(error, f"change set {name} of stack {stack.name}") from error
         return {"Key": TAG, "Value": stack.name} in tags
 
@@ -376,16 +376,16 @@ def is_marked(template: str | Mapping[str, Any]) -> bool:
 
 
 def remedy(stack: Stack) -> str:
-    """What mends a stack that cannot be used or changed as it is; nothing here loses data."""
+    """Say how to repair a stack that cannot be used or changed in its state; no remedy loses data."""
     if stack.changing:
-        return "wait until it is done; the same command waits for it"
+        return "wait until that has ended; the same command waits for it"
     return {
         "REVIEW_IN_PROGRESS": f"go on: gradsharding deploy --name {stack.name}",
         "UPDATE_ROLLBACK_FAILED": (
-            f"mend what its reason names, then: aws cloudformation continue-update-rollback --stack-name {stack.name}"
+            f"correct what its reason names, then: aws cloudformation continue-update-rollback --stack-name {stack.name}"
         ),
         "UPDATE_FAILED": f"first undo it: aws cloudformation rollback-stack --stack-name {stack.name}",
-        "UPDATE_ROLLBACK_COMPLETE": "it is as it was before; mend what the reason names, and run this again",
-        "ROLLBACK_COMPLETE": f"nothing of it is left; mend what the reason names, then: gradsharding deploy --name {stack.name}",
+        "UPDATE_ROLLBACK_COMPLETE": "it is as it was before; correct what the reason names, and run this again",
+        "ROLLBACK_COMPLETE": f"nothing of it is left; correct what the reason names, then: gradsharding deploy --name {stack.name}",
         "DELETE_COMPLETE": "another command has deleted it; run this again",
     }.get(stack.status, f"finish taking it down, which leaves its bucket: gradsharding destroy --name {stack.name}")

@@ -1,7 +1,7 @@
-"""A function's code lies in S3 under its own SHA-256, in a bucket of this account's; it is compared, never trusted.
+"""A function's code is stored in S3 under its own SHA-256, in a bucket of this account; it is compared, never trusted.
 
-CloudFormation takes code from S3 alone, before the stack exists. Without ``--code-bucket`` the bucket is ours, one in a region:
-``gradsharding-code-ACCOUNT-REGION``, and it goes with the last stack.
+CloudFormation reads code from S3 only, and before the stack exists. Without ``--code-bucket``, the bucket is ours, one per region:
+``gradsharding-code-ACCOUNT-REGION``; it is deleted with the last stack.
 """
 
 import base64
@@ -24,15 +24,15 @@ from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 CodeUri = re.compile(r"s3://([a-z0-9][a-z0-9.-]+)/([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip")
-"""Where a template finds the code: bucket, stack, SHA-256."""
+"""The code's address in a template: bucket, stack, SHA-256."""
 
 _VERSION = re.compile(
     r"""\{"?Bucket"?: "?([a-z0-9][a-z0-9.-]+)"?, "?Key"?: "?([A-Za-z0-9-]+)/([0-9a-f]{64})\.zip"?, "?Version"?: "([^"\\]+)"\}"""
 )
-"""And where the bucket keeps versions: the version, too."""
+"""The same with the object's version, where the bucket keeps versions."""
 
 UNVERSIONED = "null"
-"""S3's version of what was written while its bucket kept no versions."""
+"""S3's version of an object that was written while its bucket kept no versions."""
 
 
 class Code(NamedTuple):
@@ -40,11 +40,11 @@ class Code(NamedTuple):
 
     bucket: str
     name: str
-    """Of the stack."""
+    """Name of the stack."""
     digest: str
     """SHA-256 of the zip, hexadecimal."""
     version: str = UNVERSIONED
-    """Of the object: by it, what is deployed is what was compared, whatever is written in its place meanwhile."""
+    """Version of the object, which makes sure that the deployed code is the compared one, even if it is overwritten meanwhile."""
 
     @property
     def key(self) -> str:
@@ -53,28 +53,28 @@ class Code(NamedTuple):
 
     @property
     def url(self) -> str:
-        """What people read."""
+        """Its URL, for people."""
         return f"s3://{self.bucket}/{self.key}"
 
     @property
     def uri(self) -> str:
-        """What the template says."""
+        """Its address, for the template."""
         if self.version == UNVERSIONED:
             return self.url
         return f'{{Bucket: {self.bucket}, Key: {self.key}, Version: "{self.version}"}}'
 
     @property
     def sha256(self) -> str:
-        """The digest as Lambda and S3 write it."""
+        """The digest in base64, as Lambda and S3 write it."""
         return base64.b64encode(bytes.fromhex(self.digest)).decode()
 
 
 Zipped = Callable[[str, str, Tell], bytes]
-"""Makes the zip of a function's code for an architecture and a runtime."""
+"""Builds the zip of a function's code for an architecture and a runtime."""
 
 
 def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False) -> bytes:
-    """Build the bundle and give its zip; if ``locked``, of the packages that the release lists."""
+    """Build the bundle and return its zip; if ``locked``, from the packages that the release lists."""
     with tempfile.TemporaryDirectory() as scratch:
         bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"), locked=locked)
         path = Path(scratch) / "bundle.zip"
@@ -84,21 +84,21 @@ def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False)
 
 
 def code_of_template(template: str | Mapping[str, Any]) -> Code | None:
-    """Find the code that a deployed template of ours names; None if it names none that we put there."""
+    """Find the code that our deployed template names; None if it names none of ours."""
     text = template if isinstance(template, str) else json.dumps(template)
     found = _VERSION.search(text) or CodeUri.search(text)
     return Code(*found.groups()) if found else None
 
 
 def own_bucket(account: Account) -> str:
-    """Name the bucket that we make for code."""
+    """Name of the bucket that we create for code."""
     return f"gradsharding-code-{account.number}-{account.region}"
 
 
 def put_code(account: Account, name: str, bucket: str | None, data: bytes, stale: str = "") -> Code:
-    """Put a zip where the template will find it; anew if its version is ``stale``, from which a function with other code was made.
+    """Upload a zip for the template; upload it again if its version is ``stale``, as a function has other code than that version.
 
-    Raise StoreRefused for a bucket that is not this account's, UserError for other code in its place.
+    Raise StoreRefused for a bucket of another account, UserError for other code under the same key.
     """
     code = Code(bucket or own_bucket(account), name, hashlib.sha256(data).hexdigest())
     try:
@@ -107,11 +107,11 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes, stale
         has, version = _digest(account, code) or (code.digest, "")
         doubtful = {"", stale, *([UNVERSIONED] if _keeps_versions(account, code.bucket) else [])}
         if has == code.digest and version in doubtful:
-            made = account.s3.put_object(  # S3 compares it
+            made = account.s3.put_object(  # S3 checks the digest
                 Bucket=code.bucket, Key=code.key, Body=data, ChecksumSHA256=code.sha256, Metadata={TAG: name}
             )
             version = made.get("VersionId", UNVERSIONED)
-            if version != UNVERSIONED:  # S3 may not find it at first, in a bucket that keeps versions since a moment ago
+            if version != UNVERSIONED:  # in a bucket that has just begun to keep versions, S3 may not find it at first
                 account.s3.get_waiter("object_exists").wait(Bucket=code.bucket, Key=code.key, VersionId=version)
     except (BotoCoreError, ClientError) as error:
         raise _refused(account, code.bucket, error, "writing the function's code to") from error
@@ -121,9 +121,9 @@ def put_code(account: Account, name: str, bucket: str | None, data: bytes, stale
 
 
 def forget_code(account: Account, name: str, bucket: str, keep: Code | None = None) -> int:
-    """Delete the code of a stack, but for ``keep``, and our own bucket, too, if it is empty then; give the number of objects deleted.
+    """Delete a stack's code, except ``keep``, and our own bucket if it is empty then; return the number of deleted objects.
 
-    In a bucket that was brought, that is only what we put there: what is called as our code is may be the user's.
+    In an existing bucket, delete only what we uploaded: an object with such a name may be the user's.
     """
     try:
         doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
@@ -135,7 +135,7 @@ def forget_code(account: Account, name: str, bucket: str, keep: Code | None = No
         if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
             account.s3.delete_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
-        if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just come in
+        if code_of(error) not in ("NoSuchBucket", "BucketNotEmpty"):  # another stack's code has just been uploaded
             raise _refused(account, bucket, error, "deleting old code from") from error
         return 0
     return len(doomed)
@@ -144,16 +144,16 @@ def forget_code(account: Account, name: str, bucket: str, keep: Code | None = No
 def delete_objects(account: Account, bucket: str, objects: list[dict[str, str]]) -> None:
     """Delete versions of objects, given by Key and VersionId; raise StackFailed if S3 keeps one."""
     for i in range(0, len(objects), 1000):
-        some: Any = objects[i : i + 1000]
-        if kept := account.s3.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True}).get("Errors"):
+        batch: Any = objects[i : i + 1000]
+        if kept := account.s3.delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True}).get("Errors"):
             raise StackFailed(
                 f"bucket {bucket} keeps {len(kept)} objects, the first of them {kept[0].get('Key')!r}: {scrubbed(kept[0].get('Message'))}; "
-                "take that hindrance away, and run this again"
+                "remove the obstacle, and run this again"
             )
 
 
 def _is_ours(account: Account, name: str, bucket: str, version: Mapping[str, str]) -> bool:
-    """Whether ``put_code`` wrote that version of an object, as its metadata says; a delete marker has none, and loses nothing."""
+    """Whether ``put_code`` wrote a version of an object, according to its metadata; a delete marker has none, and may be deleted."""
     try:
         return account.s3.head_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])["Metadata"].get(TAG) == name
     except ClientError as error:
@@ -171,7 +171,7 @@ def _versions(account: Account, bucket: str, prefix: str = "") -> Iterator[dict[
 
 
 def _make_bucket(account: Account, bucket: str) -> None:
-    """Make the bucket, or find it, and close it: each time, as an earlier run may have been stopped in between."""
+    """Create the bucket if it is missing, and close it to the public, each time: an earlier run may have been interrupted."""
     where: Any = {} if account.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
     try:
         account.s3.head_bucket(Bucket=bucket)
@@ -182,7 +182,7 @@ def _make_bucket(account: Account, bucket: str) -> None:
             account.s3.create_bucket(Bucket=bucket, **where)
     block: Any = dict.fromkeys(("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets"), True)
     account.s3.put_public_access_block(Bucket=bucket, PublicAccessBlockConfiguration=block)
-    if not _keeps_versions(account, bucket):  # so that a template can name the very code that was compared
+    if not _keeps_versions(account, bucket):  # so that a template can name the exact object that was compared
         account.s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     only_tls = {
         "Sid": "TlsOnly",
@@ -193,7 +193,7 @@ def _make_bucket(account: Account, bucket: str) -> None:
         "Condition": {"Bool": {"aws:SecureTransport": "false"}},
     }
     policy = _policy(account, bucket)
-    if only_tls not in policy["Statement"]:  # what others have added stays
+    if only_tls not in policy["Statement"]:  # statements of others stay
         kept = [one for one in policy["Statement"] if one.get("Sid") != only_tls["Sid"]]
         account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({**policy, "Statement": [*kept, only_tls]}))
     tags = _tags(account, bucket)
@@ -227,7 +227,7 @@ def _keeps_versions(account: Account, bucket: str) -> bool:
 
 
 def _digest(account: Account, code: Code) -> tuple[str, str] | None:
-    """Give the SHA-256 of what lies in the code's place, read back, and its version; None if nothing does."""
+    """Read the object under the code's key; return its SHA-256 and its version, or None if there is none."""
     try:
         found = account.s3.get_object(Bucket=code.bucket, Key=code.key)
     except ClientError as error:
@@ -248,7 +248,7 @@ def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, 
             "choose a bucket of yours with --code-bucket",
             code=code_of(error),
         )
-    if code_of(error) == "OperationAborted":  # a name is not free at once when its bucket was deleted
+    if code_of(error) == "OperationAborted":  # the name of a deleted bucket is not free at once
         return StackFailed(
             f"{doing} bucket {bucket}: S3 is still at work on a bucket of that name ({error}); run this again in a few minutes"
         )

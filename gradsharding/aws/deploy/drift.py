@@ -1,6 +1,6 @@
-"""What a stack says is compared with what is there: each resource is looked for, and the function's code is compared with the deployed zip.
+"""A stack is compared with reality: each resource is looked up, and the function's code is compared with the deployed zip.
 
-A resource that was deleted by hand stays in CloudFormation's books, where a change set finds nothing to change.
+A resource that was deleted by hand stays in CloudFormation's records, so that a change set finds nothing to change.
 """
 
 import time
@@ -16,17 +16,17 @@ from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import GradShardingError, UserError
 
 DETECTING = 60
-"""Seconds that CloudFormation has for its own detection of drift."""
+"""Seconds to wait for CloudFormation's own detection of drift."""
 
 _CLOSED = ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets")
-"""What closes a bucket to the public."""
+"""Settings that close a bucket to the public."""
 
 _GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "ResourceNotFound", "DashboardNotFoundError", "403"}
-"""What services say of what is not there; S3 says 403 of a bucket that is another account's by now."""
+"""Codes for a resource that does not exist; S3 answers 403 for a bucket that another account has by now."""
 
 
 class Wrong(NamedTuple):
-    """Something that is not as it should be."""
+    """A fault of a stack."""
 
     what: str
     remedy: str
@@ -36,18 +36,18 @@ class Wrong(NamedTuple):
 
 
 def drift(account: Account, stack: Stack, unseen: Tell = lambda _: None) -> list[Wrong]:
-    """Say what is wrong with a stack of ours, and what was changed by hand as far as CloudFormation can tell; nothing, if all is well.
+    """Return the faults of our stack, and what was changed by hand as far as CloudFormation detects it.
 
-    ``unseen`` hears what could not be looked for, so that nobody takes it for being well.
+    ``unseen`` gets a line for each thing that could not be checked, so that nobody takes it for intact.
     """
     lost = missing(account, stack)
     lost += _opened(account, account.resources(stack), unseen) if not lost else []
-    known = {one.what.partition(" ")[0] for one in lost}
-    return [*lost, *(one for one in _detected(account, stack, unseen) if one.what.partition(" ")[0] not in known)]
+    named = {fault.what.partition(" ")[0] for fault in lost}
+    return [*lost, *(fault for fault in _detected(account, stack, unseen) if fault.what.partition(" ")[0] not in named)]
 
 
 def missing(account: Account, stack: Stack) -> list[Wrong]:
-    """Say what keeps a stack of ours from working: its state, what is gone, other code; nothing, if it works."""
+    """Return the faults that keep our stack from working: its state, missing resources, other code."""
     if not stack.works:
         return [Wrong(f"stack {stack.name} is {stack.status}", remedy(stack))]
     resources = account.resources(stack)
@@ -65,8 +65,8 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
             lost.add(one.logical)
             beside = "rounds run without it; to have it again, " if one.type == "AWS::CloudWatch::Alarm" else ""
             beside = "if it is yours, allow these credentials to look at it; if not, " if closed else beside
-            how = "another account's, or closed to these credentials" if closed else "gone"
-            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {how}", beside + anew))
+            state = "another account's, or closed to these credentials" if closed else "gone"
+            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {state}", beside + anew))
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
         wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
     code = code_of_template(account.template(stack))
@@ -81,11 +81,11 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
 
 
 def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
-    """Say how to make a stack anew that goes on with the same bucket, where that is there: without its name, a new one would be made."""
+    """Say how to deploy the stack anew with the same bucket, if that exists; without its name, a new bucket would be created."""
     own = next((one.physical for one in resources if one.is_data), "")
     brought, name = stack.parameters.get("ExistingBucket", ""), stack.name
     bucket = brought or own
-    try:  # what was its own is another account's if S3 denies it; functions may be let into one that was brought where we are not
+    try:  # a bucket of the stack's is another account's if S3 denies it; an existing one may admit functions only
         there = not _is_gone(account, stack, brought) if brought else bool(own and account.s3.head_bucket(Bucket=own))
     except (BotoCoreError, ClientError):
         there = False
@@ -94,7 +94,7 @@ def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
 
 
 def others_code(account: Account, resources: list[Resource], code: Code) -> Iterator[tuple[Resource, str]]:
-    """Find the functions, and what their aliases lead to, whose code is other than that; give its SHA-256 as Lambda writes it."""
+    """Find the functions, and the targets of their aliases, that have other code; yield each with its SHA-256 as Lambda writes it."""
     for one in resources:
         if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias"):
             try:
@@ -108,7 +108,7 @@ def others_code(account: Account, resources: list[Resource], code: Code) -> Iter
 
 
 def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None:
-    """Raise UserError unless a bucket that is brought is there, and is the account's that it is said to be, as far as it can be seen."""
+    """Raise UserError unless an existing bucket that is named exists and has the named owner, as far as that can be seen."""
     try:
         account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=owner or account.number)
     except (BotoCoreError, ClientError) as error:
@@ -121,7 +121,7 @@ def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None
     try:
         account.anybodys_s3.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError):
-        if owner:  # who deploys need not be let in where the function is
+        if owner:  # the function may have access where these credentials have none
             tell(f"bucket {bucket} could not be looked into: it is not account {owner}'s, or does not let these credentials in")
             return
         raise UserError(
@@ -135,7 +135,7 @@ def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None
 
 
 def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
-    """Whether a bucket that was brought is gone; these credentials may not be let in, where functions are."""
+    """Whether an existing bucket is gone; these credentials may have no access to it, where functions have."""
     try:
         account.s3.head_bucket(Bucket=bucket, ExpectedBucketOwner=stack.parameters.get("BucketOwner") or account.number)
     except (BotoCoreError, ClientError) as error:
@@ -146,7 +146,7 @@ def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
 
 
 def _opened(account: Account, resources: list[Resource], unseen: Tell) -> list[Wrong]:
-    """Say which buckets of a stack are no longer closed as the template has closed them."""
+    """Return a fault for each bucket of a stack that is no longer as closed as in the template."""
     wrong, bucket = list[Wrong](), next((one.physical for one in resources if one.logical == "Bucket"), "")
     for one in resources:
         try:
@@ -176,7 +176,7 @@ def _open(one: Resource) -> Wrong:
 
 
 def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
-    """What CloudFormation's own detection finds; ``unseen`` hears why it found nothing out, if these credentials may not ask, say."""
+    """Return what CloudFormation's own detection finds; ``unseen`` gets the reason if it cannot be run."""
     lacks = "what was changed by hand could not be looked for"
     try:
         detection = account.formation.detect_stack_drift(StackName=stack.id)["StackDriftDetectionId"]
@@ -189,7 +189,7 @@ def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
                 unseen(f"{lacks}: CloudFormation has been at it for {DETECTING} s; run this again")
                 return []
             time.sleep(1)
-        if state["DetectionStatus"] == "DETECTION_FAILED":  # of some resources; it tells what it knows of the others
+        if state["DetectionStatus"] == "DETECTION_FAILED":  # for some resources; the others have been compared
             unseen(f"{lacks} everywhere: {state.get('DetectionStatusReason', 'CloudFormation gives no reason')}")
         found = account.formation.describe_stack_resource_drifts(
             StackName=stack.id, StackResourceDriftStatusFilters=["MODIFIED", "DELETED"]
@@ -214,7 +214,7 @@ def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
 
 
 def checked(account: Account, stack: Stack) -> Stack:
-    """Give the stack back if nothing keeps it from working; raise GradShardingError with all that is."""
+    """Return the stack if it works; raise GradShardingError with all faults if it does not."""
     if wrong := missing(account, stack):
         raise GradShardingError(f"stack {stack.name} in {account}: " + "; ".join(map(str, wrong)))
     return stack
@@ -237,4 +237,4 @@ _LOOKS: dict[str, Callable[[Account, str], bool]] = {
     "AWS::CloudWatch::Alarm": lambda account, name: bool(account.alarms.describe_alarms(AlarmNames=[name])["MetricAlarms"]),
     "AWS::CloudWatch::Dashboard": lambda account, name: bool(account.alarms.get_dashboard(DashboardName=name)),
 }
-"""How to look for a resource of a type; of others, CloudFormation's detection says whether they are there."""
+"""How to look up a resource, by type; for other types, CloudFormation's detection says whether they exist."""

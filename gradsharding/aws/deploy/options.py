@@ -1,4 +1,4 @@
-"""Each option of ``deploy`` is one row: what it is called, which parameter of the template it sets, and what may be written there."""
+"""Each option of ``deploy`` is one row: its name, the template's parameter that it sets, and the form of its value."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -20,24 +20,24 @@ NAMED = 40
 characters for x, and shortens those beyond what S3 (63) and IAM (64) take; the policies of deploy/policies/ would not match them."""
 
 TAGS = 49
-"""Tags that a stack may have beside our own, by which it is known as ours: AWS takes 50."""
+"""Tags that a stack may have beside ours: AWS allows 50."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Form(NamedTuple):
-    """What a text must look like."""
+    """The form of an option's value."""
 
     pattern: str
-    says: str
+    description: str
     several: bool = False
     """Whether it is a list with commas."""
 
     def __call__(self, _: click.Context, option: click.Parameter, text: str | None) -> str | None:
-        """Give a text back if it has this form; "" takes the option back. Raise UserError."""
-        for one in (text or "").split(",") if self.several else [text or ""]:
-            if text and not re.fullmatch(self.pattern, one):
-                raise UserError(f"{option.opts[0]} takes {self.says}; {one!r} is none")
+        """Return a text that has this form, or "", which resets the option; raise UserError for any other."""
+        for item in (text or "").split(",") if self.several else [text or ""]:
+            if text and not re.fullmatch(self.pattern, item):
+                raise UserError(f"{option.opts[0]} takes {self.description}, not {item!r}")
         return text
 
 
@@ -46,14 +46,14 @@ class Row(NamedTuple):
 
     flag: str
     parameter: str
-    """Of the template; "" for what goes to CloudFormation itself."""
+    """Parameter of the template; "" for a setting of CloudFormation itself."""
     help: str
     form: Form | None = None
     metavar: str | None = None
     kind: Any = None
     """The type that click reads."""
     values: tuple[str, str] | None = None
-    """Of a switch: the parameter's values if it is on, and off."""
+    """The parameter's values for a switch that is on, and off."""
     default: Any = None
     several: bool = False
     is_flag: bool = False
@@ -64,7 +64,7 @@ class Row(NamedTuple):
         return self.flag.partition("/")[0].removeprefix("--").replace("-", "_")
 
     def option(self) -> Callable[[_F], _F]:
-        """Give click's decorator."""
+        """Return click's decorator."""
         kind: dict[str, Any] = {} if self.kind is None else {"type": self.kind}
         if self.is_flag:
             kind["is_flag"] = True
@@ -77,8 +77,8 @@ _ARN, _BUCKET = "arn:aws[a-z-]*", "[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]"
 _NAME_OF_BUCKET = Form(_BUCKET, "the name of a bucket: 3 to 63 small letters, digits, hyphens and dots")
 _ROLE = Form(f"{_ARN}:iam::[0-9]{{12}}:role/.+", "the ARN of a role, arn:aws:iam::ACCOUNT:role/NAME")
 
-SERVICE_ROLE = Row("--service-role", "", "Role that CloudFormation takes, instead of yours.", metavar="ARN", form=_ROLE)
-"""Of ``destroy``, too: the role that a stack was put up with may be gone."""
+SERVICE_ROLE = Row("--service-role", "", "Role that CloudFormation uses in place of your rights.", metavar="ARN", form=_ROLE)
+"""Also an option of ``destroy``: the role that deployed a stack may be gone."""
 
 OPTIONS = (
     Row("--architecture", "Architecture", "[default: arm64]", kind=click.Choice([*MACHINES])),
@@ -88,11 +88,11 @@ OPTIONS = (
     Row("--expire-days", "ExpireDays", "Days until rounds are deleted.  [default: 7]", kind=click.IntRange(1), metavar="DAYS"),
     Row("--runtime", "Runtime", f"[default: {DEPLOYED_RUNTIME}]", kind=click.Choice([*RUNTIMES])),
     Row(
-        "--prefix", "Prefix", "Everything lies below it in the bucket.  [default: gradsharding]", metavar="NAME",
+        "--prefix", "Prefix", "Prefix of all objects in the bucket.  [default: gradsharding]", metavar="NAME",
         form=Form("[A-Za-z0-9_-]{1,64}", "up to 64 letters, digits, hyphens and underscores"),
     ),
     Row(
-        "--bucket", "ExistingBucket", "A bucket that you have; its policy, rules and encryption stay yours.  [default: one is made]",
+        "--bucket", "ExistingBucket", "An existing bucket; its policy, rules and encryption stay yours.  [default: a new one]",
         metavar="NAME", form=_NAME_OF_BUCKET,
     ),
     Row(
@@ -117,9 +117,9 @@ OPTIONS = (
         "--security-groups", "SecurityGroups", "With these security groups.", metavar="ID,ID",
         form=Form("sg-[0-9a-f]{8,17}", "ids of security groups, such as sg-0123456789abcdef0, with commas between them", several=True),
     ),
-    Row("--role", "ExistingRole", "A role that you have, for the function.  [default: one is made]", metavar="ARN", form=_ROLE),
+    Row("--role", "ExistingRole", "An existing role for the function.  [default: a new one]", metavar="ARN", form=_ROLE),
     Row(
-        "--permissions-boundary", "PermissionsBoundary", "Policy that bounds the role that is made.", metavar="ARN",
+        "--permissions-boundary", "PermissionsBoundary", "Permissions boundary of the new role.", metavar="ARN",
         form=Form(f"{_ARN}:iam::([0-9]{{12}}|aws):policy/.+", "the ARN of a policy, arn:aws:iam::ACCOUNT:policy/NAME"),
     ),
     Row("--log-days", "LogDays", "Days that the log is kept.  [default: 14]", metavar="DAYS", kind=click.Choice([*map(str, LOG_DAYS)])),
@@ -128,30 +128,30 @@ OPTIONS = (
         "--alarm-topic", "AlarmTopic", "SNS topic for alarms.", metavar="ARN",
         form=Form(f"{_ARN}:sns:[a-z0-9-]+:[0-9]{{12}}:.+", "the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME"),
     ),
-    Row("--tracing/--no-tracing", "Tracing", "Have X-Ray trace invocations; billed by the trace.", values=("Active", "PassThrough")),
+    Row("--tracing/--no-tracing", "Tracing", "Trace invocations with X-Ray, which bills each trace.", values=("Active", "PassThrough")),
     Row(
-        "--dashboard/--no-dashboard", "Dashboard", "Make a CloudWatch dashboard; $3 a month beyond an account's first three.",
+        "--dashboard/--no-dashboard", "Dashboard", "Create a CloudWatch dashboard; $3 a month beyond an account's first three.",
         values=("true", "false"),
     ),
-    Row("--tag", "", "Tag of the stack and all that is in it; may be given several times.", metavar="KEY=VALUE", several=True, default=()),
+    Row("--tag", "", "Tag of the stack and its resources; may be given several times.", metavar="KEY=VALUE", several=True, default=()),
     SERVICE_ROLE,
     Row("--termination-protection/--no-termination-protection", "", "Have CloudFormation refuse to delete the stack."),
     Row(
-        "--code-bucket", "", "A bucket that you have, for the function's code.  [default: one is made]",
+        "--code-bucket", "", "An existing bucket for the function's code.  [default: a new one]",
         metavar="NAME", form=_NAME_OF_BUCKET,
     ),
     Row("--locked", "", "Give the function the packages that this release lists, whatever is installed here.", is_flag=True),
     Row("--adopt", "", "Take over a stack of an older gradsharding.", is_flag=True),
     Row("--yes", "", "Do not ask.", is_flag=True),
 )  # fmt: skip
-"""What ``deploy`` takes beside the stack's name."""
+"""The options of ``deploy``, except the stack's name."""
 
 
 class Chosen(NamedTuple):
-    """What the options ask for; where they say nothing, what is there stays as it is."""
+    """The values of the options; settings that are not given stay unchanged."""
 
     parameters: Mapping[str, str]
-    """Of the template, those that were given."""
+    """The template's parameters that were given."""
     tags: Mapping[str, str]
     service_role: str | None
     termination_protection: bool | None
@@ -169,7 +169,7 @@ def deploy_options(command: _F) -> _F:
 
 
 def chosen(given: Mapping[str, Any]) -> Chosen:
-    """Read what click made of the options; raise UserError for tags that AWS would not take."""
+    """Read the options from click; raise UserError for tags that AWS does not accept."""
     parameters = {
         row.parameter: (row.values[not given[row.name]] if row.values else str(given[row.name]))
         for row in OPTIONS
@@ -192,9 +192,9 @@ def _tags(texts: tuple[str, ...]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[\w .:/=+@-]{1,128}", key) or not re.fullmatch(r"[\w .:/=+@-]{0,256}", value):
-            raise UserError(f"--tag takes KEY=VALUE, up to 128 and 256 letters, digits, spaces and .:/=+@-_; {text!r} is none")
+            raise UserError(f"--tag takes KEY=VALUE, up to 128 and 256 letters, digits, spaces and .:/=+@-_, not {text!r}")
         if key.lower().startswith("aws:") or key == TAG:
-            raise UserError(f"--tag {text!r}: the key {TAG}, and those that begin with aws:, are taken; use another key")
+            raise UserError(f"--tag {text!r}: the key {TAG}, and those that begin with aws:, are reserved; use another key")
         if key in tags:
             raise UserError(f"--tag gives {key!r} twice, as {tags[key]!r} and {value!r}; give it once")
         tags[key] = value
@@ -212,22 +212,22 @@ _CLASHES = (
     (("ExistingBucket", "Versioning"), "--bucket and --versioning exclude each other: versioning is a setting of the bucket that is made"),
     (("ExistingBucket", "AccessLogBucket"), "--bucket and --access-log-bucket exclude each other: set the log of your bucket yourself"),
 )  # fmt: skip
-"""What cannot be together, or with "!" cannot be alone."""
+"""Parameters that exclude each other or, with "!", need each other."""
 
 _LASTING = {"ExistingBucket": "bucket", "Prefix": "prefix"}
-"""Parameters that a stack keeps as long as it lives: what it has written would be lost from sight."""
+"""Parameters that a stack keeps for life: otherwise its data would no longer be found."""
 
 
 def require_consistent(parameters: Mapping[str, str], given: Mapping[str, str], was: Mapping[str, str] | None, region: str) -> None:
-    """Raise UserError, before anything is made, for parameters of the template that do not go together.
+    """Raise UserError, before anything is created, for parameters of the template that contradict each other.
 
-    ``parameters`` are all that the stack is to have, ``given`` those that are asked for now, ``was`` those of a stack that is there.
+    ``parameters`` are all that the stack will have, ``given`` those that are given now, ``was`` those of an existing stack.
     """
-    for name, what in _LASTING.items():
+    for name, kind in _LASTING.items():
         if was is not None and name in given and given[name] != was.get(name, ""):
             raise UserError(
-                f"the stack's {what} is {was.get(name) or 'one that it made'}, and stays so, as what lies there would be lost from sight; "
-                f"put up another stack with --name for {given[name] or 'a new one'}"
+                f"the stack's {kind} is {was.get(name) or 'its own'}, and cannot be changed, as its data would no longer be found; "
+                f"deploy another stack with --name for {given[name] or 'a new one'}"
             )
     is_set = {name for name, value in parameters.items() if value not in ("", "false")}
     for names, why in _CLASHES:

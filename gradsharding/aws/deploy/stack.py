@@ -1,6 +1,6 @@
-"""A stack is put up by a change set that is shown first, and nothing is changed unless that is agreed to.
+"""A stack is deployed by a change set that is shown first, and nothing is changed without consent.
 
-Whatever interrupts it, the same call goes on from what it finds in the account.
+After any interruption, the same call continues from what it finds in the account.
 """
 
 import re
@@ -24,50 +24,50 @@ from gradsharding.aws.refusals import code_of
 from gradsharding.errors import GradShardingError, StackFailed, UserError
 
 TEMPLATES = (Path(__file__).with_name("template.yaml"), Path(__file__).parents[3] / "deploy/template.yaml")
-"""Where the template is: in an installed package, or in a checkout."""
+"""Paths of the template: in an installed package, and in a checkout."""
 
 _BUILT = {"AWS::Serverless::Function": ("AWS::Lambda::Function", "AWS::Lambda::Version", "AWS::Lambda::Alias")}
-"""What SAM makes of its own types."""
+"""The types into which SAM expands its own."""
 
 
 class Order(NamedTuple):
-    """What a stack is to be. What is left out stays as it is, or is the template's default."""
+    """The desired settings of a stack. Those that are left out stay unchanged, or have the template's default."""
 
     name: str
     parameters: Mapping[str, str] = {}
     tags: Mapping[str, str] = {}
-    """Beside our own: added to those that the stack has."""
+    """Tags to add to those of the stack, beside ours."""
     role: str | None = None
-    """ARN of the role that CloudFormation works in, if not in the caller's permissions."""
+    """ARN of CloudFormation's role, if it is not to use the caller's rights."""
     protected: bool | None = None
     """Termination protection."""
     code_bucket: str | None = None
-    """Where the function's code goes, if not into a bucket that we make for it."""
+    """Bucket for the function's code, if it is not to be one of ours."""
     adopt: bool = False
-    """Take over a stack that a release without tag and marker has put up."""
+    """Whether to take over a stack that a release without tag and marker has deployed."""
 
 
 class Change(NamedTuple):
-    """What will happen to a resource."""
+    """A change to a resource."""
 
     action: str
-    """What the table says: make, change, replace (the old one is deleted), delete; or leave: it is no longer the stack's, and lives on."""
+    """As the table shows it: make, change, replace (the old one is deleted), delete; or leave: it stays, outside the stack."""
     logical: str
     type: str
     physical: str
 
 
 Agree = Callable[[list[Change]], bool]
-"""Shows what will happen; says whether it may."""
+"""Shows the changes; returns whether they may be made."""
 
 
 def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zipped = zipped) -> Stack | None:
-    """Make the stack, or change it; None if ``agree`` says no, and then nothing of this is left.
+    """Create or update the stack; return None if ``agree`` refuses, with nothing left behind.
 
-    Raise UserError for a stack that is not ours, or must be mended first, StackFailed with CloudFormation's reason.
+    Raise UserError for a stack that is not ours, or must be repaired first; StackFailed with CloudFormation's reason.
     """
     found, name = _ready(account, order, tell), order.name
-    if found and found.status == "ROLLBACK_COMPLETE":  # it was never made, and CloudFormation takes no changes for it
+    if found and found.status == "ROLLBACK_COMPLETE":  # its creation failed, and CloudFormation accepts no changes for it
         if not agree(_remains(account, found)):
             return None
         _clear(account, found, tell)
@@ -87,7 +87,7 @@ def put_up(account: Account, order: Order, agree: Agree, tell: Tell, make: Zippe
 def _prepare_and_run(
     account: Account, order: Order, request: dict[str, Any], codes: tuple[Code | None, Code], agree: Agree, tell: Tell
 ) -> bool:
-    """Prepare a change set, show it, and run it; False if it is not agreed to."""
+    """Create a change set, show it, and run it; return False if it is refused."""
     token, (old, code) = f"gradsharding-{uuid.uuid4().hex}", codes
     made = account.formation.create_change_set(ChangeSetName=token, **request)
     stack, change = _known(account, made["StackId"]), made["Id"]
@@ -96,10 +96,10 @@ def _prepare_and_run(
         changes = _changes(account, stack, change)
         shown = [*_shown(stack, changes), *_protection(stack, order)]
         agreed = bool(shown) and agree(shown)
-    except BaseException:  # it cannot be made, or there is nobody to ask, or an interrupt came instead
+    except BaseException:  # it cannot be created, or nobody can be asked, or the user interrupted
         try:
             _withdraw(account, stack, change, codes, old, tell)
-        except (BotoCoreError, ClientError, GradShardingError) as error:  # and that is what is to be heard of
+        except (BotoCoreError, ClientError, GradShardingError) as error:  # the first error is the one to raise
             tell(f"what was prepared for stack {stack.name} could not be taken back: {error}")
         raise
     if changes is None or not agreed:
@@ -117,7 +117,7 @@ def _prepare_and_run(
 
 
 def _run(account: Account, stack: Stack, change: str, token: str, tell: Tell) -> None:
-    """Run a change set; raise StackFailed with CloudFormation's reason if it fails."""
+    """Run a change set; raise StackFailed with CloudFormation's reason if that fails."""
     account.formation.execute_change_set(ChangeSetName=change, ClientRequestToken=token)
     stack = account.done(stack, token, tell)
     if not stack.works or stack.status == "UPDATE_ROLLBACK_COMPLETE":
@@ -126,26 +126,26 @@ def _run(account: Account, stack: Stack, change: str, token: str, tell: Tell) ->
 
 
 def _shown(stack: Stack, changes: list[Change] | None) -> list[Change]:
-    """Give the changes of a change set as they are shown; where no resource changes, what is changed is the stack's own."""
+    """Return the changes of a change set as they are shown; if no resource changes, the stack itself does."""
     return [Change("change", "tags or outputs", "AWS::CloudFormation::Stack", stack.name)] if changes == [] else changes or []
 
 
 def _protection(stack: Stack, order: Order) -> list[Change]:
-    """Give what an order changes about a stack's termination protection; no change set says it."""
+    """Return the change of a stack's termination protection, which no change set has."""
     if order.protected is None or order.protected == stack.protected:
         return []
     return [Change("turn on" if order.protected else "turn off", "termination protection", "AWS::CloudFormation::Stack", stack.name)]
 
 
 def _remains(account: Account, stack: Stack) -> list[Change]:
-    """Give what goes with a stack whose making had failed."""
+    """Return what is deleted with a stack whose creation failed."""
     held = [Change("delete", one.logical, one.type, one.physical) for one in account.resources(stack)]
     return [*held, Change("delete", "the failed stack", "AWS::CloudFormation::Stack", stack.name)]
 
 
 def _clear(account: Account, stack: Stack, tell: Tell) -> None:
-    """Delete a stack whose making had failed; its ARN is its own, and it can become nothing else."""
-    tell(f"deleting stack {stack.name}, whose making had failed")
+    """Delete a stack whose creation failed; no other stack can have its ARN."""
+    tell(f"deleting stack {stack.name}, whose creation failed")
     try:
         account.formation.delete_stack(StackName=stack.id, ClientRequestToken=(token := f"gradsharding-{uuid.uuid4().hex}"))
     except (BotoCoreError, ClientError) as error:
@@ -156,7 +156,7 @@ def _clear(account: Account, stack: Stack, tell: Tell) -> None:
 
 
 def _withdraw(account: Account, stack: Stack, change: str, codes: tuple[Code | None, Code], keep: Code | None, tell: Tell) -> None:
-    """Take back a change set, and the code that was put for it."""
+    """Delete a change set, and the code that was uploaded for it."""
     if _take_back(account, stack, change):
         _tidy(account, stack.name, *codes, keep, tell)
     else:
@@ -164,7 +164,7 @@ def _withdraw(account: Account, stack: Stack, change: str, codes: tuple[Code | N
 
 
 def _tidy(account: Account, name: str, old: Code | None, new: Code, keep: Code | None, tell: Tell) -> None:
-    """Delete code that the stack no longer needs. Where that fails, the stack is as it should be all the same."""
+    """Delete code that the stack no longer needs; if that fails, the stack is intact nevertheless."""
     for bucket in {new.bucket, *({old.bucket} if old else ())}:
         try:
             forget_code(account, name, bucket, keep=keep)
@@ -175,7 +175,7 @@ def _tidy(account: Account, name: str, old: Code | None, new: Code, keep: Code |
 def _request(
     account: Account, order: Order, found: Stack | None, old: Code | None, tell: Tell, make: Zipped
 ) -> tuple[dict[str, Any], Code]:
-    """Put the function's code where the template will find it; give both, the template in what a change set is asked for with."""
+    """Upload the function's code; return the parameters of the request for a change set, with the template, and the code."""
     text = template()
     takes, given = defaults(text), dict(order.parameters)
     if unknown := given.keys() - takes.keys():
@@ -190,7 +190,7 @@ def _request(
     code = put_code(account, order.name, bucket, make(known["Architecture"], known["Runtime"], tell), stale)
     tags = {**(found.tags if found else {}), **order.tags, TAG: order.name}
     return {
-        "StackName": found.id if found else order.name,  # by its ARN it is the one that was looked at
+        "StackName": found.id if found else order.name,  # the ARN makes sure that it is the stack that was looked up
         "ChangeSetType": "UPDATE" if found else "CREATE",
         "TemplateBody": filled(text, code.uri, known, order.role or (found.role if found else "")),
         "Capabilities": ["CAPABILITY_IAM", "CAPABILITY_AUTO_EXPAND"],
@@ -204,12 +204,12 @@ def _request(
 
 
 def template() -> str:
-    """Give the text of our template."""
+    """Return the text of our template."""
     return next(path for path in TEMPLATES if path.exists()).read_text()
 
 
 def defaults(text: str) -> dict[str, str]:
-    """Give the default of each parameter of our template, but for the release, which is filled in."""
+    """Return the default of each parameter of our template, except the release, which is filled in."""
     section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
     assert section
     found: dict[str, str] = {}
@@ -221,7 +221,7 @@ def defaults(text: str) -> dict[str, str]:
 
 
 def kinds(text: str) -> set[tuple[str, str]]:
-    """Give logical id and type of each resource of our template, as CloudFormation names them."""
+    """Return logical id and type of each resource of our template, as CloudFormation names them."""
     section = re.search(r"^Resources:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
     assert section
     said = re.findall(r"^  (\w+):[^\n]*\n(?:    .*\n|\n)*?    Type: (\S+)", section[1], re.MULTILINE)
@@ -229,10 +229,10 @@ def kinds(text: str) -> set[tuple[str, str]]:
 
 
 def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
-    """Find the stack, ours and up, or one whose making failed; None if there is none. Raise UserError if it must be mended first."""
+    """Find our stack if it works, or if its creation failed; None if there is none. Raise UserError if it must be repaired first."""
     found = account.look_up(order.name)
     if found and (why := account.foreign(found)):
-        if not order.adopt or found.empty:  # what was only prepared has nothing to be taken over
+        if not order.adopt or found.empty:  # an empty stack has nothing to take over
             account.find(order.name)  # refuses
         _check_old(account, found, why)
     found = account.settled(found, tell) if found else None
@@ -247,7 +247,7 @@ def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:
 
 
 def _check_free(account: Account, name: str) -> None:
-    """Raise UserError if something has a name that the stack's resources will have, or if those would be too long."""
+    """Raise UserError if a name of the stack's resources is in use, or would be too long."""
     if len(name) > NAMED:
         raise UserError(
             f"{name} has {len(name)} characters, and a new stack's name {NAMED} at most, as AWS would shorten what it makes of it; "
@@ -269,7 +269,7 @@ def _check_free(account: Account, name: str) -> None:
 
 
 def _check_old(account: Account, stack: Stack, why: str) -> None:
-    """Raise UserError unless a stack without tag or marker is what an older release of ours put up."""
+    """Raise UserError unless a stack without tag or marker was deployed by an older release of ours."""
     others = [one for one in account.resources(stack) if not _is_known(one.logical, one.type)]
     says = account.description(stack)
     ours = says.startswith("gradsharding - ") and not others and TAG not in stack.tags
@@ -279,7 +279,7 @@ def _check_old(account: Account, stack: Stack, why: str) -> None:
 
 
 def _is_known(logical: str, kind: str) -> bool:
-    """Whether our template has that resource; SAM appends a digest to the name of a version, and an alias's name to the function's."""
+    """Whether our template has a resource; SAM appends a digest to a version's name, and the alias's name to the function's."""
     return any(
         kind == known and (logical == name or (kind != "AWS::Lambda::Function" and logical.startswith(name)))
         for name, known in kinds(template())
@@ -287,7 +287,7 @@ def _is_known(logical: str, kind: str) -> bool:
 
 
 def _changes(account: Account, stack: Stack, change: str) -> list[Change] | None:
-    """Wait until a change set is there; say what it does to resources; None if nothing. Raise StackFailed if it cannot be made."""
+    """Wait for a change set; return its changes to resources, None if there are none. Raise StackFailed if it cannot be created."""
     pause = 0.1
     while True:
         pages = account.formation.get_paginator("describe_change_set").paginate(ChangeSetName=change)
@@ -323,16 +323,16 @@ def _change(one: Any) -> Change:
 
 
 def _known(account: Account, arn: str) -> Stack:
-    """Look up a stack that was there a moment ago."""
+    """Look up a stack that existed a moment ago."""
     if found := account.look_up(arn):
         return found
     raise StackFailed(f"{arn} was deleted by another command; run this again")
 
 
 def _take_back(account: Account, stack: Stack, change: str) -> bool:
-    """Delete a change set that will not be run, and with it the stack, if there is nothing else to it; False if others have a hand in it.
+    """Delete a change set that will not be run, and the stack if it has nothing else; return False if another command uses the stack.
 
-    What the stack was before the question says nothing: meanwhile, another command may have filled it.
+    The stack is looked up again: since the question, another command may have filled it.
     """
     try:
         account.formation.delete_change_set(ChangeSetName=change)
@@ -349,7 +349,7 @@ def _take_back(account: Account, stack: Stack, change: str) -> bool:
 
 
 def _check_same(account: Account, order: Order, found: Stack | None) -> None:
-    """Raise UserError or StackFailed unless the stack is what it was when it was looked at: code is built and put in between."""
+    """Raise UserError or StackFailed if the stack has changed since it was looked up, before the code was built and uploaded."""
     now = account.look_up(order.name)
     if now and (why := account.foreign(now)):
         if not order.adopt or now.empty:
@@ -365,13 +365,13 @@ def _check_same(account: Account, order: Order, found: Stack | None) -> None:
 
 
 def _check_alone(account: Account, stack: Stack) -> None:
-    """Raise UserError if others have prepared the same stack meanwhile; what we have prepared is taken back by who calls this."""
+    """Raise UserError if others have prepared the same stack meanwhile; the caller deletes what we have prepared."""
     if stack.empty and (why := account.foreign(stack)):
         raise UserError(f"stack {stack.name} in {account} is not ours alone: {why}; choose another name with --name")
 
 
 def interrupted(account: Account, name: str) -> str:
-    """Say, to whoever stopped a command, what is there now, and how to go on."""
+    """Say what exists after a command was interrupted, and how to continue."""
     try:
         stack = account.look_up(name)
     except GradShardingError as error:

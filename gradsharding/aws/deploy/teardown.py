@@ -1,8 +1,8 @@
-"""A stack is deleted before its data, and data only if that was asked for; what stays is named.
+"""A stack is deleted before its data, and data only on request; what stays is named.
 
-Only the bucket that CloudFormation made by our template is ever emptied. When its stack is gone, it is known by our tag and by those of
-CloudFormation, or by the stack's events. A bucket that was brought is never emptied, even if an earlier stack had made it, nor is one that
-somebody added to the stack.
+Only the bucket that CloudFormation created from our template is ever emptied. Once its stack is gone, it is recognized by our tag and
+CloudFormation's, or by the stack's events. An existing bucket that a stack was given is never emptied, even if an earlier stack had
+created it, nor is one that somebody added to the stack.
 """
 
 import re
@@ -20,8 +20,7 @@ from gradsharding.aws.refusals import DENIED, code_of
 from gradsharding.errors import StackFailed, StoreRefused, UserError
 
 COUNTED = 100_000
-"""Objects that are counted, at most, before the question."""
-
+"""Objects to count before the question, at most."""
 
 _CLOUDFORMATION = "aws:cloudformation:"
 _BY = f"{_CLOUDFORMATION}stack-name"
@@ -30,48 +29,48 @@ _LABEL = f"{TAG}-stack"
 
 
 class Bucket(NamedTuple):
-    """A bucket, and what lies in it: all versions of objects."""
+    """A bucket, and all versions of the objects in it."""
 
     name: str
     objects: int
     nbytes: int
     more: bool = False
-    """There are more than were counted."""
+    """Whether there are more than were counted."""
 
 
 class Doomed(NamedTuple):
-    """What is there to be taken down."""
+    """What there is to delete."""
 
     stack: Stack | None
     resources: list[Resource]
-    """The stack's, but for its buckets."""
+    """The stack's resources, except its buckets."""
     buckets: list[Bucket]
-    """The stack's own; of a stack that is gone, those that it left."""
+    """The stack's own buckets, or those that a deleted stack has left."""
     earlier: list[Bucket]
-    """Those that earlier stacks of its name left; they stay while it is there."""
+    """Buckets that earlier stacks of its name have left; they stay while it exists."""
     code: str
     """The bucket of its code."""
     held: tuple[Resource, ...] = ()
-    """All that the stack has, as it is shown."""
+    """All resources of the stack, as shown."""
     hidden: tuple[str, ...] = ()
-    """Buckets of this account that may be the stack's, or left by an earlier one, and cannot be looked into."""
+    """Buckets of this account that may belong to this or an earlier stack, and cannot be read."""
     brought: str = ""
-    """The bucket that the stack was given, and leaves."""
+    """The existing bucket that the stack was given; it stays."""
     kept: frozenset[str] = frozenset()
-    """Logical ids of what the stack leaves."""
+    """Logical ids of the resources that stay."""
 
 
 class Cleared(NamedTuple):
-    """What became of a stack's code."""
+    """The outcome for a stack's code."""
 
     objects: int
-    """Deleted."""
+    """Number of deleted objects."""
     kept: str
-    """Why some of it may be left; "" if none is."""
+    """Why code may be left; "" if none is."""
 
 
 def doomed(account: Account, name: str, tell: Tell) -> Doomed:
-    """Look for what is to be taken down; raise UserError for a stack that is not ours, or is protected."""
+    """Find what is to be deleted; raise UserError for a stack that is not ours, or is protected."""
     found = account.find(name)
     stack = account.settled(found, tell) if found else None
     left, hidden = _left(account, name)
@@ -96,10 +95,10 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
 
 
 def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
-    """Delete the stack, as ``role`` if that is given, then, with ``data``, its buckets, then its code.
+    """Delete the stack, with ``role`` if that is given; then, with ``data``, its buckets; then its code.
 
-    Raise StackFailed with CloudFormation's reason if it does not delete the stack; then all data is there. Raise UserError, before anything
-    is deleted, if a bucket that may be the stack's data cannot be looked into.
+    Raise StackFailed with CloudFormation's reason if the stack is not deleted; all data is kept then. Raise UserError, before anything is
+    deleted, if a bucket that may hold the stack's data cannot be read.
     """
     if data and what.hidden:
         raise UserError(
@@ -120,18 +119,18 @@ def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Te
     objects, kept = 0, ""
     try:
         objects += forget_code(account, name, what.code)
-    except StoreRefused as error:  # the stack is gone all the same, and no later run could do it
+    except StoreRefused as error:  # the stack is gone, and no later run could do it either
         kept = (
             f"code in bucket {what.code}, which is another account's by now, or closed to these credentials ({error.details.get('code')})"
         )
     if what.code != own_bucket(account):
-        with suppress(StoreRefused):  # code of an earlier deploy may lie there, too, if it is ours
+        with suppress(StoreRefused):  # it may have code of an earlier deploy
             objects += forget_code(account, name, own_bucket(account))
     return Cleared(objects, kept)
 
 
 def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
-    """Raise if a stack has become another since it was shown: what was added in between, nobody has agreed to delete."""
+    """Raise StackFailed if a stack has changed since it was shown: nobody agreed to delete what was added since."""
     now = account.find(stack.name)
     held = {one[:3] for one in account.resources(now)} if now else set()
     if not now or now.id != stack.id or held != {one[:3] for one in what.held}:
@@ -143,26 +142,26 @@ def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
 def _delete_stack(account: Account, stack: Stack, role: str | None, tell: Tell) -> None:
     tell(f"deleting stack {stack.name}")
     token = f"gradsharding-{uuid.uuid4().hex}"
-    taken: Any = {"RoleARN": role} if role else {}  # else CloudFormation takes the one that the stack has
+    taken: Any = {"RoleARN": role} if role else {}  # else CloudFormation uses the stack's own role
     account.formation.delete_stack(StackName=stack.id, ClientRequestToken=token, **taken)
     gone = account.done(stack, token, tell)
     if gone.status != "DELETE_COMPLETE":
         raise StackFailed(
             f"stack {stack.name} in {account} is {gone.status}: {account.failure(gone, token) or 'its events give no reason'}; "
-            "no data was deleted; take that hindrance away, and run this again"
+            "no data was deleted; remove the obstacle, and run this again"
         )
 
 
 def _code_bucket(account: Account, stack: Stack | None) -> str:
-    """Name the bucket that a stack's code lies in; CloudFormation gives the template of a deleted one for 90 days."""
+    """Name of the bucket with a stack's code; CloudFormation keeps the template of a deleted stack for 90 days."""
     code = code_of_template(account.template(stack)) if stack else None
     return code.bucket if code else own_bucket(account)
 
 
 def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
-    """Name the buckets that stacks of that name left in this region, and those that may be such, and cannot be looked into.
+    """Return the buckets that stacks of a name have left in this region, and those that may be such but cannot be read.
 
-    CloudFormation names them after the stack, and they carry our tag.
+    CloudFormation names them after the stack, and they have our tag.
     """
     try:
         pages = account.s3.get_paginator("list_buckets").paginate(Prefix=f"{name.lower()[:24]}", BucketRegion=account.region)
@@ -172,8 +171,8 @@ def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
         tags = {bucket: _tags(account, bucket) for bucket in names}
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"buckets of {account}") from error
-    begins, rest = re.escape(name.lower()[:24]), re.escape(name.lower()[24:])  # of a long name, CloudFormation may take a part
-    called = re.compile(f"{begins}({rest})?-?{DATA[0].lower()}-[a-z0-9]+")  # any other bucket that is closed to us is somebody's
+    begins, rest = re.escape(name.lower()[:24]), re.escape(name.lower()[24:])  # CloudFormation may shorten a long name
+    called = re.compile(f"{begins}({rest})?-?{DATA[0].lower()}-[a-z0-9]+")  # any other bucket without access is somebody else's
     hidden = [bucket for bucket in names if tags[bucket] is None and called.fullmatch(bucket)]
     tagged = {bucket: said for bucket, said in tags.items() if said and said.get(TAG) == name}
     own = [bucket for bucket, said in tagged.items() if _is_made(account, name, bucket, said)]
@@ -184,9 +183,9 @@ def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
 
 
 def _is_made(account: Account, name: str, bucket: str, tags: Mapping[str, str]) -> bool:
-    """Whether a bucket that carries our tag was made by our template: that tag alone can be anybody's: a stack's tags go to its buckets.
+    """Whether a bucket with our tag was created from our template; the tag alone proves nothing, as a stack's tags go to all its buckets.
 
-    Nobody but CloudFormation sets tags that begin with ``aws:``. Where it sets none, as ministack does not, our label or its events say it.
+    Only CloudFormation sets tags that begin with ``aws:``. Where it sets none, as in ministack, our label or the events decide.
     """
     if _BY not in tags:
         return f":stack/{name}/" in tags.get(_LABEL, "") or bucket in account.made(name)
@@ -196,7 +195,7 @@ def _is_made(account: Account, name: str, bucket: str, tags: Mapping[str, str]) 
 
 
 def disown(account: Account, bucket: str) -> None:
-    """Take our tags off a bucket that is brought: from now on no ``destroy`` takes it for a stack's own. Other tags stay."""
+    """Remove our tags from an existing bucket, so that no ``destroy`` takes it for a stack's own from now on; other tags stay."""
     tags = _tags(account, bucket) or {}
     kept = {key: value for key, value in tags.items() if key not in (TAG, _LABEL)}
     try:
@@ -209,7 +208,7 @@ def disown(account: Account, bucket: str) -> None:
 
 
 def _label(account: Account, bucket: str, stack: Stack) -> None:
-    """See that a stack's bucket carries our tag, and says whose it was, before the stack goes: a later run finds it so. Other tags stay."""
+    """Add our tag and the stack's ARN to its bucket before the stack is deleted, so that a later run finds it; other tags stay."""
     tags = _tags(account, bucket)
     if tags is not None and tags != (wanted := tags | {TAG: stack.name} | ({} if _BY in tags else {_LABEL: stack.id})):
         with suppress(account.s3.exceptions.NoSuchBucket):
@@ -222,7 +221,7 @@ def _tag(account: Account, bucket: str, tags: Mapping[str, str]) -> None:
 
 
 def _tags(account: Account, bucket: str) -> dict[str, str] | None:
-    """Give a bucket's tags, none if it is gone; None if it is not to be looked into."""
+    """Return a bucket's tags, empty if it is gone; None if it cannot be read."""
     try:
         return {tag["Key"]: tag["Value"] for tag in account.s3.get_bucket_tagging(Bucket=bucket)["TagSet"]}
     except ClientError as error:
@@ -252,15 +251,15 @@ def _versions(account: Account, bucket: str) -> Iterator[Any]:
 
 
 def _delete_bucket(account: Account, bucket: str) -> None:
-    """Delete all versions, all unfinished uploads, and the bucket; it may be gone already."""
+    """Delete all versions and unfinished uploads, and the bucket; it may be gone already."""
     with suppress(account.s3.exceptions.NoSuchBucket):
-        some: list[dict[str, str]] = []
-        for one in _versions(account, bucket):
-            some.append({"Key": one["Key"], "VersionId": one["VersionId"]})
-            if len(some) == 1000:  # what S3 deletes at once
-                delete_objects(account, bucket, some)
-                some = []
-        delete_objects(account, bucket, some)
+        batch: list[dict[str, str]] = []
+        for version in _versions(account, bucket):
+            batch.append({"Key": version["Key"], "VersionId": version["VersionId"]})
+            if len(batch) == 1000:  # S3 deletes at most so many in one request
+                delete_objects(account, bucket, batch)
+                batch = []
+        delete_objects(account, bucket, batch)
         for page in account.s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket):
             for upload in page.get("Uploads", []):
                 with suppress(account.s3.exceptions.NoSuchUpload):
@@ -269,7 +268,7 @@ def _delete_bucket(account: Account, bucket: str) -> None:
 
 
 def _exists(account: Account, bucket: str) -> bool | None:
-    """Whether a bucket is there, and this account's; None if it is, and cannot be looked into."""
+    """Whether a bucket exists in this account; None if it does, but cannot be read."""
     try:
         account.s3.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError) as error:
@@ -277,7 +276,7 @@ def _exists(account: Account, bucket: str) -> bool | None:
             return False
         if code_of(error) not in DENIED:
             raise explained(error, f"bucket {bucket}") from error
-        try:  # S3 says the same of another account's bucket; what it lists is this account's
+        try:  # S3 also denies another account's bucket; its list has this account's only
             pages = account.s3.get_paginator("list_buckets").paginate(Prefix=bucket)
             return None if any(one["Name"] == bucket for page in pages for one in page.get("Buckets", [])) else False
         except (BotoCoreError, ClientError):

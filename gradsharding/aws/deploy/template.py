@@ -1,11 +1,11 @@
-"""A template has two places to fill: where the function's code lies, and the release, a digest of all that the stack is made of."""
+"""Two values are filled into the template: the address of the function's code, and the release, a digest of the whole stack."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 
 RELEASE = "Release"
-"""The parameter that nobody sets."""
+"""The parameter that no option sets."""
 
 
 def filled(text: str, code: str, parameters: Mapping[str, str], role: str = "") -> str:

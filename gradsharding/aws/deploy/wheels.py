@@ -1,7 +1,7 @@
-"""A wheel goes into a function only if its version is the one asked for, to the letter, and its SHA-256 is listed for it, if any is.
+"""A wheel goes into a function only if it has exactly the requested version, and a listed SHA-256, if any is listed for it.
 
 The list is ``wheels.txt``, as ``sha256sum`` writes it, and is part of the release.
-``python -m gradsharding.aws.deploy.wheels numpy==2.4.6 > wheels.txt`` makes it anew: the newest versions first, then those that are named.
+``python -m gradsharding.aws.deploy.wheels numpy==2.4.6 > wheels.txt`` rebuilds it: the newest versions first, then those that are named.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from gradsharding.planning.platform import RUNTIMES, Runtime
 LIST = Path(__file__).with_name("wheels.txt")
 
 MACHINES = {"arm64": "aarch64", "x86_64": "x86_64"}
-"""What wheels call the architectures that Lambda offers."""
+"""Names of Lambda's architectures in wheels."""
 
 PACKAGES = ("annotated-types", "numpy", "pydantic", "pydantic-core", "typing-extensions", "typing-inspection")
-"""What a function has beside our own code and what Lambda brings along."""
+"""Packages of a function beside our own code and those of Lambda's runtime."""
 
 OLDEST = ("numpy>=1.26", "pydantic>=2.7")
-"""The versions that will do; these two need the others."""
+"""The oldest versions that work; these two need the others."""
 
 PIP = (20, 3)
-"""The first pip that takes several platforms, and wheels named after a glibc (https://pip.pypa.io/en/stable/news/#v20-3)."""
+"""The first pip that accepts several platforms, and wheels named after a glibc (https://pip.pypa.io/en/stable/news/#v20-3)."""
 
 
 class Wheel(NamedTuple):
-    """A wheel's file name, which says what it is and where it runs, and the SHA-256 of its bytes in hexadecimal."""
+    """A wheel's file name, which has its package, version and platform, and the hexadecimal SHA-256 of its bytes."""
 
     file: str
     sha256: str
@@ -53,33 +53,33 @@ class Wheel(NamedTuple):
         return self.file.split("-")[1]
 
     def fits(self, runtime: Runtime, architecture: str) -> bool:
-        """Tell whether it is made for a runtime's Python and an architecture, or for all of them."""
+        """Whether it is built for a runtime's Python and an architecture, or for all of them."""
         python, _, system = self.file.removesuffix(".whl").rsplit("-", 3)[1:]
         return system == "any" or (python == f"cp{runtime.python.replace('.', '')}" and system.endswith(MACHINES[architecture]))
 
 
 def listed(runtime: Runtime, architecture: str) -> list[Wheel]:
-    """Read which wheels are listed for a runtime and an architecture; of a package's versions, the first is the one to prefer."""
+    """Return the wheels listed for a runtime and an architecture; of a package's versions, the first is preferred."""
     lines = (line.split() for line in LIST.read_text("ascii").splitlines())
     return [wheel for digest, file in lines if (wheel := Wheel(file, digest)).fits(runtime, architecture)]
 
 
 def installed() -> dict[str, str]:
-    """Version that this environment has of each package that a function holds beside our own."""
+    """Return the installed version of each package of ``PACKAGES``."""
     found = {}
     for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # older pydantics do without some
+        with contextlib.suppress(metadata.PackageNotFoundError):  # older releases of pydantic lack some
             found[name] = metadata.version(name)
     return found
 
 
 def fetch(directory: Path, runtime: Runtime, architecture: str, *, locked: bool = False) -> list[Wheel]:
-    """Let pip download a function's wheels into ``directory``, by its own configuration; each one's SHA-256 is checked against the list.
+    """Download a function's wheels into ``directory`` by pip, with its own configuration, and compare each SHA-256 with the list.
 
-    They have the versions that this environment has. Where numpy has no such wheel for the function, it has the listed version, and so, in
-    the last resort, have the others. If ``locked``, all have the listed versions, whatever this environment has.
+    The versions are those of this environment. If numpy has no such wheel for the function, its listed version is used; as a last
+    resort, the listed versions of all packages. If ``locked``, they are used in any case.
 
-    Raise UserError if pip cannot, if a wheel is not the listed one, or if a version needs a package that no function has had so far.
+    Raise UserError if pip fails, if a wheel is not the listed one, or if a version needs a package that functions do not have.
     """
     first: dict[str, str] = {}
     for wheel in listed(runtime, architecture):
@@ -94,7 +94,7 @@ def fetch(directory: Path, runtime: Runtime, architecture: str, *, locked: bool 
 
 
 def _download(directory: Path, requirements: Iterable[str], runtime: Runtime, architecture: str) -> str:
-    """Download wheels by pip; give what is missing if the index has no such version, "" if all went well."""
+    """Download wheels by pip; return what is missing if the index has no such version, else ""."""
     _require_pip()
     machine = MACHINES[architecture]
     tags = [*(f"manylinux_2_{minor}_{machine}" for minor in range(runtime.glibc, 16, -1)), f"manylinux2014_{machine}"]
@@ -115,8 +115,8 @@ def _download(directory: Path, requirements: Iterable[str], runtime: Runtime, ar
 
 
 def _require_pip() -> None:
-    """Raise UserError if this Python has no pip, or one that is too old."""
-    if not importlib.util.find_spec("pip"):  # as in what uv makes
+    """Raise UserError if this Python has no pip, or too old a one."""
+    if not importlib.util.find_spec("pip"):  # as in environments that uv creates
         raise UserError("this Python environment has no pip, which downloads a function's packages; add it: uv pip install pip")
     has = metadata.version("pip")
     if tuple(int(number) for number in re.findall(r"\d+", has)[:2]) < PIP:
@@ -124,12 +124,12 @@ def _require_pip() -> None:
 
 
 def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture: str) -> Wheel:
-    """Give a downloaded wheel; raise UserError if it is another than the listed one, or of a package or a version that no pin asked for."""
+    """Return a downloaded wheel; raise UserError if it is not the listed one, or if no pin asked for its package and version."""
     wheel = Wheel(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
     what = f"{wheel.package} {wheel.version}"
     if wheel.package not in pins:
         raise UserError(f"pip brought {what} along, which no function has had so far; build with --locked, or go back to an older pydantic")
-    if wheel.version != pins[wheel.package]:  # for pip, 1.0 is satisfied by 1.0+local and by 1.0.0, too, which no list has
+    if wheel.version != pins[wheel.package]:  # pip also accepts 1.0+local and 1.0.0 for 1.0, which no list has
         raise UserError(
             f"{wheel.package} {pins[wheel.package]} was asked for, and the index that pip uses gives {wheel.file}, whose version is "
             f"{wheel.version}; nothing was built; name an index that has the published wheel in PIP_INDEX_URL"
@@ -150,7 +150,7 @@ def _spelled(name: str) -> str:
 @click.command()
 @click.argument("requirements", nargs=-1)
 def main(requirements: tuple[str, ...]) -> None:
-    """Print the list anew: the newest wheels for each runtime and architecture, then those of the versions named."""
+    """Print the list: the newest wheels for each runtime and architecture, then those of the versions that are named."""
     lines: dict[str, None] = {}
     for runtime in RUNTIMES.values():
         for architecture in MACHINES:
