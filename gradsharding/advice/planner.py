@@ -147,7 +147,7 @@ class Server(NamedTuple):
     seconds: float
     """Of one round, read from S3 at the machine's sustained network rate."""
     cheaper_from: Decimal | None
-    """Rounds an hour from which on it is cheaper than the functions; None if it cannot run that many."""
+    """Rounds an hour from which on it is cheaper than the functions; None if it cannot run that many, or if no option fits."""
 
     @property
     def rounds_per_hour(self) -> float:
@@ -330,9 +330,9 @@ class _Search:
         text = f"the slowest function takes {longest:,.0f} s on a slow day; Lambda stops it after {needs.timeout:,} s{more}"
         yield "time limit", longest, needs.timeout, text
         if (deadline := needs.deadline) is not None:
-            yield "deadline", seconds.p95, deadline, f"95 of 100 rounds take up to {seconds.p95:,.1f} s; {deadline:g} s are allowed"
+            yield "deadline", seconds.p95, deadline, f"95 of 100 rounds take up to {seconds.p95:,.1f} s; the deadline is {deadline:g} s"
         if (budget := needs.budget) is not None:
-            yield "budget", float(cost), float(budget), f"a round costs ${cost:.4f} in total; ${budget} is allowed"
+            yield "budget", float(cost), float(budget), f"a round costs ${cost:.4f} in total; the budget is ${budget}"
 
     def servers(self, best: Option | None) -> tuple[Server, ...]:
         """Compare the machines of the price list with the functions."""

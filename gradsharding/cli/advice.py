@@ -119,16 +119,17 @@ def _money(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> 
 
 
 def _servers(advice: Advice, manifest: Manifest, needs: Needs, prices: Prices) -> Iterator[str]:
-    """Compare with an always-on machine, and with Flower's own server."""
-    if advice.servers:
-        quick = [s for s in advice.servers if needs.deadline is None or s.seconds <= needs.deadline]
-        server = min(quick or advice.servers, key=lambda s: (s.hour, s.name))
+    """Compare with the cheapest always-on machine that meets the deadline, and with Flower's own server."""
+    if quick := [server for server in advice.servers if needs.deadline is None or server.seconds <= needs.deadline]:
+        server = min(quick, key=lambda s: (s.hour, s.name))
         machine = f"an always-on {server.name} (${server.hour} an hour, {time_text(server.seconds)} a round)"
-        if server.cheaper_from is None:
+        most = f"{server.rounds_per_hour:,.1f} rounds an hour"
+        if not advice.best:
+            yield f"{_capital(machine)} can run {most}."
+        elif server.cheaper_from is None:
             yield f"Lambda is cheaper than {machine} at every rate that this machine can sustain."
         else:
-            most = f"it can run {server.rounds_per_hour:,.1f} at most"
-            yield f"{_capital(machine)} is cheaper than Lambda from {server.cheaper_from:,.1f} rounds an hour on; {most}."
+            yield f"{_capital(machine)} is cheaper than Lambda from {server.cheaper_from:,.1f} rounds an hour on; it can run {most}."
     if flower := flower_server(manifest, prices):
         name, nbytes = flower
         yield f"Flower's own server would hold {_bytes(nbytes)} in memory: {name}, ${prices.boxes[name].hour} an hour."

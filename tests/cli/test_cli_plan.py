@@ -28,6 +28,18 @@ def test_plan_shows_topologies_side_by_side(call: Callable[..., str]) -> None:
     assert "Times are modelled medians, prices are list prices of us-east-1" in text
 
 
+def test_plan_beside_a_server(call: Callable[..., str]) -> None:
+    """An always-on machine is compared with Lambda only where a topology fits, and only if the machine meets the deadline itself."""
+    plan = ("plan", "--size", "8MB", "--clients", "3", "--shards", "2")
+    compared, alone, neither = (flowing(call(*plan, *options)) for options in ((), ("--budget", "0.000001"), ("--deadline", "0.001s")))
+
+    assert "an always-on m7g.large" in compared.replace("An always-on", "an always-on")
+    assert "No topology keeps to these limits." in alone
+    assert "An always-on m7g.large ($0.0816 an hour, 0.2 s a round) can run " in alone
+    assert "cheaper" not in alone
+    assert "always-on" not in neither
+
+
 def test_plan_in_detail(call: Callable[..., str]) -> None:
     """--detail shows all figures of the JSON, and AWS's limits with their sources."""
     plan = ("plan", "--size", "528MB", "--clients", "20", "--shards", "4", "--memory", "1GiB")
