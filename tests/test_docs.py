@@ -178,11 +178,12 @@ def test_figures_come_from_the_result_files() -> None:
 
 
 def test_environment_variables_are_documented() -> None:
-    """The page of environment variables has each of ours that the code reads."""
+    """The page of environment variables has each one that the code reads."""
     files = [path for folder in ("gradsharding", "strategies", "deploy") for path in (ROOT / folder).rglob("*")]
     sources = [path.read_text() for path in files if path.is_file() and path.suffix in (".py", ".yaml", ".sbatch", "")]
-    read = {name for source in sources for name in re.findall(r"\bGRADSHARDING_[A-Z0-9_]*[A-Z0-9]\b", source)}
-    described = set(re.findall(r"`(GRADSHARDING_[A-Z0-9_]+)`", (ROOT / "docs/reference/environment.md").read_text()))
+    ours, literal = r"\b_?GRADSHARDING_[A-Z0-9_]*[A-Z0-9]\b", r'environ(?:\.get\(|\[)"(\w+)"'
+    read = {name for source in sources for pattern in (ours, literal) for name in re.findall(pattern, source)}
+    described = set(re.findall(r"`(_?[A-Z][A-Z0-9_]+)[`=]", (ROOT / "docs/reference/environment.md").read_text()))
     prefixes = {name for name in read if any(other.startswith(f"{name}_") for other in described)}
 
     assert read - prefixes <= described
