@@ -6,7 +6,7 @@ Links in the documents are those of the repository, so that they work in any vie
 import html
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -41,9 +41,8 @@ WORKER = "https://unpkg.com/iframe-worker/shim"
 LINK = re.compile(r"(?P<before>\]\()(?P<target>(?!https?:|mailto:|#)[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 LOADED = re.compile(r'<(?:script|img|link|iframe|source)[^>]*(?:src|href)="(https?://[^"]+)"')
 EXTERNAL = re.compile(r'<a [^>]*href="(https?://[^"]+)"')
-_external: set[str] = set()
-
 GENERATED = re.compile(r"^<!-- generated: (?P<name>\S+) ?(?P<argument>\S*) -->$", re.MULTILINE)
+_external: set[str] = set()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -81,14 +80,14 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:  # noqa:
     return output
 
 
-def on_post_build(config: MkDocsConfig) -> None:
-    """List the links that lead outside, which are not followed."""
-    Path(config.site_dir, "external-links.txt").write_text("".join(f"{url}\n" for url in sorted(_external)))
-
-
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:  # noqa: ARG001
     """Do the same for pages that are not written in Markdown."""
     return output_content.replace(WORKER, "/worker.js")
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """List the links that lead outside, which are not followed."""
+    Path(config.site_dir, "external-links.txt").write_text("".join(f"{url}\n" for url in sorted(_external)))
 
 
 def decisions(_: str = "") -> str:
@@ -115,7 +114,7 @@ def public(package: str) -> str:
     return "\n\n".join(f"::: {place}" for place in found if not place.startswith("gradsharding.errors."))  # they have a page of their own
 
 
-_GENERATORS = {"decisions": decisions, "command-line": command_line, "public": public}
+_GENERATORS: Mapping[str, Callable[[str], str]] = {"decisions": decisions, "command-line": command_line, "public": public}
 
 
 def _commands(cli: click.Group) -> Iterator[tuple[click.Command, click.Context]]:
