@@ -27,7 +27,7 @@ from gradsharding.cli.main import main
 from gradsharding.errors import GradShardingError, NonFinite, OutOfMemory, PlanTooLarge, StoreRefused, TaskFailed, UserError
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.platform import ACCOUNT_CONCURRENCY, PAYLOAD, RUNTIME
-from gradsharding.planning.task import Job, Task, Term
+from gradsharding.planning.task import Job, Part, Task, Term
 from gradsharding.planning.topologies import LambdaFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
@@ -458,9 +458,7 @@ def test_plans_take_what_rounds_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _call(clients: int) -> tuple[Job, Task]:
     terms = (Term(client=f"client-{i}", source=f"rounds/r/updates/client-{i}", version='"x"', base=8, weight=1) for i in range(clients))
-    task = Task(
-        id="t/2", start=0, stop=0, runs=(), first=0, last=clients, clients=clients, weight=clients, part=2, offset=8, reading=STREAM
-    )
+    task = Task(id="t/2", start=0, stop=0, runs=(), first=0, last=clients, clients=clients, weight=clients, part=Part(2, 8), reading=STREAM)
     return Job(store="s3://bucket", output="o", upload="u", terms=tuple(terms)), task
 
 

@@ -24,7 +24,7 @@ from gradsharding.format.dtypes import FORMATS, ITEM_SIZE, NUMPY, Run
 from gradsharding.format.layout import Layout
 from gradsharding.planning.plan import Limits
 from gradsharding.planning.platform import RESIDENT
-from gradsharding.planning.task import RESERVED, Job, Task, Term
+from gradsharding.planning.task import RESERVED, Job, Part, Task, Term
 from gradsharding.planning.topologies import Flat, LambdaFLTree, LIFLTree, Sharded, ShardedTree, Topology
 from gradsharding.rounds.aggregate import aggregate
 from gradsharding.rounds.round import Round
@@ -186,7 +186,7 @@ def test_projected_covers_long_lists(tmp_path: Path, clients: int, tensors: int,
         last=clients,
         clients=clients,
         weight=clients,
-        part=1,
+        part=Part(1, 0),
         reading=STREAM,
         rule=rule,
     )

@@ -37,8 +37,7 @@ def test_counts() -> None:
     header = len(sealed.layout.header())
 
     assert [(0, 16), (16, 32), (32, 48), (48, 68)] == [(task.start, task.stop) for task in plan.tasks]
-    assert [2, 3, 4, 5] == [task.part for task in plan.tasks]
-    assert [header, header + 16, header + 32, header + 48] == [task.offset for task in plan.tasks]
+    assert [(2, header), (3, header + 16), (4, header + 32), (5, header + 48)] == [task.part for task in plan.tasks]
     assert (12, 4, 3 * 68, 68) == (plan.gets, plan.puts, plan.bytes_read, plan.bytes_written)
     assert (3, header, 68, 1) == (plan.clients, plan.header_bytes, plan.result_bytes, len(plan.stages))
     # two I64: a pointer and an int of up to 120 bits each; one I64 and two F32; four F32; five F32

@@ -137,15 +137,15 @@ def test_suited() -> None:
     plan = Sharded(shards=1_000).plan(manifest(32_000 * MB, 20), Limits(), reading=READING)
     roomy = suited(plan, 1_769 * MB, 1_000)
     alone = forecast_seconds(plan, 1_769 * MB, 100).billed
-    paced, larger = (forecast_seconds(plan.but(reading=reading), 1_769 * MB, 1_000) for reading in (READING, roomy))
+    paced, larger = (forecast_seconds(plan.replace(reading=reading), 1_769 * MB, 1_000) for reading in (READING, roomy))
 
     assert 8_900 < rates(plan, 1_769 * MB).gets < 9_000
     assert paced.billed > 1.8 * alone
     assert larger.billed < 1.01 * alone
-    assert rates(plan.but(reading=roomy), 1_769 * MB).gets < 4_500
+    assert rates(plan.replace(reading=roomy), 1_769 * MB).gets < 4_500
     assert paced.p50 > 1.8 * larger.p50
     assert READING == suited(plan, 1_769 * MB, None)  # nobody knows how many there are
-    assert STREAM == suited(plan.but(reading=STREAM), 1_769 * MB, 1_000)
+    assert STREAM == suited(plan.replace(reading=STREAM), 1_769 * MB, 1_000)
 
 
 @pytest.mark.parametrize("more", [0, 40 * MB, 400 * MB])
@@ -153,7 +153,7 @@ def test_suited_to_the_memory(more: int) -> None:
     """What functions ask for at a time is no more than they have memory for, and with more of it they are no slower."""
     plan = Sharded(shards=1_000).plan(manifest(128_000 * MB, 20), Limits(), reading=READING)
     memory = plan.memory + RUNTIME + more
-    chosen = plan.but(reading=suited(plan, memory, 1_000))
+    chosen = plan.replace(reading=suited(plan, memory, 1_000))
 
     assert plan.reading != chosen.reading
     assert chosen.memory <= memory - RUNTIME

@@ -282,7 +282,7 @@ class _Search:
         for memory in (needed, *(size for size in SIZES if needed < size <= self.needs.memory)):
             reading = suited(made, memory, self.needs.concurrency, self.speeds)
             if reading not in plans:
-                plans[reading] = made.but(reading=reading)
+                plans[reading] = made.replace(reading=reading)
             plan = plans[reading]
             expected = self.forecast(plan, memory, self.prices)
             waves = plan.waves(Limits(memory=memory, concurrency=self.needs.concurrency))

@@ -1,7 +1,7 @@
-"""A plan knows its memory, requests and bytes before anything runs: it adds up what its tasks know of themselves.
+"""A plan knows its memory, requests and bytes before anything runs: it adds up the figures of its tasks.
 
-A plan is a product: slices of the vector times a tree over the clients. Its figures are those of a few kinds of tasks, however
-many there are; the tasks themselves are made when they run.
+A plan is a product: slices of the vector times a tree over the clients. It computes its figures from a few kinds of tasks, whatever their
+number, and makes the tasks themselves when they run.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ from gradsharding.format.dtypes import Run, join_runs
 from gradsharding.planning.platform import FIGURES
 from gradsharding.planning.projection import HEADER_PART, Setting, Step, steps
 from gradsharding.planning.slices import Slice, cut
-from gradsharding.planning.task import PARTIAL, Task, Term
+from gradsharding.planning.task import Part, Task, Term
 from gradsharding.sizes import mib, positive, size
 from gradsharding.stores.reading import Reading
 from gradsharding.usage import SHARED, Usage, together, total
 from gradsharding.value import Value
 
 MAX_PARTS = FIGURES["parts"].value
-"""Parts of one object, at most: S3's limit, which every store keeps to."""
+"""Largest number of parts of an object: S3's limit, which every store observes."""
 
 
 class Limits(Value):
-    """What a function may use; memory may be given as text, such as "512MiB" or "2GB". Raise UserError if that is no size.
+    """The limits of a function. Memory may be text, such as "512MiB" or "2GB"; raise UserError if the text is not a size.
 
     >>> Limits(memory="512MiB").memory
     536870912
@@ -40,31 +40,27 @@ class Limits(Value):
     """Allowed memory of one function, in bytes, the interpreter included."""
 
     concurrency: int | None = None
-    """Functions that may run at once; None where nothing bounds them."""
+    """Functions that may run at once; None if unbounded."""
 
     def __init__(self, *, memory: int | str = 512 << 20, concurrency: int | None = None) -> None:
         BaseModel.__init__(self, memory=size(memory) if isinstance(memory, str) else memory, concurrency=concurrency)
         positive(self.memory)
 
 
-class Stage(NamedTuple):
-    """Tasks that may run together: those of one level of the tree, slice by slice."""
-
-    tasks: tuple[Task, ...]
-
-
 class Kind(NamedTuple):
-    """So many tasks of a stage are like this one, but for their place."""
+    """Tasks of a stage that differ in their places only."""
 
     times: int
+    """Number of these tasks."""
     task: Task
+    """One of them."""
 
 
 class Plan(Value):
     """Slices of the vector times a tree over the terms, and the header that makes the slices one safetensors object.
 
-    A function of level 0 takes ``fan_ins[0]`` terms of one slice; one of the next level takes the partial sums of ``fan_ins[1]``
-    of those, and so on; the last level has one function a slice, which writes it. A plan of one level has no partial sums.
+    A function of level 0 reads ``fan_ins[0]`` terms of one slice. A function of the next level reads the partial sums of ``fan_ins[1]``
+    functions of level 0, and so on. The last level has one function for each slice, which writes it. A single level has no partial sums.
     """
 
     topology: str
@@ -75,15 +71,15 @@ class Plan(Value):
     reading: Reading
     rule: AnyRule = MEAN
     shared_memory: bool = False
-    """Partial sums pass through the memory of one machine; its functions must be there."""
+    """Whether partial sums pass through the memory of one machine, on which all functions must run."""
     setting: Setting | None = None
-    """Where it runs. With it, requests and bytes are those of a whole round; without, those of the tasks alone, in a store that takes one
-    request for each verb."""
+    """Where the plan runs. With a setting, requests and bytes are those of the whole round; without one, those of the tasks alone, in a
+    store that makes one request for each operation."""
 
     @model_validator(mode="after")
     def _ends_in_one(self) -> "Plan":
         if min(self.fan_ins) < 1 or self.widths[-1] != 1:
-            raise ValueError(f"a tree of {self.fan_ins} inputs a function does not bring {len(self.terms)} terms together")
+            raise ValueError(f"a tree with fan-ins {self.fan_ins} does not merge {len(self.terms)} terms into one")
         return self
 
     @cached_property
@@ -101,21 +97,20 @@ class Plan(Value):
         return sum(term.weight for term in self.terms)
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
-        """All tasks, level by level: a task reads partial sums of the level before its own, and of no other."""
+    def stages(self) -> tuple[tuple[Task, ...], ...]:
+        """The tasks of each level, slice by slice. They may run together: a task reads partial sums of the level before its own only."""
         return tuple(
-            Stage(tuple(self._task(level, j, g) for j in range(len(self.slices)) for g in range(width)))
-            for level, width in enumerate(self.widths)
+            tuple(self._task(level, j, g) for j in range(len(self.slices)) for g in range(width)) for level, width in enumerate(self.widths)
         )
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks of all stages."""
-        return tuple(task for stage in self.stages for task in stage.tasks)
+        return tuple(task for stage in self.stages for task in stage)
 
     @cached_property
     def kinds(self) -> tuple[tuple[Kind, ...], ...]:
-        """Of each level, the kinds of its tasks: slices of one shape, times groups of one size."""
+        """The kinds of tasks of each level: slices of one shape, times groups of one size."""
         shapes = Counter((s.stop - s.start, s.runs) for s in self.slices)
         firsts = {(s.stop - s.start, s.runs): j for j, s in reversed([*enumerate(self.slices)])}
         return tuple(
@@ -129,7 +124,7 @@ class Plan(Value):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of what its tasks write: plans that differ in their setting alone, or in how they read, have equal digests."""
+        """SHA-256 (hex) of everything that decides the bytes of its tasks: the setting and the reading do not."""
         return hashlib.sha256(self.model_dump_json(exclude={"setting", "reading"}).encode()).hexdigest()
 
     @property
@@ -154,12 +149,12 @@ class Plan(Value):
 
     @cached_property
     def largest(self) -> Task:
-        """A task that takes the most memory."""
+        """A task with the largest projected memory."""
         return max((kind.task for kinds in self.kinds for kind in kinds), key=lambda task: task.memory)
 
     @cached_property
     def tasks_usage(self) -> dict[str, Usage]:
-        """What all tasks ask, at most, by kind of store."""
+        """Upper bound of the requests and bytes of all tasks, by kind of store."""
         where = self.setting or Setting()
         kinds = where.sources or Counter(
             term.source.partition("://")[0] if "://" in term.source else where.home.kind for term in self.terms
@@ -172,20 +167,20 @@ class Plan(Value):
             for times, task in of_level:
                 if level:
                     between += Usage(gets=task.gets, bytes_read=task.bytes_read) * times
-                if task.part == PARTIAL:
+                if task.part is None:
                     between += where.home.put(task.bytes_written) * times
         written = where.output.put_parts((self.header_bytes + s.start, s.stop - s.start) for s in self.slices)
         return together({kind: updates * count for kind, count in kinds.items()}, {kept: between}, {where.output.kind: written})
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
-        """What the caller asks beside the tasks, step by step; nothing, without a setting."""
+        """The steps of the caller beside the tasks; none without a setting."""
         through_store = 0 if self.shared_memory else self.functions - len(self.slices)
         return tuple(steps(self.setting, self.parts, through_store)) if self.setting else ()
 
     @cached_property
     def usage(self) -> dict[str, Usage]:
-        """What is asked, at most, by kind of store: of the whole round, or, without a setting, of its tasks."""
+        """Upper bound of requests and bytes, by kind of store: of the whole round or, without a setting, of its tasks."""
         return together(self.tasks_usage, *({step.kind: step.usage} for step in self.steps))
 
     @cached_property
@@ -195,59 +190,59 @@ class Plan(Value):
 
     @cached_property
     def puts(self) -> int:
-        """Requests of the class of PUT, at most: PUT, COPY, POST and LIST."""
+        """PUT, COPY, POST and LIST requests, at most."""
         return total(self.usage).puts
 
     @cached_property
     def bytes_read(self) -> int:
-        """Bytes that are read, at most."""
+        """Bytes read, at most."""
         return total(self.usage).bytes_read
 
     @cached_property
     def bytes_written(self) -> int:
-        """Bytes that are written, at most."""
+        """Bytes written, at most."""
         return total(self.usage).bytes_written
 
     @property
     def partial_bytes(self) -> int:
-        """Bytes of all partial sums: they lie beside each other until the result is published."""
+        """Bytes of all partial sums; all of them are kept until the result is published."""
         return sum(kind.times * kind.task.bytes_written for kinds in self.kinds[:-1] for kind in kinds)
 
     @property
     def parts(self) -> dict[int, int]:
         """Bytes of each part of the result, by number."""
-        return {HEADER_PART: self.header_bytes} | {_part(j): s.stop - s.start for j, s in enumerate(self.slices)}
+        return {HEADER_PART: self.header_bytes} | {_number(j): s.stop - s.start for j, s in enumerate(self.slices)}
 
     def missing(self, parts: Mapping[int, int], partials: AbstractSet[str]) -> list[Task]:
-        """Give the tasks yet to run, stage by stage, where ``parts`` of the result and the ``partials`` of some tasks are there."""
-        found: list[Task] = []
+        """Return the tasks that are still to run, stage by stage, if ``parts`` of the result and the partial sums of ``partials`` exist."""
+        missing: list[Task] = []
         needed: set[str] = set()
         for stage in reversed(self.stages):
-            some = [task for task in stage.tasks if (task.id in needed if task.part == PARTIAL else parts.get(task.part) != task.nbytes)]
-            needed = {partial for task in some for partial in task.predecessors} - partials
-            found = some + found
-        return found
+            absent = [t for t in stage if (parts.get(t.part.number) != t.nbytes if t.part else t.id in needed)]
+            needed = {predecessor for task in absent for predecessor in task.predecessors} - partials
+            missing = absent + missing
+        return missing
 
     def waves(self, limits: Limits) -> int:
-        """How many times over the functions that may run at once must run, one stage after another."""
+        """Number of batches in which the tasks run, stage after stage, if the limits bound the functions at once."""
         return sum(-(-width * len(self.slices) // (limits.concurrency or width * len(self.slices))) for width in self.widths)
 
-    def but(self, **changes: Any) -> "Plan":
-        """Give the same plan with other fields; ``model_copy`` would keep the old one's figures."""
+    def replace(self, **changes: Any) -> "Plan":
+        """Return a copy with some fields changed and cached figures dropped; ``model_copy`` would keep them."""
         return Plan.model_construct(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
     def placed(self, **setting: Any) -> "Plan":
-        """Give the same plan in another setting: what is named changes, from its own one or from the default."""
-        return self.but(setting=(self.setting or Setting()).model_copy(update=setting))
+        """Return the same plan in a setting with some fields changed; without a setting, from the default."""
+        return self.replace(setting=(self.setting or Setting()).model_copy(update=setting))
 
     def recut(self, count: int) -> "Plan":
-        """Give the same plan with ``count`` slices; raise PlanTooLarge if there are not so many elements."""
-        return self.but(slices=cut(self._runs, count))
+        """Return the same plan with ``count`` slices; raise PlanTooLarge if there are fewer elements."""
+        return self.replace(slices=cut(self._runs, count))
 
     def fitting(self, allowed: int, least: int = 1) -> "Plan | None":
-        """Cut into at least ``least`` slices, and as many more as it takes to fit; None where even the most do not.
+        """Return the plan in ``least`` slices, or in as many more as fit ``allowed`` bytes each; None if the largest number does not fit.
 
-        Bytes alone do not tell how many: sums may be wide.
+        The number is searched, since wide sums take more memory than the slice has bytes.
         """
         room, most = allowed - self._empty, min(sum(run.length for run in self._runs), MAX_PARTS - 1)
         if room <= 0:
@@ -260,9 +255,9 @@ class Plan(Value):
         return plan
 
     def check(self, limits: Limits) -> None:
-        """Raise PlanTooLarge, with the numbers and the remedy, if a task cannot keep the limits."""
+        """Raise PlanTooLarge, with the numbers and the remedy, if the plan exceeds the limits."""
         if limits.concurrency == 0:
-            raise PlanTooLarge("no function may run: their concurrency is 0; raise it for the function, or in the account")
+            raise PlanTooLarge("no function may run: the concurrency is 0; raise it for the function, or in the account")
         if len(self.slices) + 1 > MAX_PARTS:
             raise PlanTooLarge(
                 f"{len(self.slices)} shards make {len(self.slices) + 1} parts; an object has at most {MAX_PARTS}. "
@@ -283,7 +278,7 @@ class Plan(Value):
 
     @property
     def _empty(self) -> int:
-        """Bytes of the largest function that no number of slices changes."""
+        """Memory of the largest function that does not depend on the number of slices, in bytes."""
         return self.largest.model_copy(update={"stop": self.largest.start, "runs": ()}).memory
 
     @cached_property
@@ -291,7 +286,7 @@ class Plan(Value):
         return join_runs(run for s in self.slices for run in s.runs)
 
     def _task(self, level: int, j: int, g: int) -> Task:
-        """Make the task of slice ``j`` and group ``g`` of a level, unchecked: plans make very many."""
+        """Make the task of slice ``j`` and group ``g`` of a level, without validation, as a plan may make millions."""
         slice_, last = self.slices[j], level == len(self.fan_ins) - 1
         before, fan_in = self.widths[level - 1] if level else len(self.terms), self.fan_ins[level]
         return Task.model_construct(
@@ -301,28 +296,27 @@ class Plan(Value):
             runs=slice_.runs,
             first=g * fan_in,
             last=min((g + 1) * fan_in, before),
-            reads=self._ids(level - 1, j) if level else "",
+            reads=self._ids(level - 1, j) if level else None,
             clients=len(self.terms),
             weight=self.weight,
-            part=_part(j) if last else PARTIAL,
-            offset=self.header_bytes + slice_.start if last else 0,
+            part=Part(_number(j), self.header_bytes + slice_.start) if last else None,
             reading=self.reading,
             rule=self.rule,
             shared=self.shared_memory,
         )
 
     def _ids(self, level: int, j: int) -> str:
-        """Give what the ids of a level's tasks for slice ``j`` begin with: their groups' numbers follow."""
+        """Return the prefix of the ids of a level's tasks for slice ``j``; the group's number follows."""
         return f"{self.topology}/{level}/{j}" if len(self.slices) > 1 else f"{self.topology}/{level}"
 
     def _sizes(self, level: int) -> Iterator[tuple[int, int]]:
-        """The sizes of a level's groups: how many have it, and which is one of them. All are full but, maybe, the last one."""
+        """Yield the number of groups of each size in a level, and one of these groups. Only the last group may be smaller."""
         last = self.widths[level] - 1
         if last:
             yield last, 0
         yield 1, last
 
 
-def _part(j: int) -> int:
-    """Number of the part that slice ``j`` is."""
+def _number(j: int) -> int:
+    """Number of the part that holds slice ``j``."""
     return HEADER_PART + 1 + j

@@ -1,10 +1,10 @@
-"""A task knows its memory, its reads and its bytes before it runs; what was seen of it is counted, and comes back in a report.
+"""A task knows its memory, requests and bytes before it runs; the report that comes back has the counted ones.
 
-A function is told a Job and a Task, and nothing else; what comes back is a TaskReport. All three pass between machines as JSON.
+A function receives a Job and a Task, and nothing else; it returns a TaskReport. All three pass between machines as JSON.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from gradsharding.arithmetic import fold
 from gradsharding.arithmetic.rules import MEAN, AnyRule, Cohort
@@ -15,19 +15,16 @@ from gradsharding.usage import Usage, total
 from gradsharding.value import Value
 
 RESERVED = 64 << 20
-"""Bytes a worker takes before its first task: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
+"""Memory of a worker before its first task, in bytes: the interpreter, numpy, pydantic. ``tests/test_memory.py`` measures it."""
 
 TERM_SIZE = 2 << 10
-"""Bytes that bound one term of a job in a worker: its JSON, and the value made of it."""
+"""Upper bound of the memory of one term in a worker, in bytes: its JSON and its value."""
 
 FREE_TERMS = 8_192
-"""Terms that the reserved memory has room for, 16 MiB of them; more are counted."""
-
-PARTIAL = 0
-"""The part of a task that writes none, but partial sums."""
+"""Terms that fit into the reserved memory, 16 MiB in all; the memory of further terms is added."""
 
 NonFinitePolicy = Literal["raise", "propagate"]
-"""What NaN or infinity in an update does: end the run and name it, or pass into the result."""
+"""What happens to NaN or infinity in an update: it ends the run with an error, or passes into the result."""
 
 
 class Term(Value):
@@ -36,16 +33,24 @@ class Term(Value):
     client: str
     source: str
     version: str
-    """Of the object, as sealed."""
+    """Version of the object when the round was sealed."""
     base: int
     weight: int
+
+
+class Part(NamedTuple):
+    """A part of the result."""
+
+    number: int
+    offset: int
+    """First byte of the part in the result's object."""
 
 
 class Task(Value):
     """Sum bytes ``start`` to ``stop`` of the vector over inputs ``first`` to ``last``: terms of the job, or partial sums of other tasks.
 
-    It names its inputs by a range, and does not carry them, so that its size depends on neither the number of clients nor that of
-    slices. A task with a ``part`` divides, and writes it as one part of the result; one without writes its sums.
+    A task names its inputs by a range and does not carry them, so that its size depends neither on the number of clients nor on the number
+    of slices.
     """
 
     id: str
@@ -54,18 +59,18 @@ class Task(Value):
     runs: tuple[Run, ...]
     first: int
     last: int
-    reads: str = ""
-    """Tasks ``READS/first`` to ``READS/last`` wrote the partial sums that it reads; empty where it reads the job's terms."""
+    reads: str | None = None
+    """The task reads the partial sums of tasks ``READS/first`` to ``READS/last``; None if it reads terms of the job."""
     clients: int
     """Terms of the whole round; a worker may hold the list of them all."""
     weight: int
     """The sum of all weights of the whole round."""
-    part: int = PARTIAL
-    offset: int = 0
+    part: Part | None = None
+    """The part of the result that the task finalizes and writes; None if it writes its partial sums."""
     reading: Reading
     rule: AnyRule = MEAN
     shared: bool = False
-    """Whether partial sums pass through the memory of the machine, and not through the store."""
+    """Whether partial sums pass through the memory of the machine and not through the store."""
 
     @property
     def inputs(self) -> int:
@@ -119,35 +124,35 @@ class Task(Value):
 
     @property
     def gets(self) -> int:
-        """GET and HEAD requests to the store; at most, where partial sums vary."""
+        """GET and HEAD requests to the store; an upper bound if partial sums vary in size."""
         return 0 if self.reads and self.shared else self.inputs * (self.heads_per_input + self.reading.requests(self.input_nbytes))
 
     @property
     def written_to_memory(self) -> bool:
-        """Whether what it writes passes through the memory of the machine, and not through the store."""
-        return self.part == PARTIAL and self.shared
+        """Whether its output passes through the memory of the machine and not through the store."""
+        return self.part is None and self.shared
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that it reads; at most, where partial sums vary."""
+        """Bytes that it reads; an upper bound if partial sums vary in size."""
         return self.inputs * self.input_nbytes
 
     @property
     def bytes_written(self) -> int:
-        """Bytes that it writes; at most, where partial sums vary."""
-        return self.partial_nbytes if self.part == PARTIAL else self.nbytes
+        """Bytes that it writes; an upper bound if partial sums vary in size."""
+        return self.partial_nbytes if self.part is None else self.nbytes
 
 
 class Job(Value):
-    """What the tasks of one run share: the round's store, the updates they read, the object they write, and how they treat NaN."""
+    """What all tasks of a run share: the round's store, the updates, the result's object, and the treatment of NaN."""
 
     store: str
     output: str
     upload: str
     terms: tuple[Term, ...] = ()
-    """The round's terms, or those of them that some tasks read."""
+    """The round's terms, or a range of them."""
     first: int = 0
-    """Place, among the round's terms, of the first one here."""
+    """Index of the first of these terms among all terms of the round."""
     partials: str = ""
     """Reference below which partial sums lie: a key of the store, or a URL."""
     shared_bytes: int = 0
@@ -157,11 +162,11 @@ class Job(Value):
     """Id of the round, for logs."""
 
     def read_by(self, task: Task) -> tuple[Term, ...]:
-        """Give the terms that a task reads."""
+        """Return the terms that a task reads."""
         return () if task.reads else self.terms[task.first - self.first : task.last - self.first]
 
     def narrowed(self, tasks: Sequence[Task]) -> "Job":
-        """Give the same job with no more terms than it takes to run ``tasks``."""
+        """Return the same job with only the terms that ``tasks`` read."""
         spans = [(task.first, task.last) for task in tasks if not task.reads]
         first, last = min((first for first, _ in spans), default=self.first), max((last for _, last in spans), default=self.first)
         return self.model_copy(update={"terms": self.terms[first - self.first : last - self.first], "first": first})
@@ -172,47 +177,47 @@ class Job(Value):
 
 
 class Invocation(Value):
-    """What the platform reported of the invocation that carried a task, maybe with others; memory in bytes."""
+    """The platform's report on the invocation that ran a task, perhaps with other tasks; memory in bytes."""
 
     request: str
-    """The platform's id of it."""
+    """Id that the platform gave it."""
     attempts: int
-    """How often it was asked for."""
+    """Number of attempts to invoke it."""
     tasks: int
-    """How many tasks it carried."""
+    """Number of tasks that it ran."""
     billed_seconds: float
     memory_size: int
     max_memory: int
     init_seconds: float | None
-    """Of a cold start; None for a warm one."""
+    """Duration of the cold start; None for a warm start."""
     architecture: Architecture | None = None
-    """Of the function, as far as the account tells."""
+    """Architecture of the function; None if unknown."""
     region: str | None = None
 
 
 class TaskReport(Value):
-    """What was seen of one task: what its stores counted, its seconds, and the peak of its memory in bytes."""
+    """Measurements of one task: requests and bytes by kind of store, seconds, and peak memory in bytes."""
 
     task: str
     worker: str
     usage: dict[str, Usage]
-    """What it asked, by kind of store, retries and answered attempts that failed included."""
+    """Requests and bytes by kind of store, with retries and failed attempts that were answered."""
     peak_memory: int | None
-    """Of a process that is the task's own while it runs; None where it is not, as ``unmeasured`` says."""
+    """Peak memory of the task's process; None if other work shares the process."""
     unmeasured: str | None = None
-    """Why there is no peak."""
+    """Reason for a missing peak."""
     held_by: str = "nothing"
-    """What stops its process if it outgrows the allowed memory: ``cgroup.Hold``, or ``AWS Lambda``."""
+    """Mechanism that stops the process if it exceeds the allowed memory: a ``cgroup.Hold``, or ``AWS Lambda``."""
     seconds: float
     read_seconds: float
     write_seconds: float
     cpu_seconds: float | None
-    """Of its process; None where other tasks ran in it at the same time."""
+    """CPU time of the process; None if other tasks ran in it at the same time."""
     lost: int = 0
-    """Attempts before this one that gave no answer: what they asked is not in ``usage``."""
+    """Earlier attempts without an answer; their requests are not in ``usage``."""
     invocation: Invocation | None = None
     vain: tuple[Invocation, ...] = ()
-    """Invocations before that one, which did not do the task, and are billed, too."""
+    """Earlier invocations that did not finish the task; they are billed too."""
 
     @property
     def gets(self) -> int:
@@ -226,16 +231,16 @@ class TaskReport(Value):
 
     @property
     def bytes_read(self) -> int:
-        """Bytes that stores brought."""
+        """Bytes received from stores."""
         return total(self.usage).bytes_read
 
     @property
     def bytes_written(self) -> int:
-        """Bytes that stores were sent."""
+        """Bytes sent to stores."""
         return total(self.usage).bytes_written
 
 
 def invocations(reports: Iterable[TaskReport]) -> tuple[Invocation, ...]:
-    """Give all that the platform reported of invocations, those in vain included, and each once, though it may have carried many tasks."""
-    told = (one for report in reports for one in (*report.vain, report.invocation) if one)
-    return tuple({one.request: one for one in told}.values())
+    """Return each reported invocation once, whatever number of tasks it ran; failed ones are included."""
+    reported = (invocation for report in reports for invocation in (*report.vain, report.invocation) if invocation)
+    return tuple({invocation.request: invocation for invocation in reported}.values())

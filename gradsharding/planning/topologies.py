@@ -139,7 +139,7 @@ class LIFLTree(Topology):
 
     def divided(self, whole: Plan, limits: Limits, grain: int) -> Plan:  # noqa: ARG002 - whole models
         """Place the partial sums."""
-        return whole.but(shared_memory=self.shared_memory)
+        return whole.replace(shared_memory=self.shared_memory)
 
 
 class ShardedTree(Topology):

@@ -108,7 +108,7 @@ def _aggregated(
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
     plan = (topology or Sharded()).plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), rule=rule)
-    plan = plan.but(reading=suited(executor, plan, limits))
+    plan = plan.replace(reading=suited(executor, plan, limits))
     plan = plan.placed(
         home=round_.store.charges,
         output=target.charges,
@@ -152,7 +152,7 @@ def _aggregated(
     except NonFinite as error:
         raise _named(error, plan, round_.store) from error
     if len(plan.stages) > 1:
-        left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage.tasks]
+        left = [] if plan.shared_memory else [job.partial(task.id) for stage in plan.stages[:-1] for task in stage]
         round_.forget_partials(begun.upload, left)
     return round_.publish(manifest, stat.version, plan.rule), plan, limits
 
@@ -244,7 +244,7 @@ def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> J
 
 def _partials(plan: Plan, job: Job, home: ObjectStore) -> set[str]:
     """Return the ids of the tasks whose partial sums an earlier call has left."""
-    tasks = {job.partial(task.id): task for stage in plan.stages[:-1] for task in stage.tasks}
+    tasks = {job.partial(task.id): task for stage in plan.stages[:-1] for task in stage}
     if not tasks:
         return set()
     store, prefix = locate(f"{job.partials}/", home)

@@ -111,7 +111,7 @@ class Result:
 
     def _stages(self) -> list[dict[str, Any]]:
         seen = {report.task: report.model_dump() | total(report.usage).model_dump() for report in self.reports}
-        return [{"tasks": [seen[task.id] for task in stage.tasks if task.id in seen]} for stage in self.plan.stages]
+        return [{"tasks": [seen[task.id] for task in stage if task.id in seen]} for stage in self.plan.stages]
 
     def report(self) -> dict[str, Any]:
         """Return projected and observed figures as JSON values, in bytes and seconds.

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from gradsharding.errors import OutOfMemory, TaskFailed, UserError, from_wire
 from gradsharding.planning.plan import Limits
-from gradsharding.planning.task import PARTIAL, Job, Task, TaskReport
+from gradsharding.planning.task import Job, Task, TaskReport
 from gradsharding.running.cgroup import Hold, MemoryCgroup, usable_cpus
 from gradsharding.running.executors import GivenLimits, Outcome, Progress, counted, outcome, run_eagerly
 from gradsharding.sizes import mib
@@ -244,6 +244,6 @@ def _is_stopped(pid: int) -> bool:
 
 def _left_in_memory(tasks: Sequence[Task], job: Job, store: ObjectStore) -> int:
     """Return the bytes, at most, that a worker leaves in files on a tmpfs, such as ``/tmp`` often is."""
-    places = {part: locate(reference, store)[0] for part, reference in ((True, job.output), (False, f"{job.partials}/-"))}
-    kept = {part for part, place in places.items() if place.in_memory}
-    return sum(task.bytes_written for task in tasks if not task.written_to_memory and (task.part != PARTIAL) in kept)
+    places = {is_part: locate(reference, store)[0] for is_part, reference in ((True, job.output), (False, f"{job.partials}/-"))}
+    kept = {is_part for is_part, place in places.items() if place.in_memory}
+    return sum(task.bytes_written for task in tasks if not task.written_to_memory and (task.part is not None) in kept)

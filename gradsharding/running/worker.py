@@ -23,7 +23,7 @@ from typing import NamedTuple
 from gradsharding.arithmetic.fold import Fold, first_beyond
 from gradsharding.errors import GradShardingError, NonFinite, ObjectExists, OutOfMemory, naming, to_wire
 from gradsharding.format.dtypes import Buffer
-from gradsharding.planning.task import PARTIAL, Job, Task, TaskReport, Term
+from gradsharding.planning.task import Job, Task, TaskReport, Term
 from gradsharding.sizes import mib
 from gradsharding.stores.protocol import ObjectStore
 from gradsharding.stores.reading import divided, read_ahead
@@ -58,7 +58,7 @@ def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callab
         for term, chunks in zip(job.read_by(task), slices, strict=False):
             with naming(term.client):
                 fold.add(watch.reading(chunks), term.weight)
-    result = fold.serialize() if task.part == PARTIAL else [fold.finalize()]
+    result = fold.serialize() if task.part is None else [fold.finalize()]
     if not fold.finite and job.nonfinite == "raise":
         raise blame(task, job.read_by(task), store)
     written = time.perf_counter()
@@ -200,10 +200,10 @@ def _chunks(one: _Input, store: ObjectStore, start: int, stop: int) -> Iterator[
 
 def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -> None:
     """Write a part of the result, or partial sums; those may be there already, from a try whose answer was lost."""
-    if task.part != PARTIAL:
+    if task.part:
         [data] = result
         target, key = locate(job.output, store)
-        target.put_part(key, job.upload, task.part, task.offset, data)
+        target.put_part(key, job.upload, task.part.number, task.part.offset, data)
         return
     target, key = locate(job.partial(task.id), store)
     with contextlib.suppress(ObjectExists):

@@ -35,7 +35,7 @@ def peak(seen: TaskReport | Result) -> int:
 def puts(task: Task, store: ObjectStore) -> int:
     """Return the number of PUT-class requests that a task should make."""
     charges = store.charges
-    return (charges.put_parts([(task.offset, task.nbytes)]) if task.part else charges.put(task.bytes_written)).puts
+    return (charges.put_parts([(task.part.offset, task.nbytes)]) if task.part else charges.put(task.bytes_written)).puts
 
 
 class ExecutorContract:
@@ -283,7 +283,7 @@ class Started(NamedTuple):
         """Return the ids of the tasks whose output is in the store."""
         parts = self.round.store.parts(self.job.output, self.job.upload)
         partials = {key for key, _ in self.round.store.list(f"{self.job.partials}/")}
-        return {task.id for task in self.plan.tasks if task.part in parts or self.job.partial(task.id) in partials}
+        return {task.id for task in self.plan.tasks if (task.part and task.part.number in parts) or self.job.partial(task.id) in partials}
 
     def complete(self) -> dict[str, Array]:
         """Publish the result; return its arrays."""
