@@ -62,7 +62,7 @@ class RuleContract:
         assert self.rule.name == str(self.rule).partition(":")[0]
         assert plan == Plan.model_validate_json(plan.model_dump_json())
         assert plan.tasks[0] == type(plan.tasks[0]).model_validate_json(plan.tasks[0].model_dump_json())
-        assert len({str(self.rule), "mean"}) == len({plan.digest, plan.but(rule=parse_rule("mean")).digest})
+        assert len({str(self.rule), "mean"}) == len({plan.digest, plan.replace(rule=parse_rule("mean")).digest})
 
     @pytest.mark.parametrize("shards", [1, 3, 40])
     def test_result(self, shards: int) -> None:
