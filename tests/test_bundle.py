@@ -136,7 +136,7 @@ def test_bundle_has_the_callers_versions(bundle: Bundle) -> None:
 
     assert {"numpy", "pydantic", "pydantic_core"} <= bundle.versions.keys()
     assert differing <= (set() if RUNTIMES[f"python{PYTHON}"].glibc >= 28 else {"numpy"})
-    assert bool(differing) == (f"numpy {bundle.versions['numpy']} (here it is {metadata.version('numpy')})" in bundle.told())
+    assert bool(differing) == (f"numpy {bundle.versions['numpy']} (here it is {metadata.version('numpy')})" in bundle.described())
 
 
 @pytest.mark.slow
@@ -262,7 +262,7 @@ def test_unlisted_version_is_said(wheels: Path, tmp_path: Path, index: Index, mo
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip/__main__.py").write_text("raise SystemExit('this is not pip')")
     monkeypatch.chdir(tmp_path)
-    told = build(tmp_path / "bundle", *HERE).told()
+    told = build(tmp_path / "bundle", *HERE).described()
 
     assert [f"typing-inspection {metadata.version('typing-inspection')}"] == re.findall(
         r"([\w. -]+?) \(as the index has it", told.replace(", ", ",")

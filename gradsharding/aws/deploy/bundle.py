@@ -1,8 +1,8 @@
-"""A function's code is some of our folders, and the caller's numpy and pydantic for the function's architecture, byte for byte.
+"""A function's code is a list of our folders, and the caller's versions of numpy and pydantic for the function's architecture.
 
-``python -m gradsharding.aws.deploy.bundle DIRECTORY`` builds it, prints what it weighs, and checks in a fresh process what it imports. The
-same wheels and the same code of ours give the same files, wherever and whenever they are built, and ``bundle.json`` among them says what
-they are; so the same zip, where zlib is the same.
+``python -m gradsharding.aws.deploy.bundle DIRECTORY`` builds it, prints its size, and checks in a fresh process what it imports. The same
+wheels and the same code give the same files, wherever and whenever they are built, and ``bundle.json`` among them lists what they are made
+of. The zip of the files is the same where zlib is.
 """
 
 import hashlib
@@ -29,18 +29,19 @@ UNZIPPED = FIGURES["code"].value
 """Bytes of an unzipped bundle, at most."""
 
 ROOMS = ("", "arithmetic", "arithmetic/rules", "aws", "aws/functions", "aws/s3", "format", "planning", "running", "stores")
-"""Folders of this package whose modules a function's code holds, subfolders excepted: its handler imports nothing from any other."""
+"""Folders of this package whose modules, without those of subfolders, make up a function's code; its handler imports from no other."""
 
 GIVEN = {"boto3", "botocore", "certifi", "s3transfer", "urllib3", "jmespath", "dateutil", "six"}
-"""What the Lambda runtime brings along."""
+"""Packages that the Lambda runtime has."""
 
 WANTED = {"gradsharding", "numpy", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+"""Packages that a bundle has."""
 
 WASTE = re.compile(r"(^|/)(tests|include)/|^numpy/f2py/|\.(pyi|lib|a)$|\.data/|\.dist-info/RECORD$")
-"""Files of wheels that a function does without; ``RECORD`` lists those, too."""
+"""Files of wheels that a function does not need, and ``RECORD``, which lists them."""
 
 LABEL = "bundle.json"
-"""The file that says what a bundle is made of."""
+"""The file that lists what a bundle is made of."""
 
 _PROBE = """
 import json, sys, time
@@ -57,24 +58,24 @@ print(json.dumps({"seconds": seconds, "resident": resident * 1024, "imports": so
 
 
 class Bundle(NamedTuple):
-    """A built bundle: its directory, and its bytes."""
+    """A built bundle: its directory, and the size of its files in bytes."""
 
     directory: Path
     unzipped: int
 
     @property
     def versions(self) -> dict[str, str]:
-        """Version of each package that it holds beside our own, as the bundle itself says."""
+        """Version of each package in the bundle except our own, by the bundle's own metadata."""
         return {one.name: one.version for one in metadata.distributions(path=[str(self.directory)])}
 
     @property
     def label(self) -> dict[str, Any]:
-        """What it is made of: our version, the runtime, each wheel with its SHA-256, and the digest of all its files."""
+        """Our version, the runtime, each wheel with its SHA-256, and the digest of all files."""
         read: dict[str, Any] = json.loads((self.directory / LABEL).read_text())
         return read
 
-    def told(self) -> str:
-        """The versions for people; where this environment has another one, and where the release does not list the wheel, that too."""
+    def described(self) -> str:
+        """Return the versions for people, with those of this environment that differ, and note wheels that the release does not list."""
         here, label = installed(), self.label
         known = {wheel.sha256 for wheel in listed(RUNTIMES[label["runtime"]], label["architecture"])}
         return ", ".join(
@@ -85,7 +86,7 @@ class Bundle(NamedTuple):
         )
 
     def zip(self, path: Path) -> int:
-        """Write it as a zip, the same bytes for the same files; give their number."""
+        """Write the bundle as a zip, with the same bytes for the same files; return its size in bytes."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in _files(self.directory):
                 entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
@@ -95,19 +96,19 @@ class Bundle(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What a fresh process saw when it imported the handler from a bundle."""
+    """What importing the handler from a bundle took in a fresh process."""
 
     seconds: float
     resident: int
-    """Bytes."""
+    """Peak resident memory, in bytes."""
     imports: frozenset[str]
-    """Packages, the standard library's left out."""
+    """Packages that were imported, without the standard library."""
 
 
 def build(directory: Path, architecture: str, python: str, *, locked: bool = False) -> Bundle:
-    """Build into an empty ``directory`` for an architecture (arm64, x86_64) and a Python ("3.13"); wheels are what ``wheels.fetch`` gives.
+    """Build a bundle in an empty ``directory`` for an architecture (arm64, x86_64) and a Python ("3.13"), of wheels from ``wheels.fetch``.
 
-    Raise UserError if the directory is not empty, if pip cannot give the right wheels, or if the bundle is larger than Lambda takes.
+    Raise UserError if the directory is not empty, if pip cannot download the right wheels, or if the bundle is larger than Lambda accepts.
     """
     name = f"python{python}"
     if name not in RUNTIMES:
@@ -123,7 +124,7 @@ def build(directory: Path, architecture: str, python: str, *, locked: bool = Fal
     for source in ours():
         _write(directory / source.relative_to(parent), source.read_bytes())
     _write(directory / LABEL, _label(directory, name, architecture, wheels))
-    for path in directory.rglob("*"):  # the function's user is another one, whatever this one's umask is
+    for path in directory.rglob("*"):  # the function runs as another user, whatever this user's umask is
         path.chmod(0o755 if path.is_dir() else 0o644)
     size = sum((directory / file).stat().st_size for file in _files(directory))
     if size > UNZIPPED:
@@ -147,18 +148,18 @@ def _unpack(wheel: Path, directory: Path) -> None:
 
 def _label(directory: Path, runtime: str, architecture: str, wheels: list[Wheel]) -> bytes:
     code = [file for file in _files(directory) if file.startswith("gradsharding/")]
-    said = {
+    label = {
         "gradsharding": {"version": __version__, "sha256": _digest(directory, code)},
         "runtime": runtime,
         "architecture": architecture,
         "wheels": [{"package": wheel.package, "version": wheel.version, "file": wheel.file, "sha256": wheel.sha256} for wheel in wheels],
         "sha256": _digest(directory, _files(directory)),
     }
-    return json.dumps(said, indent=1).encode() + b"\n"
+    return json.dumps(label, indent=1).encode() + b"\n"
 
 
 def _digest(directory: Path, files: list[str]) -> str:
-    """SHA-256 of what ``sha256sum`` prints for files, sorted by their names."""
+    """Return the SHA-256 of what ``sha256sum`` prints for the files, sorted by name."""
     lines = [f"{hashlib.sha256((directory / file).read_bytes()).hexdigest()}  {file}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -173,9 +174,9 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def probe(bundle: Bundle) -> Probe:
-    """Import the handler from a bundle that was built for this machine, in a fresh process; boto3 is this environment's.
+    """Import the handler from a bundle that was built for this machine, in a fresh process, with this environment's boto3.
 
-    Raise UserError if it imports what neither the bundle nor the Lambda runtime has.
+    Raise UserError if it imports a package that neither the bundle nor the Lambda runtime has.
     """
     code = f"import sys; sys.path.insert(0, {str(bundle.directory)!r})\n" + _PROBE
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -202,7 +203,7 @@ def probe(bundle: Bundle) -> Probe:
 )
 @click.option("--locked", is_flag=True, help="Take the versions that this release lists, whatever is installed here.")
 def main(directory: Path, architecture: str, python: str, *, locked: bool) -> None:
-    """Build a bundle, and print what it weighs."""
+    """Build a bundle, and print its size."""
     try:
         _show(build(directory, architecture, python, locked=locked), architecture, python)
     except UserError as error:
@@ -213,7 +214,7 @@ def _show(bundle: Bundle, architecture: str, python: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         zipped = bundle.zip(Path(scratch) / "bundle.zip")
     click.echo(f"unzipped {bundle.unzipped / 1e6:.1f} MB of {UNZIPPED / 1e6:.0f} MB allowed, zipped {zipped / 1e6:.1f} MB")
-    click.echo(f"{bundle.told()}\nsha256 {bundle.label['sha256']}")
+    click.echo(f"{bundle.described()}\nsha256 {bundle.label['sha256']}")
     here = {"aarch64": "arm64"}.get(platform.machine(), platform.machine()), f"{sys.version_info.major}.{sys.version_info.minor}"
     if here != (architecture, python):
         click.echo(f"import time and memory: only a bundle for {here[0]}, Python {here[1]}, can be tried on this machine")

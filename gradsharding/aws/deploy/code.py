@@ -79,7 +79,7 @@ def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False)
         bundle = build(Path(scratch) / "bundle", architecture, runtime.removeprefix("python"), locked=locked)
         path = Path(scratch) / "bundle.zip"
         size = bundle.zip(path)
-        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.told()}")
+        tell(f"bundle for {architecture}, {runtime}: {bundle.unzipped / 1e6:.1f} MB, zipped {size / 1e6:.1f} MB; {bundle.described()}")
         return path.read_bytes()
 
 
