@@ -115,7 +115,7 @@ def rates(plan: Plan, memory: int, concurrency: int | None = None, speeds: Speed
     """Forecast the peak request rate to one prefix of functions that are not paced, ``concurrency`` of them at once."""
     levels = zip(at_once(plan, concurrency), plan.kinds, strict=True)
     found = [(count, _asked(kind.task, memory, speeds)) for count, kinds in levels for kind in kinds]
-    return Rates(max(count * one.gets for count, one in found), max(count * one.puts for count, one in found))
+    return Rates(max(count * rate.gets for count, rate in found), max(count * rate.puts for count, rate in found))
 
 
 def borne(tasks: Iterable[Task], memory: int, speeds: Speeds | None = None) -> int:
@@ -140,7 +140,7 @@ def suited(plan: Plan, memory: int, concurrency: int | None, speeds: Speeds | No
         if reading is plan.reading or most + RUNTIME <= memory:
             walls = (_stage(kinds, memory, concurrency, known, kept)[0] for kinds, kept in zip(levels, shares, strict=True))
             found.append((sum(walls), most, reading))
-    return min(found, key=lambda one: one[:2])[2]
+    return min(found, key=lambda option: option[:2])[2]
 
 
 def task_seconds(task: Task, memory: int, speeds: Speeds, kept: Share | None = None) -> float:

@@ -168,4 +168,4 @@ def observed_memory(result: Result) -> str:
 
 
 def _by_kind(usage: Spent, exclude: set[str] | None = None) -> dict[str, dict[str, int]]:
-    return {kind: total({kind: one}).model_dump(exclude=exclude) for kind, one in sorted(usage.items())}
+    return {kind: total({kind: spent}).model_dump(exclude=exclude) for kind, spent in sorted(usage.items())}

@@ -167,7 +167,7 @@ def locate(controller: str, cgroups: str, mounts: str) -> Place | None:
         own = PurePosixPath(paths[ours])
         if own.is_relative_to(root) and ".." not in own.parts:  # else the mount shows another part of the hierarchy
             found.append((len(root.parts), Place(1 if ours else 2, Path(point / own.relative_to(root)), Path(point))))
-    return min(found, default=(0, None), key=lambda one: one[0])[1]  # of several mounts, one that shows the most above
+    return min(found, default=(0, None), key=lambda mount: mount[0])[1]  # of several mounts, one that shows the most above
 
 
 def _quota(directory: Path, version: Version) -> int | None:

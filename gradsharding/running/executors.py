@@ -94,12 +94,12 @@ class InlineExecutor(GivenLimits):
         for task in tasks:
             if bad and task.reads:  # its inputs may not have been written
                 continue
-            one = outcome(partial(worker.run, task, job, store, unmeasured="it ran in the calling process"))
-            if isinstance(one, NonFinite):
-                bad.append(one)
+            result = outcome(partial(worker.run, task, job, store, unmeasured="it ran in the calling process"))
+            if isinstance(result, NonFinite):
+                bad.append(result)
                 continue
-            reports.append(one)
-            progress(one)
+            reports.append(result)
+            progress(result)
         if bad:
             raise NonFinite.together(bad)
         return reports
@@ -194,13 +194,13 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
         while under_way:
             future = done.get()
             under_way.remove(future)
-            for one in future.result():
-                if isinstance(one, NonFinite):
-                    bad.append(one)
+            for result in future.result():
+                if isinstance(result, NonFinite):
+                    bad.append(result)
                     continue
-                reports[one.task] = one
-                progress(one)
-                start(waiting.after(one.task))
+                reports[result.task] = result
+                progress(result)
+                start(waiting.after(result.task))
     except BaseException as error:
         give_up()
         for future in under_way:
@@ -208,7 +208,7 @@ def run_eagerly(tasks: Sequence[Task], submit: Submit, progress: Progress, give_
         ended = [future for future in under_way if not future.cancelled()]
         wait(ended)
         if isinstance(error, GradShardingError):
-            error.usage = together(error.usage, *(one.usage for one in bad))
+            error.usage = together(error.usage, *(nan.usage for nan in bad))
             _add_up(error, ended, progress)
         raise
     if bad:
@@ -221,11 +221,11 @@ def _add_up(error: GradShardingError, ended: Iterable["Future[list[Outcome]]"], 
     for future in ended:
         other = future.exception()
         if other is None:
-            for one in future.result():
-                if isinstance(one, NonFinite):
-                    error.usage = together(error.usage, one.usage)
+            for result in future.result():
+                if isinstance(result, NonFinite):
+                    error.usage = together(error.usage, result.usage)
                 else:
-                    progress(one)
+                    progress(result)
         elif isinstance(other, GradShardingError):
             error.usage = together(error.usage, other.usage)
 
@@ -275,7 +275,7 @@ def _run_some(tasks: Sequence[Task], shared: str, store: ObjectStore, run: str) 
         try:
             done.append(outcome(partial(worker.run, task, job, store, unmeasured=why)))
         except GradShardingError as error:
-            error.usage = together(error.usage, *(one.usage for one in done))
+            error.usage = together(error.usage, *(result.usage for result in done))
             raise
     return done
 

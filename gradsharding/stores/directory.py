@@ -150,7 +150,7 @@ class DirectoryStore:
             if error.errno in GONE:  # deleted meanwhile
                 return
             raise refused(error, self.root / directory, need=os.R_OK) from error
-        for key, entry in sorted(found, key=lambda one: one[0]):
+        for key, entry in sorted(found, key=lambda item: item[0]):
             if key.startswith(prefix) and is_key(key.removesuffix("/")):
                 yield key, entry
 
@@ -249,7 +249,7 @@ class DirectoryStore:
                 files = [place, *_names(place)] if place.is_dir() else [place]
                 found = [file.stat() for file in files]
                 # a file with a second link is also an object, whose version would change if the link were removed
-                if all(one.st_mtime < last and (one.st_nlink == 1 or not S_ISREG(one.st_mode)) for one in found):
+                if all(stat.st_mtime < last and (stat.st_nlink == 1 or not S_ISREG(stat.st_mode)) for stat in found):
                     if place.is_dir() and not place.suffix:
                         self._forget(place.name)
                     elif place.is_dir():
@@ -364,9 +364,9 @@ def _stat(stat: os.stat_result) -> Stat:
     return Stat(stat.st_size, f"{stat.st_size:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}")
 
 
-def _alike(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether both are of one version."""
-    return one.st_ctime_ns == other.st_ctime_ns and _stat(one) == _stat(other)
+def _alike(first: os.stat_result, second: os.stat_result) -> bool:
+    """Return whether both are the same version of a file."""
+    return first.st_ctime_ns == second.st_ctime_ns and _stat(first) == _stat(second)
 
 
 def _require(key: str, stat: os.stat_result, version: str | None) -> None:

@@ -66,7 +66,7 @@ class Bundle(NamedTuple):
     @property
     def versions(self) -> dict[str, str]:
         """Version of each package in the bundle except our own, by the bundle's own metadata."""
-        return {one.name: one.version for one in metadata.distributions(path=[str(self.directory)])}
+        return {package.name: package.version for package in metadata.distributions(path=[str(self.directory)])}
 
     @property
     def label(self) -> dict[str, Any]:
