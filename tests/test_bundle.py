@@ -309,7 +309,7 @@ def test_package_that_comes_along_is_refused(wheels: Path, tmp_path: Path, index
     """A dependency that nobody pinned is refused, and the way out is said."""
     index(wheels)
     monkeypatch.setattr(wheeling, "PACKAGES", tuple(name for name in PACKAGES if name != "typing-inspection"))
-    with pytest.raises(UserError, match=r"pip brought typing-inspection .* along, which no function has had so far; build with --locked"):
+    with pytest.raises(UserError, match=r"pip also downloaded typing-inspection .*, which functions do not have; build with --locked"):
         build(tmp_path / "bundle", *HERE)
 
 

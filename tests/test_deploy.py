@@ -138,7 +138,7 @@ def test_what_is_not_there(command: Any) -> None:
     """Trying what was never put up says how to put it up; taking it down finds nothing to do."""
     missing = command("smoke", "--name", "nothing")
     assert 2 == missing.returncode
-    assert "put it up with: gradsharding deploy --name nothing" in missing.stderr
+    assert "deploy it with: gradsharding deploy --name nothing" in missing.stderr
     gone = command("destroy", "--name", "nothing", "--yes")
     assert 2 == gone.returncode
     assert "there is no stack nothing in account 000000000000, region us-east-1" in gone.stderr

@@ -209,12 +209,11 @@ def test_what_cannot_be_deleted(kind: Callable[[], MemoryStore], said: str, caps
 
 def test_what_an_unused_stack_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The monthly cost of a stack is that of its own region, as far as its prices are known."""
-    assert (
-        "it costs $0.20 a month for 2 alarms, and $0.023 for each GB-month that lies in its buckets (list prices of us-east-1)"
-        == standing("us-east-1")
+    assert "it costs $0.20 a month for 2 alarms, and $0.023 for each GB-month in its buckets (list prices of us-east-1)" == standing(
+        "us-east-1"
     )
     assert (
-        "it costs $0.0245 for each GB-month that lies in its buckets (list prices of eu-central-1; "
+        "it costs $0.0245 for each GB-month in its buckets (list prices of eu-central-1; "
         "no price of alarm_month for eu-central-1; fetch it with: gradsharding prices --refresh --region eu-central-1)"
     ) == standing("eu-central-1")
     assert "what it costs is not known: no price for mars-1; fetch it with: " in standing("mars-1")

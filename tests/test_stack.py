@@ -304,7 +304,7 @@ def test_asking_at_a_terminal(account: Account, command: Any) -> None:
     """At a terminal, no ends with 1 and changes nothing, and yes goes on; the account and its region are named in the question."""
     no = command("deploy", "--name", "one", answer="n\n")
     assert 1 == no.returncode, no.stderr
-    assert f"Change stack one in account {account.number}, region us-east-1 so? [y/N]" in no.stdout
+    assert f"Make these changes to stack one in account {account.number}, region us-east-1? [y/N]" in no.stdout
     assert "nothing was changed" in no.stdout
     assert {} == everything(account)
     assert 0 == command("deploy", "--name", "one", answer="y\n").returncode
@@ -543,7 +543,7 @@ def test_code_that_was_changed(account: Account) -> None:
     assert [] == drift(account, stack)
     account.functions.update_function_code(FunctionName="one", ZipFile=zipped("evil"))
     (found,) = missing(account, stack)
-    assert found.what.startswith("Function (AWS::Lambda::Function one) runs other code (SHA-256 ")
+    assert found.problem.startswith("Function (AWS::Lambda::Function one) runs other code (SHA-256 ")
 
 
 # --- what is there, and what went wrong --------------------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_code_that_was_changed(account: Account) -> None:
 
 def test_status(account: Account, command: Any) -> None:
     """Status shows where a stack is, its state, outputs and parameters, and ends with 0 only if all of it is there."""
-    assert "put it up with: gradsharding deploy --name one" in command("status", "--name", "one").stderr
+    assert "deploy it with: gradsharding deploy --name one" in command("status", "--name", "one").stderr
     stack = put(account, parameters={"Memory": "1024"})
     well = command("status", "--name", "one")
     assert 0 == well.returncode, well
@@ -590,7 +590,7 @@ def test_bucket_that_another_account_has_now(enter: Callable[[], Account]) -> No
     enter_again(account)
 
     said = f"Bucket (AWS::S3::Bucket {bucket}) is another account's, or closed to these credentials"
-    assert [said] == [one.what for one in missing(account, stack)]
+    assert [said] == [one.problem for one in missing(account, stack)]
     down(account, data=True)
     assert {} == everything(account)
     assert before == everything(enter_again(thief))
@@ -610,7 +610,7 @@ def test_bucket_that_was_brought(account: Account) -> None:
     stack = put(account, parameters={"ExistingBucket": f"mine-{account.number}"})
     account.s3.delete_object(Bucket=f"mine-{account.number}", Key="x")
     account.s3.delete_bucket(Bucket=f"mine-{account.number}")
-    assert [f"bucket mine-{account.number}, which was brought, is gone"] == [one.what for one in missing(account, stack)]
+    assert [f"bucket mine-{account.number}, which the stack was given, is gone"] == [one.problem for one in missing(account, stack)]
 
 
 def test_what_is_deleted_is_said(account: Account, command: Any) -> None:
@@ -621,7 +621,7 @@ def test_what_is_deleted_is_said(account: Account, command: Any) -> None:
 
     assert (0, 0) == (made.returncode, brought.returncode)
     assert made.stdout.endswith("; rounds are deleted after 3 days, results stay.\n")
-    told = f"; what is deleted in mine-{account.number}, and when, its own rules say: deploy/README.md has those that rounds need.\n"
+    told = f"; objects in mine-{account.number} are deleted by its own rules; deploy/README.md has the rules that rounds need.\n"
     assert brought.stdout.endswith(told)
     assert "rounds are deleted" not in brought.stdout
 

@@ -165,7 +165,7 @@ def test_interrupt_while_nothing_can_be_taken_back(account: Account) -> None:
     with pytest.raises(KeyboardInterrupt):
         put_up(account, Order("one"), interrupt, said.append, lambda *_: CODE)
     (line,) = [line for line in said if "Rate exceeded" in line]
-    assert line.startswith("what was prepared for stack one could not be taken back: ")
+    assert line.startswith("what was prepared for stack one could not be withdrawn: ")
 
 
 def test_change_of_the_stack_alone(account: Account) -> None:
@@ -279,7 +279,7 @@ def test_what_cannot_be_seen_is_not_well(account: Account) -> None:
         unseen = list[str]()
         assert [] == drift(account, stack, unseen.append)
         (said,) = unseen
-        assert said.startswith("what was changed by hand could not be looked for: ")
+        assert said.startswith("changes by hand could not be detected: ")
         account.formation.meta.events.unregister(f"before-call.cloudformation.{action}", deny)
 
     def fail(parsed: dict[str, Any], **_: Any) -> None:
@@ -288,7 +288,7 @@ def test_what_cannot_be_seen_is_not_well(account: Account) -> None:
     account.formation.meta.events.register("after-call.cloudformation.DescribeStackDriftDetectionStatus", fail)
     failed = list[str]()
     drift(account, stack, failed.append)
-    assert ["what was changed by hand could not be looked for everywhere: Failed to detect drift on resource [Role]"] == failed
+    assert ["changes by hand could not be detected everywhere: Failed to detect drift on resource [Role]"] == failed
 
 
 def test_bucket_that_was_opened(account: Account) -> None:
@@ -298,7 +298,7 @@ def test_bucket_that_was_opened(account: Account) -> None:
     assert [] == drift(account, stack)
     account.s3.delete_public_access_block(Bucket=bucket)
     account.s3.delete_bucket_policy(Bucket=bucket)
-    said = {one.what.partition(" ")[0]: str(one) for one in drift(account, stack)}
+    said = {one.problem.partition(" ")[0]: str(one) for one in drift(account, stack)}
     assert {"Bucket", "BucketPolicy"} == said.keys()
     assert f"put-public-access-block --bucket {bucket} --public-access-block-configuration BlockPublicAcls=true," in said["Bucket"]
 
@@ -316,7 +316,7 @@ def test_change_by_hand(account: Account) -> None:
     stack = put(account, parameters={"Memory": "512"})
     account.functions.update_function_configuration(FunctionName="one", MemorySize=1024)
     (wrong,) = drift(account, stack)
-    assert wrong.what.startswith("Function (AWS::Lambda::Function one) was changed by hand: ")
+    assert wrong.problem.startswith("Function (AWS::Lambda::Function one) was changed by hand: ")
     assert "set it back by hand" in wrong.remedy
     put(account, agree=lambda _: pytest.fail("something is to be changed"), parameters={"Memory": "512"})
 
@@ -327,7 +327,7 @@ def test_dashboard_of_a_region(account: Account) -> None:
     assert ["one-us-east-1"] == [one["DashboardName"] for one in account.alarms.list_dashboards()["DashboardEntries"]]
     account.alarms.delete_dashboards(DashboardNames=["one-us-east-1"])
     (lost,) = missing(account, stack)
-    assert lost.what.startswith("Board (AWS::CloudWatch::Dashboard one-us-east-1) is gone")
+    assert lost.problem.startswith("Board (AWS::CloudWatch::Dashboard one-us-east-1) is gone")
 
 
 def test_demands_are_met(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_bucket_that_cannot_be_looked_into(account: Account, door: FrontDoor, co
     door.closed.add(closed.format(bucket))
     refused = command("destroy", "--name", "one", "--delete-data", "--yes")
     assert 2 == refused.returncode
-    assert f"bucket {bucket} may hold data of stack one, and these credentials may not look into it; nothing was deleted" in refused.stderr
+    assert f"bucket {bucket} may hold data of stack one, and these credentials may not read it; nothing was deleted" in refused.stderr
     door.closed.clear()
     assert before == everything(account)
 
@@ -140,7 +140,7 @@ def test_bucket_that_cannot_be_looked_into(account: Account, door: FrontDoor, co
     gone = command("destroy", "--name", "one", "--yes")
     door.closed.clear()
     assert 0 == gone.returncode, gone.stderr
-    assert f"left: bucket {bucket}, which these credentials may not look into: it may hold data of this stack" in gone.stdout
+    assert f"left: bucket {bucket}, which these credentials may not read: it may hold data of this stack" in gone.stdout
     assert "nothing that is billed is left" not in gone.stdout
     assert b"precious" == account.s3.get_object(Bucket=bucket, Key="gradsharding/x")["Body"].read()
 
@@ -151,7 +151,7 @@ def test_brought_bucket_is_named_as_left(account: Account, command: Any) -> None
     put(account, parameters={"ExistingBucket": f"mine-{account.number}"})
     for _ in range(2):
         gone = command("destroy", "--name", "one", "--delete-data", "--yes")
-        assert f"left: bucket mine-{account.number}, which was brought, with all that lies in it" in gone.stdout
+        assert f"left: bucket mine-{account.number}, which the stack was given, with its objects" in gone.stdout
         assert "nothing that is billed is left" not in gone.stdout
 
 
@@ -231,7 +231,7 @@ def test_advice_keeps_the_data_in_sight(account: Account, command: Any, case: st
         account.s3.delete_bucket(Bucket=bucket)
     else:
         fill(account, bucket)
-    said = {one.what.split()[0]: one.remedy for one in missing(account, stack)}["ErrorsAlarm"]
+    said = {one.problem.split()[0]: one.remedy for one in missing(account, stack)}["ErrorsAlarm"]
     assert said.startswith("rounds run without it; ")
     assert (case != "lost") == (f"gradsharding deploy --name one --bucket {bucket} " in said)
     if case == "lost":

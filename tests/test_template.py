@@ -321,7 +321,7 @@ def test_what_makes_no_sense_is_refused(words: list[str], says: str) -> None:
         (["--bucket", "theirs", "--access-log-bucket", "logs"], None, "--bucket and --access-log-bucket exclude each other: .*"),
         (["--bucket", "theirs", "--expire-days", "3"], None, "--expire-days is a rule of the bucket that is made; .*"),
         (["--access-log-prefix", "x/"], None, "--access-log-prefix needs --access-log-bucket: .*; give both"),
-        (["--kms-key", KEY.replace(REGION, "us-east-1")], None, ".* lies in us-east-1, and the stack in eu-central-1; name one"),
+        (["--kms-key", KEY.replace(REGION, "us-east-1")], None, ".* is in us-east-1, and the stack in eu-central-1; name one"),
         (["--bucket", "theirs"], {}, "the stack's bucket is its own, .*; deploy another stack with --name for theirs"),
         (["--bucket", ""], {"ExistingBucket": "theirs"}, "the stack's bucket is theirs, and cannot be changed, .* --name for a new one"),
         (["--prefix", "fl"], {"Prefix": "gradsharding"}, "the stack's prefix is gradsharding, and cannot be changed, .* --name for fl"),

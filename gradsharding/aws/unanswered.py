@@ -43,8 +43,8 @@ def _setting(facts: Mapping[str, Any]) -> Reason:
 
 
 def _botocore(facts: Mapping[str, Any]) -> Reason:
-    said = f"botocore {botocore.__version__} cannot do this ({scrubbed(facts['message'])})"
-    return Reason(StoreFailed, f"{said}; install a current one: pip install --upgrade 'gradsharding[aws]'")
+    problem = f"botocore {botocore.__version__} cannot do this ({scrubbed(facts['message'])})"
+    return Reason(StoreFailed, f"{problem}; install a current one: pip install --upgrade 'gradsharding[aws]'")
 
 
 def _named(facts: Mapping[str, Any]) -> Reason:

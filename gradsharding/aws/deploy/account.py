@@ -281,15 +281,15 @@ class Account:
 
     def settled(self, stack: Stack, tell: Tell) -> Stack:
         """Wait until CloudFormation has stopped changing a stack; return it as it is then. Raise StackFailed after ``WAITING`` seconds."""
-        started, pause, said = time.monotonic(), 0.1, ""
+        started, pause, shown = time.monotonic(), 0.1, ""
         while stack.changing:
             if time.monotonic() > started + WAITING:
                 raise StackFailed(
                     f"stack {stack.name} in {self} is still {stack.status} after {WAITING} s; run the same command again to go on waiting"
                 )
-            if stack.status != said:
+            if stack.status != shown:
                 tell(f"stack {stack.name} is {stack.status}")
-                said = stack.status
+                shown = stack.status
             time.sleep(pause)
             pause = min(2.0, pause * 1.5)
             found = self.look_up(stack.id)

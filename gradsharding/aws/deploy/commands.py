@@ -1,4 +1,4 @@
-"""``gradsharding deploy``, ``status`` and ``destroy``: text in, the stack put up, looked at or taken down, text out."""
+"""``gradsharding deploy``, ``status`` and ``destroy`` create, show and delete a stack."""
 
 import contextlib
 import re
@@ -51,7 +51,11 @@ def deploy(name: str, **options: Any) -> None:
     with _recoverable(account, name):
         make = partial(zipped, locked=asked.locked)
         up = put_up(
-            account, order, lambda changes: _agree(_table(changes), f"Change stack {name} in {account} so?", yes=asked.yes), _tell, make
+            account,
+            order,
+            lambda changes: _agree(_table(changes), f"Make these changes to stack {name} in {account}?", yes=asked.yes),
+            _tell,
+            make,
         )
         if not up:
             click.echo("nothing was changed")
@@ -113,48 +117,48 @@ def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool
     """  # noqa: D301 - \b tells click to keep the lines that follow
     account = Account()
     with _recoverable(account, name):
-        what = doomed(account, name, _tell)
-        if not what.stack and not (delete_data and (what.buckets or what.hidden)):
-            cleared = take_down(account, name, what, data=False, tell=_tell)  # what an interrupted run has left
-            _say_gone(account, name, what, cleared)
+        targets = doomed(account, name, _tell)
+        if not targets.stack and not (delete_data and (targets.buckets or targets.hidden)):
+            cleared = take_down(account, name, targets, data=False, tell=_tell)  # remains of an interrupted run
+            _say_gone(account, name, targets, cleared)
             return
-        if not _agree(_listed(what, data=delete_data), f"Delete stack {name} in {account} so?", yes=yes):
+        if not _agree(_listed(targets, data=delete_data), f"Delete stack {name} in {account}?", yes=yes):
             click.echo("nothing was deleted")
             raise click.exceptions.Exit(1)
-        cleared = take_down(account, name, what, data=delete_data, tell=_tell, role=service_role)
+        cleared = take_down(account, name, targets, data=delete_data, tell=_tell, role=service_role)
     click.echo(f"stack {name} in {account} is gone")
-    _say_left(name, [*([] if delete_data else what.buckets), *what.earlier], what, cleared)
+    _say_left(name, [*([] if delete_data else targets.buckets), *targets.earlier], targets, cleared)
 
 
-def _listed(what: Doomed, *, data: bool) -> str:
-    """Show what goes, and what stays, one a line."""
+def _listed(targets: Doomed, *, data: bool) -> str:
+    """List what is deleted and what stays, one per line."""
     rows: list[tuple[str, ...]] = [
-        ("keep" if one.logical in what.kept else "delete", one.logical, one.type, one.physical) for one in what.resources
+        ("keep" if one.logical in targets.kept else "delete", one.logical, one.type, one.physical) for one in targets.resources
     ]
     lines = [_columns(rows)] if rows else []
-    lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in what.buckets]
-    lines += [f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in what.earlier]
-    lines += [f"  keep    bucket {what.brought}, which was brought"] if what.brought else []
-    return "\n".join([*lines, *(f"  keep    {_hidden(bucket)}" for bucket in what.hidden)])
+    lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in targets.buckets]
+    lines += [f"  keep    {_weighed(bucket)}, which an earlier stack has left" for bucket in targets.earlier]
+    lines += [f"  keep    bucket {targets.brought}, which the stack was given"] if targets.brought else []
+    return "\n".join([*lines, *(f"  keep    {_hidden(bucket)}" for bucket in targets.hidden)])
 
 
-def _say_gone(account: Account, name: str, what: Doomed, cleared: Cleared) -> None:
-    """Tell a stack that was deleted from one that was never here: it may be in another region."""
-    if not cleared.objects and not what.buckets and not what.hidden and not account.deleted(name):
+def _say_gone(account: Account, name: str, targets: Doomed, cleared: Cleared) -> None:
+    """Say that the stack is gone; raise UserError if it never existed here, as it may be in another region."""
+    if not cleared.objects and not targets.buckets and not targets.hidden and not account.deleted(name):
         raise UserError(
             f"there is no stack {name} in {account}, and none was deleted there in the last 90 days; nothing was deleted now. "
             "If it is in another region, set AWS_DEFAULT_REGION"
         )
     more = f"; so is its code now, {cleared.objects} objects" if cleared.objects else " already"
     click.echo(f"stack {name} in {account} is gone{more}")
-    _say_left(name, what.buckets, what, cleared)
+    _say_left(name, targets.buckets, targets, cleared)
 
 
-def _say_left(name: str, left: list[Bucket], what: Doomed, cleared: Cleared) -> None:
+def _say_left(name: str, left: list[Bucket], targets: Doomed, cleared: Cleared) -> None:
     for bucket in left:
         click.echo(f"left: {_weighed(bucket)}; its storage is billed. Delete it with: gradsharding destroy{_named(name)} --delete-data")
-    others = [f"bucket {what.brought}, which was brought, with all that lies in it"] if what.brought else []
-    others += [*map(_hidden, what.hidden), *([cleared.kept] if cleared.kept else [])]
+    others = [f"bucket {targets.brought}, which the stack was given, with its objects"] if targets.brought else []
+    others += [*map(_hidden, targets.hidden), *([cleared.kept] if cleared.kept else [])]
     for one in others:
         click.echo(f"left: {one}")
     if not left and not others:
@@ -162,7 +166,7 @@ def _say_left(name: str, left: list[Bucket], what: Doomed, cleared: Cleared) -> 
 
 
 def _hidden(bucket: str) -> str:
-    return f"bucket {bucket}, which these credentials may not look into: it may hold data of this stack"
+    return f"bucket {bucket}, which these credentials may not read: it may hold data of this stack"
 
 
 def _weighed(bucket: Bucket) -> str:
@@ -170,7 +174,7 @@ def _weighed(bucket: Bucket) -> str:
 
 
 def _table(changes: list[Change]) -> str:
-    """Show changes, one a line, in columns."""
+    """List changes in columns, one per line."""
     return _columns([(one.action, one.logical, one.type, one.physical) for one in changes])
 
 
@@ -185,9 +189,9 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def _agree(what: str, question: str, *, yes: bool) -> bool:
-    """Show what will happen, and ask whether it may; without a terminal there is nobody to ask."""
-    click.echo(what)
+def _agree(changes: str, question: str, *, yes: bool) -> bool:
+    """Show changes, and ask whether to make them; raise UserError without a terminal."""
+    click.echo(changes)
     if yes:
         return True
     if not sys.stdin.isatty():
@@ -197,24 +201,24 @@ def _agree(what: str, question: str, *, yes: bool) -> bool:
 
 @contextlib.contextmanager
 def _recoverable(account: Account, name: str) -> Iterator[None]:
-    """Say what is left, and how to go on, to whoever interrupts what is within."""
+    """On an interruption within, say what is left and how to continue."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, click.Abort):
-        _tell("stopped; looking what is there now")
+        _tell("stopped; checking what is there now")
         click.echo(interrupted(account, name), err=True)
         raise
 
 
 def _kept(stack: Stack) -> str:
-    """Say what is deleted of a stack's data, and when."""
+    """Say which data of a stack is deleted, and when."""
     if bucket := stack.parameters.get("ExistingBucket"):
-        return f"what is deleted in {bucket}, and when, its own rules say: deploy/README.md has those that rounds need"
+        return f"objects in {bucket} are deleted by its own rules; deploy/README.md has the rules that rounds need"
     return f"rounds are deleted after {stack.parameters.get('ExpireDays', '7')} days, results stay"
 
 
 def standing(region: str) -> str:
-    """Say what a stack costs that is left up and unused, as far as the prices of its region are known."""
+    """Say what an unused stack costs, as far as the prices of its region are known."""
     try:
         prices = load_prices(region)
     except UserError as error:
@@ -224,7 +228,7 @@ def standing(region: str) -> str:
     lacks, known = prices.lacking(["alarm_month", "s3_gigabyte_month"]), prices.figures
     parts = [f"${ALARMS * known['alarm_month'].usd} a month for {ALARMS} alarms"] if "alarm_month" in known else []
     if "s3_gigabyte_month" in known:
-        parts.append(f"${known['s3_gigabyte_month'].usd} for each GB-month that lies in its buckets")
+        parts.append(f"${known['s3_gigabyte_month'].usd} for each GB-month in its buckets")
     return f"it costs {', and '.join(parts)} (list prices of {region}{f'; {lacks}' if lacks else ''})"
 
 
@@ -232,8 +236,8 @@ def _found(account: Account, name: str) -> Stack:
     found = account.find(name)
     if not found or found.empty:
         raise UserError(
-            f"there is no stack {name!r} in {account}; put it up with: gradsharding deploy{_named(name)}, "
-            "or set AWS_DEFAULT_REGION to the region that it is in"
+            f"there is no stack {name!r} in {account}; deploy it with: gradsharding deploy{_named(name)}, "
+            "or set AWS_DEFAULT_REGION to its region"
         )
     return found
 

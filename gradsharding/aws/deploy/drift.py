@@ -28,11 +28,11 @@ _GONE = {"404", "NoSuchBucket", "NoSuchEntity", "ResourceNotFoundException", "Re
 class Wrong(NamedTuple):
     """A fault of a stack."""
 
-    what: str
+    problem: str
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.remedy}"
+        return f"{self.problem}; {self.remedy}"
 
 
 def drift(account: Account, stack: Stack, unseen: Tell = lambda _: None) -> list[Wrong]:
@@ -42,8 +42,8 @@ def drift(account: Account, stack: Stack, unseen: Tell = lambda _: None) -> list
     """
     lost = missing(account, stack)
     lost += _opened(account, account.resources(stack), unseen) if not lost else []
-    named = {fault.what.partition(" ")[0] for fault in lost}
-    return [*lost, *(fault for fault in _detected(account, stack, unseen) if fault.what.partition(" ")[0] not in named)]
+    named = {fault.problem.partition(" ")[0] for fault in lost}
+    return [*lost, *(fault for fault in _detected(account, stack, unseen) if fault.problem.partition(" ")[0] not in named)]
 
 
 def missing(account: Account, stack: Stack) -> list[Wrong]:
@@ -68,15 +68,15 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
             state = "another account's, or closed to these credentials" if closed else "gone"
             wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {state}", beside + anew))
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
-        wrong.append(Wrong(f"bucket {bucket}, which was brought, is gone", anew))
+        wrong.append(Wrong(f"bucket {bucket}, which the stack was given, is gone", anew))
     code = code_of_template(account.template(stack))
-    again = "what runs is not to be trusted: find out who changed it, then have it replaced: gradsharding deploy with the same options"
+    again = "do not trust it: find out who changed it, then replace it: gradsharding deploy with the same options"
     if code and code.version == UNVERSIONED:
         again += f"; it sees the difference only if versioning is on for bucket {code.bucket}, so turn that on first"
     if code:
         for one, has in others_code(account, [one for one in resources if one.logical not in lost], code):
-            what = f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
-            wrong.append(Wrong(what, again))
+            problem = f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
+            wrong.append(Wrong(problem, again))
     return wrong
 
 
@@ -122,7 +122,7 @@ def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None
         account.anybodys_s3.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError):
         if owner:  # the function may have access where these credentials have none
-            tell(f"bucket {bucket} could not be looked into: it is not account {owner}'s, or does not let these credentials in")
+            tell(f"bucket {bucket} could not be checked: it is not account {owner}'s, or does not let these credentials in")
             return
         raise UserError(
             f"bucket {bucket} is not account {account.number}'s, or does not let these credentials in (s3:ListBucket), and nothing was "
@@ -160,10 +160,10 @@ def _opened(account: Account, resources: list[Resource], unseen: Tell) -> list[W
             if code_of(error) == "NoSuchPublicAccessBlockConfiguration":
                 wrong.append(_open(one))
             elif code_of(error) == "NoSuchBucketPolicy":
-                what = f"{one.logical} ({one.type} {one.physical}) is gone: bucket {bucket} takes requests without TLS"
-                wrong.append(Wrong(what, "set it again by hand, as the template has it"))
+                problem = f"{one.logical} ({one.type} {one.physical}) is gone: bucket {bucket} accepts requests without TLS"
+                wrong.append(Wrong(problem, "set it again by hand, as the template has it"))
             else:
-                unseen(f"whether {one.logical} ({one.type} {one.physical}) is as it was could not be looked for: {error}")
+                unseen(f"whether {one.logical} ({one.type} {one.physical}) is unchanged could not be checked: {error}")
     return wrong
 
 
@@ -177,7 +177,7 @@ def _open(one: Resource) -> Wrong:
 
 def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
     """Return what CloudFormation's own detection finds; ``unseen`` gets the reason if it cannot be run."""
-    lacks = "what was changed by hand could not be looked for"
+    lacks = "changes by hand could not be detected"
     try:
         detection = account.formation.detect_stack_drift(StackName=stack.id)["StackDriftDetectionId"]
         until = time.monotonic() + DETECTING
@@ -186,7 +186,7 @@ def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
             if state["DetectionStatus"] != "DETECTION_IN_PROGRESS":
                 break
             if time.monotonic() > until:
-                unseen(f"{lacks}: CloudFormation has been at it for {DETECTING} s; run this again")
+                unseen(f"{lacks}: CloudFormation has not finished in {DETECTING} s; run this again")
                 return []
             time.sleep(1)
         if state["DetectionStatus"] == "DETECTION_FAILED":  # for some resources; the others have been compared
@@ -203,10 +203,10 @@ def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
             f"{difference['PropertyPath']} is {difference['ActualValue']}, not {difference['ExpectedValue']}"
             for difference in one.get("PropertyDifferences", [])[:3]
         )
-        said = f"was changed by hand: {paths}" if paths else "was deleted or changed by hand"
+        change = f"was changed by hand: {paths}" if paths else "was deleted or changed by hand"
         wrong.append(
             Wrong(
-                f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {said}",
+                f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {change}",
                 "set it back by hand: deploy compares with what was deployed, and would see nothing to change",
             )
         )

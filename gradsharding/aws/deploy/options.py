@@ -239,4 +239,4 @@ def require_consistent(parameters: Mapping[str, str], given: Mapping[str, str], 
         raise UserError("--access-log-prefix needs --access-log-bucket: there is no access log; give both")
     for name in ("KmsKey", "AlarmTopic"):
         if name in is_set and (where := parameters[name].split(":")[3]) != region:
-            raise UserError(f"{parameters[name]} lies in {where}, and the stack in {region}; name one of {region}")
+            raise UserError(f"{parameters[name]} is in {where}, and the stack in {region}; name one of {region}")

@@ -100,7 +100,7 @@ def _prepare_and_run(
         try:
             _withdraw(account, stack, change, codes, old, tell)
         except (BotoCoreError, ClientError, GradShardingError) as error:  # the first error is the one to raise
-            tell(f"what was prepared for stack {stack.name} could not be taken back: {error}")
+            tell(f"what was prepared for stack {stack.name} could not be withdrawn: {error}")
         raise
     if changes is None or not agreed:
         _withdraw(account, stack, change, codes, old if shown and not agreed else code, tell)
@@ -213,8 +213,8 @@ def defaults(text: str) -> dict[str, str]:
     section = re.search(r"^Parameters:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
     assert section
     found: dict[str, str] = {}
-    for name, said in re.findall(r"^  (\w+):\n((?:    .*\n|\n)*)", section[1], re.MULTILINE):
-        default = re.search(r"^    Default: *(.*?) *(?:#.*)?$", said, re.MULTILINE)
+    for name, section_of in re.findall(r"^  (\w+):\n((?:    .*\n|\n)*)", section[1], re.MULTILINE):
+        default = re.search(r"^    Default: *(.*?) *(?:#.*)?$", section_of, re.MULTILINE)
         if name != RELEASE:
             found[name] = default[1].strip("'\"") if default else ""
     return found
@@ -224,8 +224,8 @@ def kinds(text: str) -> set[tuple[str, str]]:
     """Return logical id and type of each resource of our template, as CloudFormation names them."""
     section = re.search(r"^Resources:\n((?:[ ].*\n|\n)*)", text, re.MULTILINE)
     assert section
-    said = re.findall(r"^  (\w+):[^\n]*\n(?:    .*\n|\n)*?    Type: (\S+)", section[1], re.MULTILINE)
-    return {(logical, built) for logical, kind in said for built in _BUILT.get(kind, (kind,))}
+    found = re.findall(r"^  (\w+):[^\n]*\n(?:    .*\n|\n)*?    Type: (\S+)", section[1], re.MULTILINE)
+    return {(logical, built) for logical, kind in found for built in _BUILT.get(kind, (kind,))}
 
 
 def _ready(account: Account, order: Order, tell: Tell) -> Stack | None:

@@ -94,46 +94,45 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""), kept)
 
 
-def take_down(account: Account, name: str, what: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
+def take_down(account: Account, name: str, targets: Doomed, *, data: bool, tell: Tell, role: str | None = None) -> Cleared:
     """Delete the stack, with ``role`` if that is given; then, with ``data``, its buckets; then its code.
 
     Raise StackFailed with CloudFormation's reason if the stack is not deleted; all data is kept then. Raise UserError, before anything is
     deleted, if a bucket that may hold the stack's data cannot be read.
     """
-    if data and what.hidden:
+    if data and targets.hidden:
         raise UserError(
-            f"bucket {what.hidden[0]} may hold data of stack {name}, and these credentials may not look into it; nothing was deleted. "
+            f"bucket {targets.hidden[0]} may hold data of stack {name}, and these credentials may not read it; nothing was deleted. "
             "Use credentials that may, or leave --delete-data out"
         )
     try:
-        if what.stack:
-            _check_same(account, what.stack, what)
-            for bucket in what.buckets:
-                _label(account, bucket.name, what.stack)
-            _delete_stack(account, what.stack, role, tell)
-        for bucket in what.buckets if data else ():
+        if targets.stack:
+            _check_same(account, targets.stack, targets)
+            for bucket in targets.buckets:
+                _label(account, bucket.name, targets.stack)
+            _delete_stack(account, targets.stack, role, tell)
+        for bucket in targets.buckets if data else ():
             tell(f"emptying and deleting bucket {bucket.name}")
             _delete_bucket(account, bucket.name)
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"taking down stack {name} in {account}") from error
     objects, kept = 0, ""
     try:
-        objects += forget_code(account, name, what.code)
+        objects += forget_code(account, name, targets.code)
     except StoreRefused as error:  # the stack is gone, and no later run could do it either
-        kept = (
-            f"code in bucket {what.code}, which is another account's by now, or closed to these credentials ({error.details.get('code')})"
-        )
-    if what.code != own_bucket(account):
+        owner = f"another account's by now, or closed to these credentials ({error.details.get('code')})"
+        kept = f"code in bucket {targets.code}, which is {owner}"
+    if targets.code != own_bucket(account):
         with suppress(StoreRefused):  # it may have code of an earlier deploy
             objects += forget_code(account, name, own_bucket(account))
     return Cleared(objects, kept)
 
 
-def _check_same(account: Account, stack: Stack, what: Doomed) -> None:
+def _check_same(account: Account, stack: Stack, targets: Doomed) -> None:
     """Raise StackFailed if a stack has changed since it was shown: nobody agreed to delete what was added since."""
     now = account.find(stack.name)
     held = {one[:3] for one in account.resources(now)} if now else set()
-    if not now or now.id != stack.id or held != {one[:3] for one in what.held}:
+    if not now or now.id != stack.id or held != {one[:3] for one in targets.held}:
         raise StackFailed(
             f"stack {stack.name} in {account} was changed by another command since it was shown; nothing was deleted, run this again"
         )
@@ -240,7 +239,7 @@ def _counted(account: Account, bucket: str) -> Bucket:
             if objects == COUNTED:
                 return Bucket(bucket, objects, nbytes, more=True)
     except (BotoCoreError, ClientError) as error:
-        raise explained(error, f"counting what lies in bucket {bucket}") from error
+        raise explained(error, f"counting the objects of bucket {bucket}") from error
     return Bucket(bucket, objects, nbytes)
 
 

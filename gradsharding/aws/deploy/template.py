@@ -11,7 +11,7 @@ RELEASE = "Release"
 def filled(text: str, code: str, parameters: Mapping[str, str], role: str = "") -> str:
     """Give the template for code, for these parameters, and for CloudFormation's role, if any.
 
-    ``code`` says where it lies: an ``s3://`` URL, or bucket, key and version in braces.
+    ``code`` is its address: an ``s3://`` URL, or bucket, key and version in braces.
 
     Whatever changes makes another release, and each release is published as a version. SAM alone would publish one for other code, but
     none for other parameters, and the alias would go on with the old ones. It also puts the release into the function's description, as

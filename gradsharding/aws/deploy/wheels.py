@@ -126,9 +126,9 @@ def _require_pip() -> None:
 def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture: str) -> Wheel:
     """Return a downloaded wheel; raise UserError if it is not the listed one, or if no pin asked for its package and version."""
     wheel = Wheel(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-    what = f"{wheel.package} {wheel.version}"
+    name = f"{wheel.package} {wheel.version}"
     if wheel.package not in pins:
-        raise UserError(f"pip brought {what} along, which no function has had so far; build with --locked, or go back to an older pydantic")
+        raise UserError(f"pip also downloaded {name}, which functions do not have; build with --locked, or go back to an older pydantic")
     if wheel.version != pins[wheel.package]:  # pip also accepts 1.0+local and 1.0.0 for 1.0, which no list has
         raise UserError(
             f"{wheel.package} {pins[wheel.package]} was asked for, and the index that pip uses gives {wheel.file}, whose version is "
@@ -137,7 +137,7 @@ def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture
     known = [one for one in listed(runtime, architecture) if (one.package, one.version) == (wheel.package, wheel.version)]
     if known and wheel.sha256 not in {one.sha256 for one in known}:
         raise UserError(
-            f"{what} is not the published wheel: {wheel.file} from the index that pip uses has SHA-256 {wheel.sha256}, listed is "
+            f"{name} is not the published wheel: {wheel.file} from the index that pip uses has SHA-256 {wheel.sha256}, listed is "
             f"{', '.join(one.sha256 for one in known)}; nothing was built; name an index that has the published one in PIP_INDEX_URL"
         )
     return wheel
