@@ -199,8 +199,8 @@ def recommend(
     missing = prices.lacking([name for option in shown for name in option.forecast.cost.round_trip.missing])
     if missing and needs.budget is not None:
         raise UserError(f"a budget cannot be kept without prices: {missing}")
-    said = _reasons(best, fit, None if missing else best and best.usd)
-    return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), said, servers, missing)
+    sentences = _reasons(best, fit, None if missing else best and best.usd)
+    return Advice(shown, next((new for new, old in zip(shown, options, strict=True) if old is best), None), sentences, servers, missing)
 
 
 def _ways(name: str, manifest: Manifest, shards: int | None) -> list[Topology]:

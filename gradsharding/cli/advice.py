@@ -84,13 +84,14 @@ def _request_table(advice: Advice) -> Iterator[str]:
 
 def _price_table(advice: Advice) -> Iterator[str]:
     costs = [option.forecast.cost for option in advice.options]
+    known = [usd for cost in costs if (usd := cost.aggregation.known) is not None]
     rows = [
         (
             option.name,
             time_text(option.forecast.seconds.p50),
             time_text(option.forecast.seconds.p95),
-            _price(cost.aggregation.known, [usd for one in costs if (usd := one.aggregation.known) is not None]),
-            _price(cost.round_trip.known, [usd for one in costs if (usd := one.aggregation.known) is not None]),
+            _price(cost.aggregation.known, known),
+            _price(cost.round_trip.known, known),
         )
         for option, cost in zip(advice.options, costs, strict=True)
     ]
@@ -150,7 +151,7 @@ def _notes(advice: Advice, needs: Needs) -> Iterator[str]:
 
 
 def _rates(best: Option | None, needs: Needs) -> Iterator[str]:
-    """Say how many requests S3 would get, where that is a good part of what it serves, and was not said as a limit."""
+    """State the rate of requests to S3, if it is a good part of what S3 serves and is not stated as a limit already."""
     if best and best.rates.busy:
         bound = request_rate(best.plan, best.memory, needs.concurrency, best.rates)
         if best.bound != bound:

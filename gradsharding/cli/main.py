@@ -6,6 +6,7 @@ Exit status 0 is success, 2 the user's mistake, 1 any other failure, 130 an inte
 import os
 import traceback
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -72,6 +73,15 @@ class Commands(click.Group):
                 return _imported(cmd_name, listed.target, f"gradsharding[{listed.extra}]" if listed.extra else "gradsharding")
         entry = next(iter(entry_points(group=GROUP, name=cmd_name)), None)
         return _imported(cmd_name, entry.value, _package(entry)) if entry else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command that is called; raise UsageError, with the name that may have been meant, if there is none."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if similar := get_close_matches(args[0], self.list_commands(ctx), 1):
+                raise click.UsageError(f"No such command {args[0]!r}; did you mean {similar[0]!r}?", ctx) from error
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List all commands with their purposes."""

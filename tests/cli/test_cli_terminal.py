@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from gradsharding.aws.deploy import commands
+
 UPDATES = ["a.safetensors:120", "b.safetensors:80"]
 SESSION = {
     "help": ["--help"],
@@ -78,6 +80,17 @@ def test_lines_fit(runs: dict[int, str]) -> None:
         for name, text in outputs(run).items():
             assert [] == [line for line in text.splitlines() if len(line) > (width or 80)], f"{name} in {width} columns"
             assert "…" not in text
+
+
+@pytest.mark.parametrize("physical", ["", "gradsharding", "arn:aws:lambda:us-east-1:000000000000:function:gradsharding"])
+def test_changes_of_a_stack_fit(physical: str) -> None:
+    """What ``deploy`` and ``destroy`` list has a row for each resource, or two where the row would not fit 80 columns."""
+    rows = [("Modify", "EventInvokeConfig", "AWS::Lambda::EventInvokeConfig", physical), ("Add", "Role", "AWS::IAM::Role", "")]
+    lines = commands._columns(rows).splitlines()
+
+    assert [] == [line for line in lines if len(line) > 80]
+    assert [cell for row in rows for cell in row if cell] == " ".join(lines).split()
+    assert (3 if physical.startswith("arn") else 2) == len(lines)
 
 
 def test_tables_do_not_depend_on_the_terminal(runs: dict[int, str]) -> None:
