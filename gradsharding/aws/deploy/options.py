@@ -81,12 +81,18 @@ SERVICE_ROLE = Row("--service-role", "", "Role that CloudFormation uses in place
 """Also an option of ``destroy``: the role that deployed a stack may be gone."""
 
 OPTIONS = (
-    Row("--architecture", "Architecture", "[default: arm64]", kind=click.Choice([*MACHINES])),
+    Row("--architecture", "Architecture", "Processor of the function.  [default: arm64]", kind=click.Choice([*MACHINES])),
     Row("--memory", "Memory", "Memory of one function.  [default: 512]", kind=click.IntRange(192, MEMORY[-1] >> 20), metavar="MIB"),
-    Row("--timeout", "Timeout", f"At most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]", kind=click.IntRange(3, TIMEOUT), metavar="SECONDS"),
-    Row("--concurrency", "Concurrency", "Invocations reserved for it; -1 for none.  [default: -1]", kind=click.IntRange(-1), metavar="N"),
-    Row("--expire-days", "ExpireDays", "Days until rounds are deleted.  [default: 7]", kind=click.IntRange(1), metavar="DAYS"),
-    Row("--runtime", "Runtime", f"[default: {DEPLOYED_RUNTIME}]", kind=click.Choice([*RUNTIMES])),
+    Row(
+        "--timeout", "Timeout", f"Time of one invocation, at most {TIMEOUT}.  [default: {DEPLOYED_TIMEOUT}]",
+        kind=click.IntRange(3, TIMEOUT), metavar="SECONDS",
+    ),
+    Row(
+        "--concurrency", "Concurrency", "Invocations reserved for the function; -1 reserves none.  [default: -1]",
+        kind=click.IntRange(-1), metavar="N",
+    ),
+    Row("--expire-days", "ExpireDays", "Days after which rounds are deleted.  [default: 7]", kind=click.IntRange(1), metavar="DAYS"),
+    Row("--runtime", "Runtime", f"Python of the function.  [default: {DEPLOYED_RUNTIME}]", kind=click.Choice([*RUNTIMES])),
     Row(
         "--prefix", "Prefix", "Prefix of all objects in the bucket.  [default: gradsharding]", metavar="NAME",
         form=Form("[A-Za-z0-9_-]{1,64}", "up to 64 letters, digits, hyphens and underscores"),
@@ -102,7 +108,7 @@ OPTIONS = (
     Row("--versioning/--no-versioning", "Versioning", "Keep what is overwritten or deleted, for --expire-days.", values=("true", "false")),
     Row("--access-log-bucket", "AccessLogBucket", "A bucket of this region for S3's access log.", metavar="NAME", form=_NAME_OF_BUCKET),
     Row(
-        "--access-log-prefix", "AccessLogPrefix", "Its objects' names begin with this.  [default: gradsharding/]", metavar="TEXT",
+        "--access-log-prefix", "AccessLogPrefix", "Prefix of the access log's objects.  [default: gradsharding/]", metavar="TEXT",
         form=Form("[A-Za-z0-9!_.*'()/-]{1,512}", "up to 512 letters, digits and !_.*'()/-"),
     ),
     Row(
@@ -114,7 +120,7 @@ OPTIONS = (
         form=Form("subnet-[0-9a-f]{8,17}", "ids of subnets, such as subnet-0123456789abcdef0, with commas between them", several=True),
     ),
     Row(
-        "--security-groups", "SecurityGroups", "With these security groups.", metavar="ID,ID",
+        "--security-groups", "SecurityGroups", "Security groups of the function in the VPC.", metavar="ID,ID",
         form=Form("sg-[0-9a-f]{8,17}", "ids of security groups, such as sg-0123456789abcdef0, with commas between them", several=True),
     ),
     Row("--role", "ExistingRole", "An existing role for the function.  [default: a new one]", metavar="ARN", form=_ROLE),
@@ -123,7 +129,7 @@ OPTIONS = (
         form=Form(f"{_ARN}:iam::([0-9]{{12}}|aws):policy/.+", "the ARN of a policy, arn:aws:iam::ACCOUNT:policy/NAME"),
     ),
     Row("--log-days", "LogDays", "Days that the log is kept.  [default: 14]", metavar="DAYS", kind=click.Choice([*map(str, LOG_DAYS)])),
-    Row("--log-format", "LogFormat", "[default: text]", kind=click.Choice(["Text", "JSON"], case_sensitive=False)),
+    Row("--log-format", "LogFormat", "Format of the log.  [default: text]", kind=click.Choice(["Text", "JSON"], case_sensitive=False)),
     Row(
         "--alarm-topic", "AlarmTopic", "SNS topic for alarms.", metavar="ARN",
         form=Form(f"{_ARN}:sns:[a-z0-9-]+:[0-9]{{12}}:.+", "the ARN of a topic, arn:aws:sns:REGION:ACCOUNT:NAME"),
