@@ -23,9 +23,11 @@ from gradsharding.planning.platform import DEPLOYED_TIMEOUT, MEMORY, TIMEOUT
 from gradsharding.stores.updates import load
 from gradsharding.stores.urls import open_store
 from gradsharding.testing import assert_same, reference_mean
+from rigs.stack import as_account
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 HERE = {"aarch64": "arm64"}.get(os.uname().machine, os.uname().machine), f"{sys.version_info.major}.{sys.version_info.minor}"
+ACCOUNT = "200000000001"
 OFFLINE = {"SAM_CLI_TELEMETRY": "0", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
@@ -78,8 +80,8 @@ def test_sam_builds_it(sam: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def command(ministack: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run the command line on an account."""
-    for name, value in ministack.items():
+    """Run the command line on an account of its own."""
+    for name, value in as_account(ministack, ACCOUNT).items():
         monkeypatch.setenv(name, value)
 
     return _gradsharding
@@ -141,7 +143,7 @@ def test_what_is_not_there(command: Any) -> None:
     assert "deploy it with: gradsharding deploy --name nothing" in missing.stderr
     gone = command("destroy", "--name", "nothing", "--yes")
     assert 2 == gone.returncode
-    assert "there is no stack nothing in account 000000000000, region us-east-1" in gone.stderr
+    assert f"there is no stack nothing in account {ACCOUNT}, region us-east-1" in gone.stderr
     named = command("deploy", "--name", "a b", "--yes")
     assert 2 == named.returncode
     assert "'a b' cannot name a stack" in named.stderr
