@@ -1,8 +1,7 @@
-"""What AWS does at its front door, and ministack does not. A request can be a caller's last.
+"""A proxy in front of ministack that adds what AWS does and ministack does not, and can stop a caller at a given request.
 
-A bucket is compared with its expected owner, and a stack keeps the role that CloudFormation was given for it.
-
-It stands before an account on loopback, tells which requests came, and can stop who sends them at a request of a given number.
+It compares a bucket's owner with the one that the request expects, keeps the role that CloudFormation was given for a stack, and records
+all requests.
 """
 
 import contextlib
@@ -27,41 +26,41 @@ _DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access
 
 
 class Seen(NamedTuple):
-    """A request that came."""
+    """A request that was received."""
 
     account: str
     service: str
-    """As it is signed: s3, cloudformation, lambda."""
+    """The service in its signature: s3, cloudformation, lambda."""
     action: str
-    """An action's name, or method and path."""
+    """The name of the action, or method and path."""
     bucket: str
     owner: str | None
-    """Who it expects the bucket's owner to be."""
+    """The account that it expects to own the bucket."""
 
 
 class Stop(NamedTuple):
-    """Stops a process at its request of that number, from 1, counted from now."""
+    """Sends a signal to a process at its request with this number, counted from 1 from now on."""
 
     pid: int
     number: int
     how: signal.Signals
     answered: bool = False
-    """The request is carried out, and only the answer is lost."""
+    """Whether the request is carried out, so that only the answer is lost."""
 
 
 @dataclass
 class FrontDoor:
-    """A door to an account, on loopback, served by threads of this process; it knows buckets of ``accounts`` alone."""
+    """A proxy on loopback, served by threads of this process. It knows the buckets of ``accounts`` only."""
 
     plain: Mapping[str, str]
-    """The environment that leads past it."""
+    """The environment that leads to ministack directly."""
     accounts: list[str]
     seen: list[Seen] = field(default_factory=list)
     stop: Stop | None = None
     roles: dict[str, str] = field(default_factory=dict)
-    """By account and name of a stack."""
+    """ARN of the role of each stack, by ``ACCOUNT/STACK``."""
     closed: set[str] = field(default_factory=set)
-    """Requests that are denied, each as method and path with its query: ``HEAD /bucket``."""
+    """Requests to deny, each as method and path with its query: ``HEAD /bucket``."""
 
     def __post_init__(self) -> None:
         """Open the port."""
@@ -80,12 +79,12 @@ class FrontDoor:
         self._serving.close()
 
     def environment(self, account: str) -> dict[str, str]:
-        """Give the environment that leads through this door to an account; the door knows it from now on."""
+        """Return the environment that leads through this proxy to an account, whose buckets it knows from now on."""
         self.accounts += [account] if account not in self.accounts else []
         return {**as_account(self.plain, account), "AWS_ENDPOINT_URL": self.url, "AWS_ENDPOINT_URL_S3": self.url}
 
     def note(self, one: Seen) -> Stop | None:
-        """Count a request; say whether it is the last."""
+        """Record a request; return the stop if this request is the one to stop at."""
         with self._lock:
             self.seen.append(one)
             if self.stop:
@@ -96,13 +95,13 @@ class FrontDoor:
         return None
 
     def denies(self, one: Seen) -> bool:
-        """Whether the bucket belongs to another account than the one that is expected."""
+        """Tell whether the bucket belongs to another account than the request expects."""
         if not one.owner or not one.bucket or self._has(one.owner, one.bucket):
             return False
         return any(self._has(number, one.bucket) for number in self.accounts if number != one.owner)
 
     def keep_role(self, account: str, asked: Mapping[str, list[str]]) -> None:
-        """Note the role that CloudFormation is given by a change set that is executed; with the stack, it goes."""
+        """Keep the role of a change set that is executed; forget it when its stack is deleted."""
         stack, change = (_name(asked.get(name, [""])[0]) for name in ("StackName", "ChangeSetName"))
         match asked["Action"][0]:
             case "CreateChangeSet" if "RoleARN" in asked:
@@ -113,7 +112,7 @@ class FrontDoor:
                 self.roles.pop(f"{account}/{stack}", None)
 
     def with_roles(self, account: str, described: bytes) -> bytes:
-        """Add the roles to what DescribeStacks answers."""
+        """Add the roles to an answer of DescribeStacks."""
 
         def add(found: re.Match[bytes]) -> bytes:
             role = self.roles.get(f"{account}/{found[1].decode()}")
@@ -122,7 +121,7 @@ class FrontDoor:
         return re.sub(rb"<StackName>([^<]*)</StackName>", add, described)
 
     def _has(self, account: str, bucket: str) -> bool:
-        """Ask for an account's buckets, in its own name: ministack checks no signatures."""
+        """Ask ministack, as the account, whether it has the bucket: ministack checks no signatures."""
         scope = f"AWS4-HMAC-SHA256 Credential={account}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
         with contextlib.closing(http.client.HTTPConnection(urlsplit(self.endpoint).netloc, timeout=120)) as connection:
             connection.request("GET", f"/?prefix={bucket}", headers={"Authorization": scope})
@@ -130,33 +129,33 @@ class FrontDoor:
 
 
 def _name(place: str) -> str:
-    """Give what an ARN, or a name alone, names."""
+    """Return the name in an ARN, or the name itself."""
     return place.split("/")[1] if place.startswith("arn:") else place
 
 
 class _Server(ThreadingHTTPServer):
-    """Says nothing of clients that are gone: some are killed."""
+    """Ignores errors of clients that are gone: some are killed."""
 
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say of all else what it was."""
+        """Report every other error."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Relay(BaseHTTPRequestHandler):
-    """Takes each request through."""
+    """Forwards requests."""
 
     door: FrontDoor
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def relay(self) -> None:
-        """Take one request through."""
+        """Forward one request, or deny it."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         scope, path = _SCOPE.search(self.headers.get("Authorization", "")), urlsplit(self.path).path
         account, service = scope.groups() if scope else ("", "")
@@ -203,6 +202,6 @@ class _Relay(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def front_door(environment: Mapping[str, str], *accounts: str) -> Iterator[FrontDoor]:
-    """Open a door to the account that an environment leads to."""
+    """Open a proxy to the accounts that an environment leads to."""
     with FrontDoor(environment, [*accounts]) as door:
         yield door

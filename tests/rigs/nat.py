@@ -1,7 +1,7 @@
-"""A network path that forgets connections that are silent, as NAT does: from then on it drops their packets, and tells nobody.
+"""A network path that, like NAT, forgets silent connections: from then on it drops their packets without telling either end.
 
-It is made of the kernel's own TCP and a TUN device: what is sent to one address of the device comes back as sent from there to the other,
-so that packets, TCP's probes among them, pass through this process, which forwards them or does not.
+It uses the kernel's TCP and a TUN device. Packets sent to one address of the device come back as if sent from there to the other, so all
+packets, TCP's probes included, pass through this process, which forwards or drops them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _SIOCSIFADDR, _SIOCSIFDSTADDR, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8916, 0
 
 
 def nat_missing() -> str | None:
-    """Why no such path can be made here; None if one can."""
+    """Say why no such path can be made here; None if one can."""
     try:
         ForgetfulNat("http://127.0.0.1:1", 1).close()
     except OSError as error:
@@ -29,7 +29,7 @@ def nat_missing() -> str | None:
 
 
 class ForgetfulNat:
-    """A path to ``endpoint``, an HTTP server on loopback, that forgets connections after ``seconds`` of silence.
+    """A path to ``endpoint``, an HTTP server on loopback, which forgets a connection after ``seconds`` of silence.
 
     Raise OSError where no network device may be made.
     """
@@ -37,9 +37,9 @@ class ForgetfulNat:
     def __init__(self, endpoint: str, seconds: float) -> None:
         self.seconds = seconds
         self.forgotten = 0
-        """Connections that packets came from after they had been forgotten."""
+        """Number of connections that sent packets after they were forgotten."""
         self.probes = 0
-        """Packets without data of connections that were silent for half a second or longer."""
+        """Number of packets without data on connections that were silent for at least half a second."""
         self._target = urlsplit(endpoint)
         self._heard: dict[frozenset[int], float] = {}
         self._lost = set[frozenset[int]]()
@@ -74,11 +74,11 @@ class ForgetfulNat:
         self.close()
 
     def close(self) -> None:
-        """Take the device away."""
+        """Remove the device."""
         self._closing.close()
 
     def _serve(self) -> None:
-        """Take packets and connections, one after another, until it is stopped."""
+        """Handle packets and connections, one after another, until stopped."""
         ends: list[Any] = [self._device, self._entry, self._stopped]
         with contextlib.suppress(OSError):
             while True:
@@ -93,7 +93,7 @@ class ForgetfulNat:
                     threading.Thread(target=_join, args=(near, far), name="nat-relay", daemon=True).start()
 
     def _forward(self, packet: bytearray) -> None:
-        """Bring a packet back with its addresses swapped, which leaves all checksums right; or drop it."""
+        """Return a packet with its addresses swapped, which keeps all checksums valid; or drop it."""
         if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_TCP and self._remembers(packet):
             packet[12:16], packet[16:20] = packet[16:20], packet[12:16]
             os.write(self._device, packet)
@@ -117,7 +117,7 @@ class ForgetfulNat:
 
 
 def _join(*ends: socket.socket) -> None:
-    """Carry bytes both ways until either end closes."""
+    """Copy bytes both ways until either end closes."""
     other = dict(zip(ends, reversed(ends), strict=True))
     with ends[0], ends[1], contextlib.suppress(OSError):
         while True:

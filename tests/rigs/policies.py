@@ -1,4 +1,4 @@
-"""IAM policies against what a program really asks of AWS: its requests, as actions on resources, and which of them a policy allows."""
+"""IAM policies checked against real requests: which actions and resources a program needs, and whether a policy allows them."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ _S3: Mapping[str, tuple[str, ...]] = {
     "UploadPart": ("PutObject",),
     "UploadPartCopy": ("GetObject", "PutObject"),
 }
-"""Actions of S3 that are not called as its operations are
+"""The actions of S3 operations whose names differ
 (https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazons3.html)."""
 
 _OBJECTS = {"AbortMultipartUpload", "DeleteObject", "DeleteObjectVersion", "GetObject", "ListMultipartUploadParts", "PutObject"}
@@ -34,11 +34,11 @@ _ANYWHERE = re.compile(
     "sts:.*|s3:ListAllMyBuckets|lambda:GetAccountSettings|cloudformation:(ListStacks|DescribeStackDriftDetectionStatus)|"
     "cloudwatch:DescribeAlarms|logs:DescribeLogGroups"
 )
-"""Actions that name no resource, or that a caller may only have for all."""
+"""Actions that take no resource, or are only granted for all resources."""
 
 
 _NAMES = ("StackName", "ChangeSetName", "FunctionName", "RoleName", "logGroupName", "DashboardName")
-"""Parameters that name what is asked for."""
+"""Parameters that name a resource."""
 
 
 class Need(NamedTuple):
@@ -56,7 +56,7 @@ class _Sent(NamedTuple):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[_Sent]]:
-    """Note, in order, what boto3's clients in this process ask of AWS."""
+    """Record, in order, the requests of boto3's clients in this process."""
     sent: list[_Sent] = []
     ask = botocore.client.BaseClient._make_api_call  # type: ignore[attr-defined]
 
@@ -72,7 +72,7 @@ def recorded() -> Iterator[list[_Sent]]:
 
 
 def needs(sent: Iterable[_Sent], account: str, region: str) -> set[Need]:
-    """Give the actions that requests stand for, on the resources that they name."""
+    """Return the actions that requests need, on the resources that they name."""
     found = set[Need]()
     for one in sent:
         service = {"monitoring": "cloudwatch"}.get(one.service, one.service)
@@ -86,7 +86,7 @@ def needs(sent: Iterable[_Sent], account: str, region: str) -> set[Need]:
 
 
 def _resources(service: str, action: str, asked: Mapping[str, Any], where: str) -> list[str]:
-    """Give the ARNs that a request names."""
+    """Return the ARNs that a request names."""
     if service == "s3":
         bucket = f"arn:aws:s3:::{asked['Bucket']}"
         keys = [asked["Key"]] if "Key" in asked else [one["Key"] for one in asked.get("Delete", {}).get("Objects", [])]
@@ -108,14 +108,14 @@ def _resources(service: str, action: str, asked: Mapping[str, Any], where: str) 
 
 
 def allows(policies: Iterable[Mapping[str, Any]], need: Need) -> bool:
-    """Tell whether policies, whose conditions are all met, allow it."""
+    """Tell whether policies allow an action, if all their conditions are met."""
     statements = [one for policy in policies for one in policy["Statement"] if _matches(one["Action"], need.action, re.IGNORECASE)]
     effects = {one["Effect"] for one in statements if _matches(one["Resource"], need.resource)}
     return effects == {"Allow"}
 
 
 def actions(policy: Mapping[str, Any]) -> set[str]:
-    """Give all actions that a policy allows."""
+    """Return all actions that a policy allows."""
     return {action for one in policy["Statement"] if one["Effect"] == "Allow" for action in _several(one["Action"])}
 
 

@@ -1,6 +1,6 @@
-"""A path to an HTTP server that is slow or faulty on command: it waits, paces, refuses, cuts and loses as it is told, and changes no byte.
+"""A slow or faulty path to an HTTP server: a proxy that delays, paces, refuses, cuts or loses answers, and changes no byte.
 
-``python -m rigs.proxy`` runs one as a process of its own, so that its work is not its clients'.
+``python -m rigs.proxy`` runs one in its own process, so that its work does not slow its clients down.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from rigs.serving import serving
 _HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "proxy-connection"}
 _CHUNK = 256 << 10
 _DOWN = b"<html><body><h1>503 Service Unavailable</h1>\nNo server is available to handle this request.\n</body></html>\n"
-"""What HAProxy says then."""
+"""HAProxy's answer when no server is left."""
 _BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 
 
 @dataclass(frozen=True)
 class Path:
-    """How the path behaves.
+    """Delays, rates and faults of a path.
 
     ``faults`` by the request's number, from 1: "503", "429" or "500" answers that, as S3 does, and forwards nothing; "down" answers 503,
-    as a load balancer does that has no server left; "reset" breaks the connection before anything is forwarded; "lost" forwards, and
+    as a load balancer without servers does; "reset" breaks the connection before anything is forwarded; "lost" forwards, and
     breaks it instead of answering; "cut:N" after N bytes of the body.
     """
 
@@ -47,12 +47,12 @@ class Path:
 class Proxy:
     """A path to ``endpoint``, on loopback, served by threads of this process.
 
-    Subclasses have rules of their own: headers that are ``dropped``, in small letters, and requests that end here in a ``refusal``.
+    Subclasses may drop headers (``dropped``, in lower case) and answer requests themselves (``refusal``).
     """
 
     dropped: ClassVar[frozenset[str]] = frozenset()
     status: ClassVar[int] = 400
-    """Of a refusal."""
+    """HTTP status of a refusal."""
 
     def __init__(self, endpoint: str, path: Path) -> None:
         self.target = urlsplit(endpoint).netloc
@@ -73,17 +73,17 @@ class Proxy:
         self._serving.close()
 
     def refusal(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> bytes | None:  # noqa: ARG002
-        """Give the document to answer a request with, and not forward it; None for one that goes through. Header names are small."""
+        """Return the document that answers a request, or None to forward it. Names of headers are in lower case."""
         return None
 
     def next_fault(self) -> str:
-        """Count a request; give what is to go wrong with it, or nothing."""
+        """Count a request; return its fault, or an empty string."""
         with self._lock:
             self.requests += 1
             return self.path.faults.get(self.requests, "")
 
     def pace(self, count: int) -> None:
-        """Wait until ``count`` more bytes may pass, of all answers together."""
+        """Wait until ``count`` more bytes may pass at the total rate."""
         if self.path.total < math.inf:
             with self._lock:
                 self._free_at = max(self._free_at, time.monotonic()) + count / self.path.total
@@ -92,14 +92,14 @@ class Proxy:
 
 
 class _Relay(BaseHTTPRequestHandler):
-    """Forwards each request over a connection of its own to the target, kept as long as the client's."""
+    """Forwards requests; each client's connection has one to the target, which lives as long."""
 
     proxy: Proxy
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def setup(self) -> None:
         """Open both connections."""
@@ -113,7 +113,7 @@ class _Relay(BaseHTTPRequestHandler):
             super().finish()
 
     def relay(self) -> None:
-        """Take one request through."""
+        """Forward one request, or answer it."""
         body, fault = self.rfile.read(int(self.headers.get("Content-Length") or 0)), self.proxy.next_fault()
         time.sleep(self.proxy.path.latency)
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -132,7 +132,7 @@ class _Relay(BaseHTTPRequestHandler):
             return self._break()
         self.upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
-            if name.lower() != "expect" and name.lower() not in self.proxy.dropped:  # the first is answered here
+            if name.lower() != "expect" and name.lower() not in self.proxy.dropped:  # "expect" is answered here
                 self.upstream.putheader(name, value)
         self.upstream.endheaders(body or None)
         answer = self.upstream.getresponse()
@@ -172,7 +172,7 @@ class _Relay(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def slow_path(endpoint: str, *, latency: float = 0.0, per_connection: float = math.inf, total: float = math.inf) -> Iterator[str]:
-    """Start a slow path to ``endpoint`` as a process of its own; give the endpoint to use instead."""
+    """Start a slow path to ``endpoint`` in its own process; give the endpoint to use instead."""
     settings = {"latency": latency, "per_connection": per_connection, "total": total}
     command = [sys.executable, "-m", "rigs.proxy", endpoint, json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -181,10 +181,10 @@ def slow_path(endpoint: str, *, latency: float = 0.0, per_connection: float = ma
         try:
             yield process.stdout.readline().strip()
         finally:
-            process.stdin.close()  # it ends then, also when this process is killed
+            process.stdin.close()  # which ends it, also when this process is killed
 
 
 if __name__ == "__main__":
     with Proxy(sys.argv[1], Path(**json.loads(sys.argv[2]))) as _proxy:
-        print(_proxy.endpoint, flush=True)  # noqa: T201 - told to whoever started it
+        print(_proxy.endpoint, flush=True)  # noqa: T201 - read by the parent process
         sys.stdin.read()

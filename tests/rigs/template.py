@@ -1,4 +1,4 @@
-"""A template as an account would see it: its conditions decided, its parameters put in; what only AWS knows stays as ``${Name}``."""
+"""A CloudFormation template with its conditions and parameters resolved; values that only AWS knows stay as ``${Name}``."""
 
 import json
 import re
@@ -15,10 +15,10 @@ PSEUDO = {
     "AWS::StackName": "one",
     "AWS::URLSuffix": "amazonaws.com",
 }
-"""What stands for the account in which it is resolved."""
+"""Values of the pseudo parameters."""
 
 _NOTHING = object()
-"""AWS::NoValue: it takes along the key or the item that it is the value of."""
+"""AWS::NoValue: the key or list item with this value is dropped."""
 
 _TRANSLATE = """
 import json, sys
@@ -31,8 +31,8 @@ print(json.dumps(transform(template, parameters, Loader())))
 
 
 def read_template(text: str) -> Any:
-    """Read a template's YAML; CloudFormation's short forms, such as ``!Ref``, become the long ones."""
-    import yaml  # noqa: PLC0415 - the rest of gradsharding.testing does without
+    """Parse a template's YAML; short forms such as ``!Ref`` become the long ones."""
+    import yaml  # noqa: PLC0415 - few tests need it
 
     class Loader(yaml.SafeLoader):
         pass
@@ -50,7 +50,7 @@ def read_template(text: str) -> Any:
 
 
 def translated(template: Any, parameters: Mapping[str, str] = {}) -> Any:
-    """Let SAM's own translator, from ``make rig``, make plain CloudFormation of a template."""
+    """Translate a SAM template to plain CloudFormation by SAM's own translator, which ``make rig`` installs."""
     sam = tool("sam")
     assert sam
     asked = json.dumps([template, dict(parameters)])
@@ -63,10 +63,10 @@ def translated(template: Any, parameters: Mapping[str, str] = {}) -> Any:
 
 
 def resolved(template: Any, **parameters: str) -> Any:
-    """Give the template for these parameters and the defaults of the others: what its conditions rule out is gone.
+    """Return the template for these parameters and the defaults of the others, without what its conditions exclude.
 
     A reference to a resource becomes ``${Name}``, to an attribute ``${Name.Attribute}``. Raise ValueError for a parameter that the
-    template would not take.
+    template does not accept.
     """
     given = {name: _taken(name, rules, parameters.get(name)) for name, rules in template["Parameters"].items()}
     if unknown := parameters.keys() - given.keys():
@@ -77,7 +77,7 @@ def resolved(template: Any, **parameters: str) -> Any:
 
 
 def _kept(section: Mapping[str, Any], reader: "_Reader") -> dict[str, Any]:
-    """Give what the conditions leave of a section."""
+    """Return a section without the entries that their conditions exclude."""
     left = {name: one for name, one in section.items() if "Condition" not in one or reader.holds(one["Condition"])}
     return {name: reader.value({key: value for key, value in one.items() if key != "Condition"}) for name, one in left.items()}
 
@@ -87,7 +87,7 @@ def _taken(name: str, rules: Mapping[str, Any], value: str | None) -> Any:
     pattern, allowed = rules.get("AllowedPattern", ".*"), [str(one) for one in rules.get("AllowedValues", [text])]
     bounds = float(rules.get("MinValue", "-inf")), float(rules.get("MaxValue", "inf"))
     if not re.fullmatch(pattern, text) or text not in allowed or (rules["Type"] == "Number" and not bounds[0] <= float(text) <= bounds[1]):
-        raise ValueError(f"parameter {name} would not be taken: {text!r}")
+        raise ValueError(f"the template does not accept {text!r} for {name}")
     return text.split(",") if rules["Type"] == "CommaDelimitedList" else text
 
 
@@ -100,7 +100,7 @@ class _Reader:
         return bool(self.value(self._conditions[name]))
 
     def value(self, one: Any) -> Any:
-        """Resolve a value; give _NOTHING for none."""
+        """Resolve a value; return _NOTHING for AWS::NoValue."""
         if isinstance(one, list):
             return [value for value in map(self.value, one) if value is not _NOTHING]
         if not isinstance(one, dict):
