@@ -38,7 +38,7 @@ CONFIG = HERE / "configs" / "crossover.json"
 RESULTS = HERE / "results" / "crossover.json"
 
 Price = Callable[[int, int], Decimal | None]
-"""US dollars for a round of so many bytes and clients; None where no function has the memory that it takes."""
+"""Price of a round in US dollars, from its bytes and clients; None if no function has enough memory."""
 
 CLAIMED_CROSSING = 492
 """MiB from which on the paper has sharding cheaper: its projection, N=50."""
@@ -47,7 +47,7 @@ NEAR = 0.2
 """A figure within this of a claim is as claimed."""
 
 CAPS = (3008, 10240)
-"""MiB of a function: what the paper's account had, and AWS's own limit."""
+"""MiB of a function: the limit of the paper's account, and AWS's own limit."""
 
 
 def paper_price(topology: str, accounting: str, shards: int | None = None) -> Price:
@@ -62,7 +62,7 @@ def paper_price(topology: str, accounting: str, shards: int | None = None) -> Pr
 
 
 def engine_price(topology: str, accounting: str, shards: int | None = None) -> Price:
-    """Price this engine, each topology at its best, or with so many shards."""
+    """Price this engine, each topology at its best, or with ``shards``."""
     prices, needs = load_prices(), Needs(architecture="x86_64", concurrency=ACCOUNT_CONCURRENCY, on_aws=True)
 
     def price(nbytes: int, clients: int) -> Decimal | None:
@@ -73,7 +73,7 @@ def engine_price(topology: str, accounting: str, shards: int | None = None) -> P
 
 
 class Crossing(NamedTuple):
-    """From which size on one way is cheaper than another, in MiB: between two sizes, of which one may be 0 or infinite."""
+    """The model size from which on one way is cheaper than another, in MiB: between two sizes, of which one may be 0 or infinite."""
 
     least: float
     most: float
@@ -84,14 +84,14 @@ class Crossing(NamedTuple):
         return f"beyond {self.least:.0f}" if math.isinf(self.most) else f"{self.most:.0f}"
 
 
-def cheaper(one: Decimal | None, other: Decimal | None) -> bool:
-    """Tell whether one way is cheaper than another; one that no function has the memory for is dearer than any."""
-    return one is not None and (other is None or one < other)
+def cheaper(price: Decimal | None, other: Decimal | None) -> bool:
+    """Return whether a price is lower than another; None, for which no function has enough memory, is higher than any."""
+    return price is not None and (other is None or price < other)
 
 
-def crossing(one: Price, other: Price, clients: int, sizes: Sequence[int]) -> Crossing:
-    """Find from which size on ``one`` is cheaper than ``other``."""
-    wins = [cheaper(one(size, clients), other(size, clients)) for size in sizes]
+def crossing(price: Price, other: Price, clients: int, sizes: Sequence[int]) -> Crossing:
+    """Find the size from which on ``price`` is lower than ``other``."""
+    wins = [cheaper(price(size, clients), other(size, clients)) for size in sizes]
     if all(wins):
         return Crossing(0, sizes[0] / MB)
     if not wins[-1]:
@@ -100,7 +100,7 @@ def crossing(one: Price, other: Price, clients: int, sizes: Sequence[int]) -> Cr
     low, high = sizes[place], sizes[place + 1]
     while high / low > 1.01:
         middle = int(math.sqrt(low * high))
-        low, high = (low, middle) if cheaper(one(middle, clients), other(middle, clients)) else (middle, high)
+        low, high = (low, middle) if cheaper(price(middle, clients), other(middle, clients)) else (middle, high)
     return Crossing(low / MB, high / MB)
 
 
@@ -187,14 +187,14 @@ def ceiling(sharded: Mapping[str, float], trees: Mapping[str, float]) -> str:
 
 
 LAYOUTS = {"the paper's layout": "paper", "this engine": "ours"}
-"""The paper's objects and loop, and ours; and how rows call them."""
+"""The paper's objects and loop, and ours, with their names in the rows."""
 
 ACCOUNTINGS = {"round trip": "round_trip", "aggregation": "agg_only"}
-"""And how the paper's figures call them."""
+"""The accountings, with their names in the paper's figures."""
 
 
 def claims(found: list[Row], config: dict[str, Any]) -> list[dict[str, str]]:
-    """Hold each claim against what is known and modelled; each verdict is computed from the figures beside it."""
+    """Compare each claim with the published and the modelled figures; each verdict is computed from the figures beside it."""
     return [cheaper_from(found, config), times_cheaper(config), deployable(config)]
 
 
@@ -279,8 +279,8 @@ def deployable(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _case(layout: str, what: str) -> str:
-    return f"{layout} ({what})"
+def _case(layout: str, circumstance: str) -> str:
+    return f"{layout} ({circumstance})"
 
 
 def _each(layout: str, text: Callable[[str], str]) -> str:
@@ -292,15 +292,15 @@ def _columns(text: Callable[[str], str]) -> dict[str, str]:
     return {"model, paper's layout": text("the paper's layout"), "model, this engine": text("this engine")}
 
 
-def _by(one: Decimal | None, other: Decimal | None) -> float:
-    """How many times the other's price one is; none, or without end, where there is no price."""
+def _by(price: Decimal | None, other: Decimal | None) -> float:
+    """Divide a price by another; 0 if the other is missing, infinity if the price itself is."""
     if other is None:
         return 0.0
-    return math.inf if one is None else float(one / other)
+    return math.inf if price is None else float(price / other)
 
 
 def _in_slices(round_: Manifest, memory: int, shards: int | None) -> Plan | None:
-    """Cut into so many slices, or as many as it takes; None where that cannot be done."""
+    """Cut into ``shards``, or into as many slices as the memory demands; None if that is impossible."""
     plan = Sharded(shards=1).plan(round_, Limits(), grain=GRAIN, reading=READING)
     return plan.recut(shards) if shards else plan.fitting(memory - RUNTIME)
 

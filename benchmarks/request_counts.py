@@ -50,8 +50,8 @@ MIB = 1 << 20
 ROUNDS = {"moto": 200, "ceph": 50}
 
 SLACK, UNKNOWN = 1.1, 1
-"""A plan may say so many times what is counted, where sizes do not vary; or so many requests more, which matters in the smallest
-rounds: no plan knows whether the server will tell the version of what was completed, or has to be asked."""
+"""Where sizes do not vary, a plan may exceed the count by the factor SLACK or by UNKNOWN requests, whichever is more. The latter matters in
+the smallest rounds: no plan knows whether the server's answer names the version of a completed object, or takes one more request."""
 
 Arrays = dict[str, Any]
 
@@ -70,7 +70,7 @@ class Counted(NamedTuple):
 
     @property
     def problem(self) -> str | None:
-        """Say what is not as it must be."""
+        """Describe the first difference; None if there is none."""
         for name in ("gets", "puts"):
             seen, reported, planned = self.seen[name], getattr(self.reported, name), getattr(self.planned, name)
             loose = planned > max(SLACK * reported, reported + UNKNOWN) and not self.varies
@@ -223,7 +223,7 @@ def watched(kind: type[GradSharding], server: S3Server, note: Callable[[dict[str
     return Watched
 
 
-def told(report: RoundReport) -> tuple[Usage, Usage]:
+def requests_of(report: RoundReport) -> tuple[Usage, Usage]:
     """Give a round's requests, the server's and the nodes', as they were counted and as they were planned."""
     counted = Usage(gets=report.gets + (report.nodes_gets or 0), puts=report.puts + (report.nodes_puts or 0))
     gets, puts = report.projected_gets + report.projected_nodes_gets, report.projected_puts + report.projected_nodes_puts
@@ -237,7 +237,7 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
 
     def note(seen: dict[str, int], report: RoundReport) -> None:
         what, varies = f"{kind.__name__}, {mode}{', exact' * exact}", exact and kind is not GradSharding
-        found.append(Counted("flower", what, seen, *told(report), varies))
+        found.append(Counted("flower", what, seen, *requests_of(report), varies))
 
     mode, exact = draw.choice(["direct", "direct", "relay", "mixed"]), draw.random() < 0.3
     (model, *_) = updates(draw, exact=True)

@@ -92,27 +92,27 @@ def run(name: str, number: int, store: DirectoryStore, weights: dict[str, float]
 
 
 def compare(store: DirectoryStore, nbytes: int, clients: int, executor: Executor, repetitions: int) -> Figures:
-    """Run all topologies in turn, so many times."""
+    """Run all topologies in turn, ``repetitions`` times."""
     weights, limits = contribute(store, nbytes, clients), Limits(memory=1 << 34)
     runs: dict[str, list[Figures]] = {name: [] for name in TOPOLOGIES}
     run("sharded", 0, store, weights, executor, limits)  # warms workers and the page cache
     for repetition in range(repetitions):
         for i, name in enumerate(TOPOLOGIES):
             runs[name].append(run(name, 1 + repetition * len(TOPOLOGIES) + i, store, weights, executor, limits))
-    (digest,) = {one["digest"] for some in runs.values() for one in some}
-    least = min(Range.of(one["seconds"] for one in some).median for some in runs.values())
+    (digest,) = {figures["digest"] for repeated in runs.values() for figures in repeated}
+    least = min(Range.of(figures["seconds"] for figures in repeated).median for repeated in runs.values())
     found = {}
-    for name, some in runs.items():
-        seconds = Range.of(one["seconds"] for one in some)
-        measured = {"seconds": seconds.__dict__, **observed(some)}
-        found[name] = {**some[0], **measured, "of_the_fastest": seconds.median / least}
+    for name, repeated in runs.items():
+        seconds = Range.of(figures["seconds"] for figures in repeated)
+        measured = {"seconds": seconds.__dict__, **observed(repeated)}
+        found[name] = {**repeated[0], **measured, "of_the_fastest": seconds.median / least}
         del found[name]["digest"]
     return {"digest": digest, "topologies": found}
 
 
 def observed(runs: list[Figures]) -> Figures:
-    """Give the CPU time of repetitions as a range, and the largest peak; None for what no process of the pool can tell of a task alone."""
-    cpu, peaks = ([one[name] for one in runs] for name in ("cpu_seconds", "peak_memory"))
+    """Return the CPU time of repetitions as a range, and the largest peak; None for a figure that the pool's processes cannot measure."""
+    cpu, peaks = ([figures[name] for figures in runs] for name in ("cpu_seconds", "peak_memory"))
     return {"cpu_seconds": None if None in cpu else Range.of(cpu).__dict__, "peak_memory": None if None in peaks else max(peaks)}
 
 
@@ -128,7 +128,7 @@ def place(directory: Path | None) -> Iterator[DirectoryStore]:
 
 @contextlib.contextmanager
 def executor_of(spec: str | None) -> Iterator[tuple[Executor, int]]:
-    """Open an executor: ours on this machine, or one over a pool; and tell how many tasks run at once."""
+    """Open an executor, ours on this machine or one over a pool; yield it with the number of tasks that run at once."""
     if spec is None:
         yield ProcessExecutor(), len(os.sched_getaffinity(0))
     else:
@@ -140,21 +140,21 @@ def _show(found: Figures, console: Console) -> None:
     table = Table(
         "topology", "functions", "time, median", "of the fastest", "CPU", "peak of a function", "projected", "GETs", "PUTs", "read"
     )
-    for name, one in found["topologies"].items():
+    for name, row in found["topologies"].items():
         table.add_row(
             name,
-            f"{one['functions']} ({'+'.join(map(str, one['widths']))} × {one['shards']})",
-            f"{one['seconds']['median']:.2f} s",
-            f"{one['of_the_fastest']:.2f}",
-            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
-            shown(one["peak_memory"], 2**20, ",.0f", "MiB"),
-            f"{one['projected_memory'] / 2**20:,.0f} MiB",
-            str(one["gets"]),
-            str(one["puts"]),
-            f"{one['bytes_read'] / 1e6:,.0f} MB",
+            f"{row['functions']} ({'+'.join(map(str, row['widths']))} × {row['shards']})",
+            f"{row['seconds']['median']:.2f} s",
+            f"{row['of_the_fastest']:.2f}",
+            shown(row["cpu_seconds"] and row["cpu_seconds"]["median"], 1, ".2f", "s"),
+            shown(row["peak_memory"], 2**20, ",.0f", "MiB"),
+            f"{row['projected_memory'] / 2**20:,.0f} MiB",
+            str(row["gets"]),
+            str(row["puts"]),
+            f"{row['bytes_read'] / 1e6:,.0f} MB",
         )
     console.print(table)
-    for why in sorted({one["unmeasured"] for one in found["topologies"].values() if one["unmeasured"]}):
+    for why in sorted({row["unmeasured"] for row in found["topologies"].values() if row["unmeasured"]}):
         console.print(f"– a function's peak is not known: {why}; without --pool, each is measured")
 
 

@@ -208,7 +208,7 @@ def test_attempts_of_flower_that_fail(moto: S3Server, moto_store: S3Store, execu
     strategy = watched(FedAvg(fraction_evaluate=0.0), store=moto_store, executor=executor, shards=3)
     strategy.start(grid, ArrayRecord({"w": Array(np.ones(5_000, np.float32))}), num_rounds=1)
     ((seen, report),) = found
-    counted, planned = request_counts.told(report)
+    counted, planned = request_counts.requests_of(report)
 
     assert [4] == [*report.left_out]
     assert (seen["gets"], seen["puts"]) == (counted.gets, counted.puts)
