@@ -230,7 +230,7 @@ def test_wider_digits_are_refused() -> None:
 
 
 def test_subnormals_are_needed() -> None:
-    """In a thread that takes subnormal numbers for zero, as torch may have told it to, exact sums refuse to begin."""
+    """In a thread that treats subnormal numbers as zero, as torch can make it do, exact sums refuse to begin."""
 
     def begin() -> str:
         torch.set_flush_denormal(True)

@@ -1,1 +1,1 @@
-"""How a slice's inputs become one: weights, sums, exact sums, the fold. Nothing here does I/O."""
+"""How the inputs of a slice become one: rules, their accumulators, the fold, weights. Nothing here does I/O."""

@@ -1,10 +1,10 @@
-"""Exact sums of floats: a sum is a function of the set of weighted elements that are in it, and no bit of it is ever rounded away.
+"""Exact sums of floats: no bit is ever rounded away, so a sum depends on nothing but the set of its weighted elements.
 
-So it cannot depend on their order, on how they were grouped, or on where the vector was cut; and the mean is what real arithmetic
-gives, rounded once: to nearest, ties to even.
+It does not depend on their order, on how they were grouped, or on where the vector was cut. The mean is that of real arithmetic, rounded
+once: to nearest, ties to even.
 
-An exact zero is +0; a mean that is not zero keeps its sign, though it may round to zero. Any NaN, or infinities of both signs, make
-NaN; of one sign, that infinity. The mean of finite elements cannot overflow.
+An exact zero is +0; a mean that is not zero keeps its sign, even if it rounds to zero. A NaN, or infinities of both signs, make NaN;
+infinities of one sign make that infinity. The mean of finite elements cannot overflow.
 """
 
 import math
@@ -18,20 +18,20 @@ from gradsharding.errors import InvalidUpdate, UserError
 from gradsharding.format.dtypes import FORMATS, NUMPY, Array, Buffer, Format, Run, rounded, widen
 
 BLOCK = 16_384
-"""Elements per step: the block, its digits and the temporaries stay in the second-level cache."""
+"""Elements per step: a block, its digits and its temporaries stay in the second-level cache."""
 
 BLOCK_SIZE = 1 << 10
-"""Bytes that bound what is kept of a block beside its digits."""
+"""Bytes that bound a block's bookkeeping, beside its digits."""
 
 _CLOSE = 2.0**-50
-"""A quotient is known to at most half of this, relatively."""
+"""Twice the largest relative error of a quotient."""
 
 NAN, PLUS, MINUS = 1, 2, 4
-"""What is told of an element that had no finite addends only."""
+"""Flags: which non-finite addends an element has seen."""
 
 
 def planes(dtype: str, total: int) -> int:
-    """Number of digits that sums of ``dtype`` elements (F32, F16 or BF16) under ``total`` weight may have.
+    """Return how many digits a sum of ``dtype`` elements (F32, F16 or BF16) may have, if the weights sum to ``total``.
 
     >>> planes("F32", 1000), planes("BF16", 1000), planes("F16", 1000)
     (7, 6, 2)
@@ -50,9 +50,7 @@ def size(run: Run, total: int) -> Size:
 
 
 class ExactSums:
-    """Sums of ``length`` elements of F32, F16 or BF16; ``total`` is the sum of all weights that will be in the mean, 2**53 at most.
-
-    Arrays have one dimension; those of elements have the dtype that ``NUMPY`` names, so that bfloat16 comes and goes as its bits.
+    """Exact sums of a run of ``length`` elements of F32, F16 or BF16; ``total`` is the sum of the weights of all inputs, at most 2**53.
 
     >>> sums = ExactSums("F32", 1, 3, np.zeros(8 * planes("F32", 3), np.uint8), np.empty((3, BLOCK)))
     >>> for value in (2.0**60, 1.0, -(2.0**60)):
@@ -64,9 +62,9 @@ class ExactSums:
     __slots__ = ("_blocks", "_bytes", "_dtype", "_length", "_scratch", "_specials", "_total")
 
     def __init__(self, dtype: str, length: int, total: int, place: Array, scratch: Scratch) -> None:
-        """Keep sums in ``place``: uint8 zeros, 8 for each element and plane. Raise UserError where subnormal numbers are lost.
+        """Keep the sums in ``place``: zeros (uint8), 8 for each element and plane. Raise UserError if this thread loses subnormal numbers.
 
-        ``scratch`` has three rows of ``BLOCK`` elements at least.
+        ``scratch`` has at least three rows of ``BLOCK`` elements.
         """
         _require_subnormals()
         self._dtype, self._length, self._total, self._scratch = dtype, length, total, scratch
@@ -77,24 +75,25 @@ class ExactSums:
 
     @property
     def finite(self) -> bool:
-        """Whether all that was added is finite."""
+        """Whether all addends are finite."""
         return self._specials is None
 
     def add(self, first: int, elements: Array, weight: int) -> None:
-        """Add ``weight`` times ``elements``, from element ``first`` on, a multiple of ``BLOCK``."""
+        """Add ``weight`` times ``elements`` to the sums from ``first`` on, a multiple of ``BLOCK``."""
         for i in range(0, elements.size, BLOCK):
             self._add(first + i, elements[i : i + BLOCK], weight)
 
     def finalize(self) -> Iterator[Array]:
-        """Give the means, rounded once to the elements' dtype, block by block."""
+        """Yield the means, rounded once to the elements' dtype, block by block."""
         for b in range(len(self._blocks)):
             yield self._mean(b)
 
     def serialize(self) -> list[Buffer]:
-        """Give the sums in a form that ``merge`` reads, equal bytes for equal sums. Ends them: it is made in their own memory.
+        """Return the sums as bytes that ``merge`` reads; equal sums have equal bytes. Consumes the sums: their memory is reused.
 
-        A byte says whether any element was not finite. A table has two bytes for each plane and block, as ``pack`` gives them. The digits
-        follow, plane by plane, little-endian in two's complement; where an element was not finite, a byte for each tells.
+        The first byte is 1 if any addend was not finite, else 0. A table has two bytes for each plane and block: those stripped and those
+        kept, as ``pack`` returns them. The digits follow, plane by plane, little-endian in two's complement. If the first byte is 1, the
+        flags of all elements come last, one byte each.
         """
         table = np.zeros((len(self._bytes), len(self._blocks), 2), np.uint8)
         ends = [0] * len(self._bytes)
@@ -105,22 +104,22 @@ class ExactSums:
                 self._bytes[p, ends[p] : ends[p] + packed.size] = packed
                 ends[p] += packed.size
         rows: list[Buffer] = [row[:end].data for row, end in zip(self._bytes, ends, strict=True) if end]
-        told: list[Buffer] = [] if self._specials is None else [self._specials.data]
-        return [bytes([bool(told)]), table.data, *rows, *told]
+        flags: list[Buffer] = [] if self._specials is None else [self._specials.data]
+        return [bytes([bool(flags)]), table.data, *rows, *flags]
 
     def merge(self, read: ReadExactly) -> None:
-        """Add what other sums of the same dtype, length and total have written. Raise InvalidUpdate if they were not written so."""
-        told, shape = read(1)[0], (len(self._bytes), len(self._blocks), 2)
+        """Add other serialized sums of the same dtype, length and total; raise InvalidUpdate if the bytes are not such sums."""
+        flagged, shape = read(1)[0], (len(self._bytes), len(self._blocks), 2)
         table = np.frombuffer(bytes(read(math.prod(shape))), np.uint8).reshape(shape)
         if (table.sum(2) > DIGIT_BYTES).any():
-            raise InvalidUpdate("partial sums have digits wider than 48 bits; they were not written as exact sums of this release")
+            raise InvalidUpdate("partial sums have digits wider than 48 bits; they are not exact sums of this release")
         for p, row in enumerate(table):
             for block, (low, width) in zip(self._blocks, row.tolist(), strict=True):
                 if width:
                     block.merge(p, unpack(read(width * block.size), low, width))
-        if told:
+        if flagged:
             for b, block in enumerate(self._blocks):
-                self._tell(b * BLOCK, np.frombuffer(read(block.size), np.uint8))
+                self._flag(b * BLOCK, np.frombuffer(read(block.size), np.uint8))
 
     def _add(self, first: int, elements: Array, weight: int) -> None:
         """Add to one block."""
@@ -141,23 +140,23 @@ class ExactSums:
             self._blocks[first // BLOCK].add(first % BLOCK, product, low + shift, high + shift + part.bit_length(), spare)
 
     def _mean(self, b: int) -> Array:
-        """Give the means of block ``b``: where what is known of the quotient leaves two neighbours, the sum decides."""
+        """Return the means of block ``b``. Where the error of the quotient leaves two neighbours possible, the exact sum decides."""
         block = self._blocks[b]
-        near = block.head() / float(self._total)  # off by 2**-51 of itself at most: by the sum of the digits, and by the division
+        near = block.head() / float(self._total)  # relative error at most 2**-51: of the sum of the digits, and of the division
         mean, above = rounded(near * (1 - _CLOSE), self._dtype), rounded(near * (1 + _CLOSE), self._dtype)
         undecided = np.flatnonzero(mean != above)
         if undecided.size:
-            below, above = (widen(some[undecided], self._dtype).astype(np.float64) for some in (mean, above))
-            mean[undecided] = self._decided(block.some(undecided), below, above)
+            below, above = (widen(bound[undecided], self._dtype).astype(np.float64) for bound in (mean, above))
+            mean[undecided] = self._decided(block.select(undecided), below, above)
         if self._specials is not None:
-            told = self._specials[b * BLOCK : b * BLOCK + block.size]
-            value = np.where(told & PLUS, np.inf, -np.inf)
-            value[(told & NAN != 0) | (told & (PLUS | MINUS) == PLUS | MINUS)] = np.nan
-            mean[told != 0] = rounded(value, self._dtype)[told != 0]
+            flags = self._specials[b * BLOCK : b * BLOCK + block.size]
+            value = np.where(flags & PLUS, np.inf, -np.inf)
+            value[(flags & NAN != 0) | (flags & (PLUS | MINUS) == PLUS | MINUS)] = np.nan
+            mean[flags != 0] = rounded(value, self._dtype)[flags != 0]
         return mean
 
     def _decided(self, sums: Digits, below: Array, above: Array) -> Array:
-        """Decide between two neighbours by the exact sign of the sum less their middle's share of the total. The sums are lost."""
+        """Choose between two neighbours by the exact sign of the sum minus ``total`` times their middle. Overwrites the sums."""
         form, middle = FORMATS[self._dtype], (below + above) / 2  # exact: at most one bit more than an element has
         least = math.frexp(float(np.abs(middle).min()))[1] - form.mantissa - 2
         low, high = max(least, _lowest(self._dtype)), math.frexp(float(np.abs(middle).max()))[1]
@@ -167,49 +166,49 @@ class ExactSums:
         return rounded(np.where(sign == 0, middle, np.where(sign == farther, above, below)), self._dtype)
 
     def _set_aside(self, first: int, elements: Array) -> Array:
-        """Note which elements are not finite, and give zeros in their place."""
+        """Flag the elements that are not finite; return the elements with zeros in their place."""
         values = widen(elements, self._dtype)
-        told = NAN * np.isnan(values) + PLUS * (values == np.inf) + MINUS * (values == -np.inf)
-        self._tell(first, told.astype(np.uint8))
-        return np.where(told != 0, 0, elements).astype(elements.dtype)
+        flags = NAN * np.isnan(values) + PLUS * (values == np.inf) + MINUS * (values == -np.inf)
+        self._flag(first, flags.astype(np.uint8))
+        return np.where(flags != 0, 0, elements).astype(elements.dtype)
 
-    def _tell(self, first: int, told: Array) -> None:
+    def _flag(self, first: int, flags: Array) -> None:
         if self._specials is None:
             self._specials = np.zeros(self._length, np.uint8)
-        self._specials[first : first + told.size] |= told
+        self._specials[first : first + flags.size] |= flags
 
 
 def _lowest(dtype: str) -> int:
-    """Exponent of the lowest plane's unit: half of the least subnormal, which a middle between two elements may need."""
+    """Exponent of the lowest plane's unit: half of the least subnormal, which the middle between two elements may need."""
     return FORMATS[dtype].least - 1
 
 
 def _last_place(form: Format, bits: int) -> int:
-    """Exponent of the unit in the last place of a positive element with these bits."""
+    """Exponent of the unit in the last place of a positive element, given as its bits."""
     return form.least - 1 + max(bits >> form.mantissa, 1)
 
 
 def _magnitudes(elements: Array, form: Format, out: Array) -> int:
-    """Write the bits of elements without their signs, and give the largest: as integers, they are in the order of the magnitudes."""
+    """Write the elements' bits without their signs, which as integers are ordered like the magnitudes; return the largest."""
     np.bitwise_and(elements.view(form.bits), _infinity(form) | ((1 << form.mantissa) - 1), out=out)
     return int(out.max())
 
 
 def _infinity(form: Format) -> int:
-    """Bits of infinity: a larger number is NaN."""
+    """Bits of infinity; larger ones are NaN."""
     return (2 * form.greatest - 1) << form.mantissa
 
 
 def _parts(weight: int, bits: int) -> list[tuple[int, int]]:
-    """Cut a weight into parts of so many bits, and the shift of each; parts that are zero are left out."""
+    """Split a weight into parts of at most ``bits`` bits, each with its shift; omit parts that are zero."""
     mask = (1 << bits) - 1
     return [(part, shift) for shift in range(0, weight.bit_length(), bits) if (part := weight >> shift & mask)]
 
 
 def _require_subnormals() -> None:
-    """Raise UserError if this thread takes subnormal numbers for zero: products would lose them, and so would means."""
+    """Raise UserError if this thread treats subnormal numbers as zero: products and means would lose them."""
     if not np.array([1e-45], NUMPY["F32"]).astype(np.float64)[0] or not np.array([1e-45]).astype(NUMPY["F32"])[0]:
         raise UserError(
-            "this thread takes subnormal numbers for zero, and exact sums need them: "
+            "this thread treats subnormal numbers as zero, and exact sums need them: "
             "call torch.set_flush_denormal(False), or use worker processes"
         )

@@ -1,9 +1,8 @@
 """Numbers in base 2**48: one plane of float64 holds one digit of every number, as a multiple of the plane's unit.
 
-Here nothing is ever rounded away. A digit may outgrow its 48 bits by 5 before it would lose one, so that an addition is one numpy
-pass a plane, and carries are put off. This is the long accumulator of U. Kulisch in the layout of the bins of J. Demmel and
-H. D. Nguyen ("Fast reproducible floating-point summation", ARITH 2013), which drop what lies below the last of them; here a plane is
-begun for whatever is there.
+No bit is ever rounded away. A digit has room for 53 bits, so carries can wait, and an addition is one numpy pass over each plane. This
+is U. Kulisch's long accumulator in the layout of the bins of J. Demmel and H. D. Nguyen ("Fast reproducible floating-point summation",
+ARITH 2013). Their lowest bin drops smaller bits; here there is a plane for every bit.
 """
 
 import math
@@ -15,46 +14,46 @@ import numpy as np
 from gradsharding.format.dtypes import Array, Buffer
 
 DIGIT = 48
-"""Bits of a digit."""
+"""Bits of a carried digit."""
 
 DIGIT_BYTES = DIGIT // 8
 
 PRODUCT = 53
-"""Bits of float64: what is multiplied exactly must fit in."""
+"""Bits of float64's significand: an exact product must fit into them."""
 
 _HALF = 2.0 ** (DIGIT - 1)
-"""A carried digit is at least minus this, and less than this."""
+"""A carried digit, in units, is at least ``-_HALF`` and less than ``_HALF``."""
 
 _MOST = 2.0**53 - 2.0**7
-"""What a digit may reach in magnitude, in units: float64 holds every integer up to there, and a carry from below has room."""
+"""Largest magnitude of a digit, in units: float64 holds every integer up to here, and a carry from below still fits."""
 
 _TOP = 50
-"""Bits that an addend may have above the unit of the highest plane it goes to."""
+"""Bits that an addend may have above the unit of the highest plane that it is added to."""
 
 
 @cache
 def units(lowest: int, count: int) -> tuple[float, ...]:
-    """Units of ``count`` planes, of which the lowest one's is ``2**lowest``."""
+    """Return the units of ``count`` planes; the lowest is ``2**lowest``."""
     return tuple(math.ldexp(1.0, lowest + DIGIT * p) for p in range(count))
 
 
 class Digits:
-    """The digits of some numbers, changed in place: ``planes[p]`` are multiples of ``units[p]``."""
+    """The digits of many numbers, changed in place: ``planes[p]`` has multiples of ``units[p]``."""
 
     __slots__ = ("_bounds", "_planes", "_units")
 
     def __init__(self, planes: Array, units: tuple[float, ...], bounds: list[float] | None = None) -> None:
-        """Take ``planes`` (float64, plane by number), all zeros or of magnitudes up to ``bounds``, in units."""
+        """Use ``planes`` (float64, plane by number). They are zeros, or have magnitudes up to ``bounds``, in units."""
         self._planes, self._units = planes, units
         self._bounds = bounds or [0.0] * len(units)
 
     @property
     def size(self) -> int:
-        """How many numbers."""
+        """Number of numbers."""
         return int(self._planes.shape[1])
 
     def add(self, start: int, values: Array, low: int, high: int, spare: Array) -> None:
-        """Add ``values`` from number ``start`` on: multiples of ``2**low`` below ``2**high``. They and ``spare`` are overwritten."""
+        """Add ``values``, multiples of ``2**low`` below ``2**high``, to the numbers from ``start`` on. Overwrites both arrays."""
         lowest = math.frexp(self._units[0])[1] - 1
         last = (low - lowest) // DIGIT
         top = max(last, -(-(high - _TOP - lowest) // DIGIT))
@@ -73,7 +72,7 @@ class Digits:
         self._planes[p] += digits * self._units[p]
 
     def head(self) -> Array:
-        """Give the numbers to about float64's precision: their digits are carried, then added from the lowest to the highest."""
+        """Return the numbers in about float64's precision: carry, then add the digits from the lowest to the highest."""
         self._carry()
         total = np.zeros(self.size)
         for p in self._used():
@@ -81,7 +80,7 @@ class Digits:
         return total
 
     def sign(self) -> Array:
-        """Give the exact sign of each number: that of its highest digit, as the others amount to less than one unit of it."""
+        """Return the exact sign of each number: that of its highest digit, since the lower ones amount to less than one unit of it."""
         self._carry()
         sign = np.zeros(self.size)
         for p in self._used():
@@ -90,26 +89,26 @@ class Digits:
         return sign
 
     def carried(self) -> list[tuple[int, Array]]:
-        """Give the planes that may hold something, and their carried digits in units, as int64: they are unique."""
+        """Return the planes that may have nonzero digits, with their carried digits in units (int64). Equal numbers have equal digits."""
         self._carry()
         return [(p, (self._planes[p] / self._units[p]).astype(np.int64)) for p in self._used()]
 
-    def some(self, which: Array) -> "Digits":
-        """Copy the digits of some of the numbers."""
-        return Digits(self._planes[:, which], self._units, self._bounds.copy())
+    def select(self, indices: Array) -> "Digits":
+        """Copy the digits of the numbers at ``indices``."""
+        return Digits(self._planes[:, indices], self._units, self._bounds.copy())
 
     def _used(self) -> list[int]:
         return [p for p, bound in enumerate(self._bounds) if bound]
 
     def _expect(self, addends: dict[int, float]) -> None:
-        """Make room for addends up to so many units in some planes. The highest plane always has it: its owner counts to there."""
+        """Carry first if ``addends`` (magnitude by plane, in units) could push a digit beyond ``_MOST``. The top plane is sized for all."""
         if any(self._bounds[p] + units > _MOST for p, units in addends.items()):
             self._carry()
         for p, units in addends.items():
             self._bounds[p] += units
 
     def _carry(self) -> None:
-        """Bring every digit but the highest below 48 bits: between minus and plus a half of the next unit."""
+        """Carry: bring every digit but the highest between minus and plus half of the next plane's unit."""
         units, bounds = self._units, self._bounds
         carried = np.empty(self.size)
         for p, (unit, following) in enumerate(pairwise(units)):
@@ -118,7 +117,7 @@ class Digits:
             digits = self._planes[p]
             _to_multiples(digits, following, carried)
             digits -= carried
-            ties = digits == _HALF * unit  # which were rounded to even, maybe down
+            ties = digits == _HALF * unit  # rounded to even, so possibly down
             if ties.any():
                 digits[ties] -= following
                 carried[ties] += following
@@ -129,9 +128,9 @@ class Digits:
 
 
 def pack(digits: Array) -> tuple[int, int, Array]:
-    """Give the bytes (uint8) of int64 digits, but not those that are zero in all of them below, or tell only the sign above.
+    """Strip the bytes that are zero in every digit (low end), or only extend the sign (high end).
 
-    They are multiples of 256 to the first number that comes with them, and have so many bytes as the second says.
+    Return the bytes stripped at the low end, the bytes kept of each digit, and these (uint8), digit by digit.
     """
     together, most = int(np.bitwise_or.reduce(digits)), max(int(digits.max()), -1 - int(digits.min()))
     if not together:
@@ -142,14 +141,14 @@ def pack(digits: Array) -> tuple[int, int, Array]:
 
 
 def unpack(data: Buffer, low: int, width: int) -> Array:
-    """Give digits back from their bytes."""
+    """Restore digits (int64) from the bytes that ``pack`` kept."""
     words = np.zeros((len(data) // width, 8), np.uint8)
     words[:, 8 - width :] = np.frombuffer(data, np.uint8).reshape(-1, width)
     return words.view("<i8").reshape(-1) >> 8 * (8 - width) << 8 * low
 
 
 def _to_multiples(values: Array, unit: float, out: Array) -> None:
-    """Round to multiples of ``unit``, ties to even: beside 1.5 * 2**52 of them, float64 has no room for less."""
+    """Round to multiples of ``unit``, ties to even, by adding 1.5 * 2**52 units: such a float64 has no bits below one unit."""
     magic = 1.5 * 2.0**52 * unit
     np.add(values, magic, out=out)
     np.subtract(out, magic, out=out)

@@ -1,4 +1,4 @@
-"""A weight is a positive number, and those of a round become integers in the same ratio, which sum to 2**53 at most."""
+"""A weight is a positive number. The weights of a round become integers in the same ratio, which sum to at most 2**53."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _SCALE = 28
 
 
 def check_weight(weight: float, client: str) -> float:
-    """Give a weight back, as a plain number, if it is positive and at most 2**53; raise InvalidWeight."""
+    """Return a weight as a plain number; raise InvalidWeight unless it is positive and at most 2**53."""
     number = weight.item() if isinstance(weight, np.generic) else weight
     if type(number) not in (int, float) or not 0 < number <= MAX_WEIGHT:
         raise InvalidWeight(
@@ -26,7 +26,7 @@ def check_weight(weight: float, client: str) -> float:
 
 
 def integral_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Give integers in the ratio of ``weights``: the same where they are whole, else scaled by a power of two.
+    """Return integers in the ratio of ``weights``: the weights themselves if they are whole, otherwise scaled by a power of two.
 
     >>> integral_weights({"a": 120, "b": 80.0}), integral_weights({"a": 0.5, "b": 1.25})
     ({'a': 120, 'b': 80}, {'a': 2, 'b': 5})

@@ -1,7 +1,7 @@
-"""What every function does: read one range of each input, fold, write one part or partial sums. It keeps nothing between tasks.
+"""What every function does: read one range of each input, fold it, write a part of the result or partial sums. It keeps no state.
 
-``main`` is the same as a process: a Job on the first line of standard input, then a Task a line; for each, a
-TaskReport or an error comes back as one line. A Lambda invocation carries the same two values.
+``main`` does the same as a process. Its standard input has a Job on the first line and a Task on each further line; for each task, it
+prints a TaskReport or an error on one line. A Lambda invocation has the same two values.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ from gradsharding.usage import Ledger, carried, counting, together
 
 
 def run(task: Task, job: Job, store: ObjectStore, *, unmeasured: str | None = None) -> TaskReport:
-    """Run one task; run it again and it writes the same bytes.
+    """Run one task. Running it again writes the same bytes.
 
-    ``unmeasured`` says why the process's memory is not the task's, where it is not; then the report has no peak. Raise NonFinite
-    (unless the job lets it pass), MissingObject, ChangedObject or InvalidUpdate, each naming the client in ``details["client"]``; such
-    an error says in ``usage`` what was asked of stores in vain.
+    If the process is not the task's alone, ``unmeasured`` says why its peak memory is not reported. Raise NonFinite (unless the job lets it
+    pass), MissingObject, ChangedObject or InvalidUpdate, each with the client in ``details["client"]``; ``usage`` of such an error has the
+    requests that were made in vain.
     """
     with counting() as ledger, _company() as alone:
         try:
@@ -78,15 +78,15 @@ def _run(task: Task, job: Job, store: ObjectStore, ledger: Ledger, alone: Callab
 
 
 def peak_memory() -> int:
-    """Bytes: the largest resident set of this process, all pages counted, since ``forget_peak`` or its start.
+    """Largest resident set of this process, in bytes, since ``forget_peak`` or its start.
 
-    Read from the kernel's own high-water mark; 0 where there is no /proc.
+    The kernel keeps it as a high-water mark, which counts all pages. 0 if there is no /proc.
     """
     return _status("VmHWM")
 
 
 def forget_peak() -> bool:
-    """Let ``peak_memory`` count from now on, without what earlier tasks have let go of; tell whether the kernel allows it (Linux does)."""
+    """Return freed memory to the system and restart ``peak_memory``; return whether the kernel allows that (Linux does)."""
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory for later
     try:
@@ -97,7 +97,7 @@ def forget_peak() -> bool:
 
 
 def _status(field: str) -> int:
-    """Bytes that /proc/self/status gives for a field; 0 where there is none."""
+    """Return a field of /proc/self/status, in bytes; 0 if it is missing."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
@@ -112,14 +112,15 @@ _presence = threading.Lock()
 
 
 class _Guest:
-    """A task in this process, and whether it has been alone in it."""
+    """A task in this process."""
 
     alone = True
+    """Whether no other task has run in the process at the same time."""
 
 
 @contextlib.contextmanager
 def _company() -> Iterator[Callable[[], bool]]:
-    """Give what tells whether no other task has run in this process meanwhile."""
+    """Register a task; yield a function that tells whether it has been alone in this process since."""
     me = _Guest()
     with _presence:
         _present.add(me)
@@ -134,7 +135,7 @@ def _company() -> Iterator[Callable[[], bool]]:
 
 
 class _Watch:
-    """Counts the seconds that pass in reading."""
+    """Measures the seconds spent waiting for input."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -150,7 +151,7 @@ class _Watch:
 
 
 class _Input(NamedTuple):
-    """Where an input's bytes are: its byte 0 is at ``base`` of the object."""
+    """Where the bytes of an input are: the first is at byte ``base`` of the object."""
 
     reference: str
     version: str | None
@@ -159,10 +160,10 @@ class _Input(NamedTuple):
 
 
 def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
-    """Give where the slice of each term is, or each partial sum; those whose size varies are asked for it."""
+    """Locate the task's inputs. If the sizes of partial sums vary, request each of them."""
     if not task.reads:
         return [_of_term(term, task) for term in job.read_by(task)]
-    references = [job.partial(one) for one in task.predecessors]
+    references = [job.partial(predecessor) for predecessor in task.predecessors]
     sizes: Iterable[int] = [task.partial_nbytes] * len(references)
     if task.heads_per_input:
         with ThreadPoolExecutor(task.reading.parallel) as pool:
@@ -171,7 +172,7 @@ def _inputs(task: Task, job: Job, store: ObjectStore) -> list[_Input]:
 
 
 def _of_term(term: Term, task: Task) -> _Input:
-    """Where a task's slice of an update is."""
+    """Locate a task's slice of an update."""
     return _Input(term.source, term.version, term.base + task.start, task.nbytes)
 
 
@@ -181,25 +182,25 @@ def _size(reference: str, store: ObjectStore) -> int:
 
 
 def _slices(inputs: Sequence[_Input], task: Task, store: ObjectStore) -> Generator[Iterator[Buffer], None, None]:
-    """Give the chunks of each input, one input after another, read as the plan says."""
+    """Yield the chunks of each input, one input after another, read in the way that the task states."""
     if not task.reading.chunk:
-        for one in inputs:
-            yield _chunks(one, store, 0, one.nbytes)
+        for input_ in inputs:
+            yield _chunks(input_, store, 0, input_.nbytes)
         return
     size = max(1, task.reading.piece(task.input_nbytes))
-    requests = (request for one in inputs for request in divided(one.nbytes, size, partial(_chunks, one, store)))
+    requests = (request for input_ in inputs for request in divided(input_.nbytes, size, partial(_chunks, input_, store)))
     with contextlib.closing(read_ahead(requests, task.reading, size)) as pieces:
-        yield from (islice(pieces, task.reading.requests(one.nbytes, task.input_nbytes)) for one in inputs)
+        yield from (islice(pieces, task.reading.requests(input_.nbytes, task.input_nbytes)) for input_ in inputs)
 
 
-def _chunks(one: _Input, store: ObjectStore, start: int, stop: int) -> Iterator[Buffer]:
-    """Stream bytes ``start`` to ``stop`` of an input; nothing is asked before the first is wanted."""
-    source, key = locate(one.reference, store)
-    yield from source.get(key, one.base + start, one.base + stop, version=one.version)
+def _chunks(input_: _Input, store: ObjectStore, start: int, stop: int) -> Iterator[Buffer]:
+    """Stream bytes ``start`` to ``stop`` of an input; no request is made before the first chunk is taken."""
+    source, key = locate(input_.reference, store)
+    yield from source.get(key, input_.base + start, input_.base + stop, version=input_.version)
 
 
 def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -> None:
-    """Write a part of the result, or partial sums; those may be there already, from a try whose answer was lost."""
+    """Write a part of the result, or partial sums. Partial sums may exist already, from an attempt whose answer was lost."""
     if task.part:
         [data] = result
         target, key = locate(job.output, store)
@@ -211,27 +212,27 @@ def _write(result: Sequence[Buffer], task: Task, job: Job, store: ObjectStore) -
 
 
 def blame(task: Task, terms: Sequence[Term], store: ObjectStore) -> NonFinite:
-    """Read a task's slice of ``terms`` once more to say whose values made its sums NaN or infinite; only a failing task pays for this.
+    """Read a task's slice of ``terms`` once more, to name the clients whose values made the result NaN or infinite.
 
-    Where all values are finite, those are to blame whose weighted value is larger than an equal share of what float64 holds: without
-    such a one, no sum overflows.
+    If all values are finite, a sum overflowed: then those clients are named who have a weighted value above float64's largest number
+    divided by the number of clients. Without such a value, no sum overflows.
     """
-    found, overflowing = list[list[str | int]](), list[str]()  # as JSON has them, so that they are the same on either side of the wire
-    for accused in (None, terms):
+    found, overflowing = list[list[str | int]](), list[str]()  # lists and not tuples: JSON keeps them as they are
+    for finite in (False, True):
         for term in terms:
-            one = _of_term(term, task)
-            most = math.inf if accused is None else sys.float_info.max / (len(terms) * (term.weight if task.rule.weighs else 1))
-            byte = first_beyond(task.runs, _chunks(one, store, 0, one.nbytes), most)
+            input_, weight = _of_term(term, task), term.weight if task.rule.weighs else 1
+            most = sys.float_info.max / (len(terms) * weight) if finite else math.inf
+            byte = first_beyond(task.runs, _chunks(input_, store, 0, input_.nbytes), most)
             if byte is not None:
                 found.append([term.client, task.start + byte])
-                overflowing += [] if accused is None else [term.client]
+                overflowing += [term.client] if finite else []
         if found:
             break
     return NonFinite.of([task.id], found, overflowing)
 
 
 def main() -> None:
-    """Serve tasks until standard input ends. ``--memory BYTES`` caps what the process may allocate, by its own means."""
+    """Run tasks until standard input ends. With ``--memory BYTES``, the process limits its own allocations."""
     if sys.argv[1:2] == ["--memory"]:
         limit_data(int(sys.argv[2]))
     job = Job.model_validate_json(sys.stdin.readline())
@@ -241,7 +242,7 @@ def main() -> None:
 
 
 def answer(task: Task, job: Job, store: ObjectStore) -> str:
-    """Run a task in a process that is its own; give its report, or what it raised, as JSON."""
+    """Run a task in a process of its own; return its report, or the error that it raised, as JSON."""
     try:
         return run_alone(task, job, store).model_dump_json()
     except Exception as raised:  # noqa: BLE001 - it crosses the wire and is raised again at the call
@@ -249,20 +250,20 @@ def answer(task: Task, job: Job, store: ObjectStore) -> str:
 
 
 def run_alone(task: Task, job: Job, store: ObjectStore) -> TaskReport:
-    """Run a task in a process that is its own; raise what ``run`` raises, and OutOfMemory where an allocation fails."""
-    unmeasured = None if forget_peak() else "this system does not tell the peak of a task alone"
+    """Run a task in a process of its own. Raise OutOfMemory if an allocation fails; else raise what ``run`` raises."""
+    unmeasured = None if forget_peak() else "this system does not report the peak of a single task"
     try:
         return run(task, job, store, unmeasured=unmeasured)
     except MemoryError:
         peak = peak_memory()
-    raise OutOfMemory(f"an allocation failed at a peak of {mib(peak)}")  # here, so that no frame of the task's is kept with it
+    raise OutOfMemory(f"an allocation failed at a peak of {mib(peak)}")  # here: the traceback would keep the task's memory
 
 
 def limit_data(allowed: int) -> None:
-    """Cap private writable memory so that the resident set cannot pass ``allowed`` bytes (Linux, RLIMIT_DATA).
+    """Limit private writable memory so that the resident set cannot exceed ``allowed`` bytes (Linux, RLIMIT_DATA).
 
-    Limits on the address space would count libraries and reserved stacks too; so the cap is what the process has
-    mapped now, plus what ``allowed`` leaves beyond the memory it really uses now.
+    A limit on the address space would count libraries and reserved stacks too. This limit is the memory that the process has mapped now,
+    plus the difference between ``allowed`` and the memory that it uses now.
     """
     now = _status("VmData") + max(0, allowed - _status("VmRSS"))
     resource.setrlimit(resource.RLIMIT_DATA, (now, now))

@@ -39,7 +39,7 @@ class ExactMean(Rule):
         return exact.size(run, cohort.weight)
 
     def begin(self, run: Run, cohort: Cohort, place: Array, scratch: Scratch) -> MergeableAccumulator:
-        """Start the sums; raise UserError if this thread takes subnormal numbers for zero."""
+        """Start the sums; raise UserError if this thread treats subnormal numbers as zero."""
         if not is_float(run.dtype):
             return sums.begin(run, cohort.weight, place, scratch)
         return exact.ExactSums(run.dtype, run.length, cohort.weight, place, scratch)
