@@ -301,49 +301,8 @@ def test_planned() -> None:
         recommend(model, rule="trimmed-mean:0.1", topologies=["lambda-fl"])
 
 
-MIDRANGE = '''"""The midrange: the middle between the smallest and the largest value."""
-
-from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
-
-from gradsharding.arithmetic.accumulator import Size
-from gradsharding.arithmetic.rules.rule import Effort, Rule
-
-
-@dataclass(frozen=True)
-class Midrange(Rule):
-    name: ClassVar[str] = "midrange"
-    merges: ClassVar[bool] = False
-    weighs: ClassVar[bool] = False
-    vouches: ClassVar[bool] = False
-
-    def size(self, run, cohort):
-        return Size(2 * run.nbytes, 2 * run.nbytes)
-
-    def begin(self, run, cohort, place, scratch):
-        return Ends(place.view("<f4").reshape(2, run.length))
-
-    def effort(self, clients):
-        return Effort(add=2)
-
-
-class Ends:
-    finite = True
-
-    def __init__(self, ends):
-        self.low, self.high = ends
-        self.low[:], self.high[:] = np.inf, -np.inf
-
-    def add(self, first, elements, weight):
-        for ends, choose in ((self.low, np.minimum), (self.high, np.maximum)):
-            part = ends[first : first + elements.size]
-            choose(part, elements, out=part)
-
-    def finalize(self):
-        yield (self.low + self.high) / 2
-'''
+MIDRANGE = Path(__file__).parents[1] / "docs/examples/midrange.py"
+"""The rule of the guide to writing one."""
 
 RUN = """
 import sys
@@ -351,6 +310,7 @@ import numpy as np
 from gradsharding import DirectoryStore, InlineExecutor, ProcessExecutor, Round, aggregate
 import gradsharding
 from gradsharding.advice.planner import recommend
+from gradsharding.errors import GradShardingError
 
 assert gradsharding.__file__.startswith(sys.argv[1]), gradsharding.__file__
 for executor in (InlineExecutor(), ProcessExecutor(2)):
@@ -360,6 +320,15 @@ for executor in (InlineExecutor(), ProcessExecutor(2)):
     result = aggregate(round_, rule="midrange", executor=executor)
     print(result.record.rule, *result.arrays()["w"], result.plan.functions)
 print(*[option.name for option in recommend(round_.seal(), rule="midrange").options])
+bad = Round.create(DirectoryStore(sys.argv[2]), "bad")
+bad.submit("c0", {"w": np.float32([1, np.nan])}, 1)
+for round_, rows in ((bad, None), (Round.create(DirectoryStore(sys.argv[2]), "wide"), np.zeros(3))):
+    if rows is not None:
+        round_.submit("c0", {"w": rows}, 1)
+    try:
+        aggregate(round_, rule="midrange")
+    except GradShardingError as error:
+        print(type(error).__name__)
 """
 
 
@@ -368,7 +337,7 @@ def test_a_rule_is_one_file(tmp_path: Path) -> None:
     root = Path(gradsharding.__file__).parent
     shutil.copytree(root, tmp_path / "gradsharding", ignore=shutil.ignore_patterns("__pycache__", "testing"))
     rules = tmp_path / "gradsharding/arithmetic/rules"
-    (rules / "midrange.py").write_text(MIDRANGE)
+    shutil.copy(MIDRANGE, rules)
     registry = rules / "__init__.py"
     before = registry.read_text()
     after = before.replace("\nRULES:", "\nfrom gradsharding.arithmetic.rules.midrange import Midrange\n\nRULES:", 1)
@@ -381,4 +350,4 @@ def test_a_rule_is_one_file(tmp_path: Path) -> None:
     changes = [line for line in difflib.ndiff(before.splitlines(), after.splitlines()) if line[0] in "+-" and line[2:].strip()]
     assert ["+ from gradsharding.arithmetic.rules.midrange import Midrange", "+     Midrange,"] == changes
     assert (0, "") == (said.returncode, said.stderr)
-    assert ["midrange 15.5 8.0 1", "midrange 15.5 8.0 1", "flat sharded"] == said.stdout.splitlines()
+    assert ["midrange 15.5 8.0 1", "midrange 15.5 8.0 1", "flat sharded", "NonFinite", "UserError"] == said.stdout.splitlines()
