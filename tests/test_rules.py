@@ -1,6 +1,7 @@
 """Every rule keeps its contract; text names it; adding one takes one file and its place in the registry."""
 
 import difflib
+import json
 import math
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,6 +247,26 @@ def test_withstands_what_others_send() -> None:
     assert (result >= np.min([*honest.values()], axis=0)).all()
 
 
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line aggregates by a rule, says that weights do not count, and verifies the result."""
+    monkeypatch.chdir(tmp_path)
+    for i, value in enumerate((1, 2, 3, 4, 1e9)):
+        safetensors.numpy.save_file({"w": np.full(5_000, value, "f4")}, f"c{i}.safetensors")
+    updates = [f"c{i}.safetensors:{1 + 1000 * i}" for i in range(5)]
+    common = ["aggregate", *updates, "-o", "out.safetensors", "--executor", "inline", "--store", "work", "--report", "report.json"]
+    said = CliRunner().invoke(cli, [*common, "--rule", "trimmed-mean:0.2"])
+    assert 0 == said.exit_code, said.output
+    (round_id,) = [path.name for path in Path("work/rounds").iterdir()]
+    verified = CliRunner().invoke(cli, ["verify", "work", round_id])
+
+    assert {3.0} == {*safetensors.numpy.load_file("out.safetensors")["w"].tolist()}
+    assert "out.safetensors: trimmed-mean:0.2 of 5 clients" in said.output
+    assert "do not count: each client counts the same" in said.output
+    assert "trimmed-mean:0.2" == json.loads(Path("report.json").read_text())["rule"]
+    assert 0 == verified.exit_code
+    assert f"round {round_id}: trimmed-mean:0.2 of 5 clients" in " ".join(verified.output.split())
+
+
 def test_too_few_to_cut() -> None:
     """A share of which nothing is cut is refused before anything is read, with the numbers."""
     round_ = Round.create(MemoryStore(), "r")
@@ -297,7 +319,7 @@ def test_planned() -> None:
     assert {"flat", "sharded"} == {option.name for option in robust.options} < {option.name for option in plain.options}
     assert other.memory > one.memory + 40 * max(s.stop - s.start for s in other.slices)
     assert forecast_seconds(one, 2 << 30).p50 < forecast_seconds(other, 2 << 30).p50
-    with pytest.raises(UserError, match=r"trimmed-mean:0.1 needs .* lambda-fl merge partial sums: plan sharded"):
+    with pytest.raises(UserError, match=r"trimmed-mean:0.1 needs .* lambda-fl is a tree"):
         recommend(model, rule="trimmed-mean:0.1", topologies=["lambda-fl"])
 
 

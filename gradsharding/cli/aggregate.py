@@ -136,6 +136,9 @@ def aggregate_command(
 
     With --exact the result is the weighted mean of real arithmetic, rounded once: the same bits for every topology, number of slices,
     executor and order. It takes more memory and time. If --store is given too, `gradsharding verify` can check the result later.
+
+    With --rule trimmed-mean:0.2, each element is averaged without the fifth of the clients that have its smallest values, and the fifth
+    that have its largest: up to a fifth of the clients may send anything. Weights do not count, and there are no trees.
     """  # noqa: D301 - \b tells click to keep the lines that follow
     started = time.perf_counter()
     with counting() as around:
@@ -166,6 +169,8 @@ def aggregate_command(
     if report_path:
         replace(report_path, json.dumps(billing.report(result), indent=2) + "\n")
     facts = _facts(result)
+    if not rule.weighs:
+        facts["weights"] = "do not count: each client counts the same"
     if rule.vouches:
         facts["SHA-256"] = result.digest()
         facts |= {"check it": f"gradsharding verify {printable(store)} {round_.id}"} if store else {}
