@@ -59,10 +59,10 @@ class TestThreads(ExecutorContract):
 class TestProcesses(ProcessContract):
     """The contract on worker processes."""
 
-    @pytest.fixture
-    def executor(self) -> Executor:
-        """Give the executor."""
-        return ProcessExecutor(2)
+    @pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)])
+    def executor(self, request: pytest.FixtureRequest) -> Executor:
+        """Give the executor, with one worker and with two."""
+        return ProcessExecutor(request.param)
 
 
 @pytest.mark.slow
