@@ -25,7 +25,7 @@ from gradsharding.advice.timing import forecast_seconds
 from gradsharding.arithmetic.fold import Fold
 from gradsharding.arithmetic.integers import to_bits, to_float
 from gradsharding.arithmetic.rules import MEAN, RULES, Cohort, ExactMean, Mean, Rule, as_rule, parse_rule
-from gradsharding.arithmetic.rules.trimmed_mean import TrimmedMean
+from gradsharding.arithmetic.rules.trimmed_mean import FEW, TrimmedMean, _sort
 from gradsharding.cli.main import cli
 from gradsharding.errors import PlanTooLarge, UserError
 from gradsharding.format.dtypes import NUMPY, Run, is_float
@@ -176,7 +176,7 @@ def test_two_rules_in_a_command() -> None:
 
 @given(
     dtype=st.sampled_from([*NUMPY]),
-    clients=st.integers(1, 9),
+    clients=st.one_of(st.integers(1, FEW), st.integers(FEW + 1, 40)),
     share=st.sampled_from([0.0, 0.1, 0.2, 0.34, 0.49]),
     seed=st.integers(0, 1 << 32),
     kind=st.sampled_from(["any bits", "few values", "zeros"]),
@@ -204,6 +204,20 @@ def test_trimmed_of_any_bits(dtype: str, clients: int, share: float, seed: int, 
         assert expected == found.tolist()
         if is_float(dtype):
             assert fold.finite is all(math.isfinite(to_float(dtype, int(bits))) for bits in [*codes.reshape(-1), *found])
+
+
+@pytest.mark.parametrize("rows", range(1, FEW + 1))
+def test_network(rows: int) -> None:
+    """What sorts all columns of zeros and ones sorts everything (the zero-one principle); a NaN reaches the last row."""
+    columns = np.arange(1 << rows)
+    values = (columns >> np.arange(rows)[:, None] & 1).astype("f4")
+    spoilt = np.where(np.eye(rows, dtype=bool), np.nan, np.arange(rows, dtype="f4")[:, None]).astype("f4")
+    expected = np.sort(values, axis=0)
+    _sort(values)
+    _sort(spoilt)
+
+    assert (expected == values).all()
+    assert np.isnan(spoilt[-1]).all()
 
 
 @given(bits=st.integers(0, (1 << 16) - 1), dtype=st.sampled_from(["F16", "BF16"]))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # functions apply rules, and read no headers
 
 STEP = 1 << 20
 """Bytes that are sorted at once: they stay in the second-level cache."""
+
+FEW = 16
+"""Clients whose values a network sorts faster than ``numpy.sort``, which spends 100 ns on each element's values, however few they are."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class TrimmedMean(Rule):
         return _Values(run.dtype, self.cut(cohort.clients), place[: cohort.clients * run.nbytes].reshape(cohort.clients, run.nbytes))
 
     def effort(self, clients: int) -> Effort:
-        """Measured on a small machine: to take values in, to sort them and add up."""
-        return Effort(add=2, finalize=9 * clients)
+        """Measured on a small machine: values are copied as fast as they are added, and sorted at 0.5 GB/s, or 2 GB/s if they are few."""
+        return Effort(add=1, finalize=(2 if clients <= FEW else 9) * clients)
 
     def recompute(self, dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -> list[int]:
         """Sort and add again, in Python's own numbers."""
@@ -116,7 +120,8 @@ class _Values:
         assert self._taken == clients, f"{self._taken} of {clients} inputs"
         step = _step(self._dtype, clients)
         for i in range(0, length, step):
-            values = np.sort(widen(self._rows[:, i : i + step], self._dtype), axis=0)  # NaN comes last
+            values = widen(self._rows[:, i : i + step], self._dtype).copy()
+            _sort(values)
             kept = values[self._cut : clients - self._cut]
             yield self._mean_of_floats(kept, np.isnan(values[-1])) if is_float(self._dtype) else self._mean_of_integers(kept)
 
@@ -132,6 +137,33 @@ class _Values:
     def _mean_of_integers(self, kept: Array) -> Array:
         total = kept.astype(object if is_wide(self._dtype, len(kept)) else np.int64).sum(0)
         return divided(total, len(kept)).astype(NUMPY[self._dtype])
+
+
+def _sort(values: Array) -> None:
+    """Sort each column; if it has a NaN, the last row has one."""
+    if len(values) > FEW:
+        values.sort(axis=0)
+        return
+    low = np.empty_like(values[0])
+    for i, j in _network(len(values)):
+        np.minimum(values[i], values[j], out=low)
+        np.maximum(values[i], values[j], out=values[j])
+        values[i] = low
+
+
+@cache
+def _network(rows: int) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of rows that are compared, in order (K. Batcher, "Sorting networks and their applications", 1968)."""
+    pairs, merged = [], 1
+    while merged < rows:
+        apart = merged
+        while apart:
+            for start in range(apart % merged, rows - apart, 2 * apart):
+                firsts = range(start, start + min(apart, rows - start - apart))
+                pairs += [(i, i + apart) for i in firsts if i // (2 * merged) == (i + apart) // (2 * merged)]
+            apart //= 2
+        merged *= 2
+    return tuple(pairs)
 
 
 def _step(dtype: str, clients: int) -> int:
