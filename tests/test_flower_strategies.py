@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
-from flower_federation import NODES, State, averaged, client, grid_of, initial, record, reply, sharding, state_of, train, weight_of
+from flower_federation import NODES, State, averaged, client, grid_of, initial, record, reply, sharding, state_of, train, trained, weight_of
 from gradsharding import DirectoryStore, MemoryStore, Round
 from gradsharding.errors import UserError
 from gradsharding.rounds.verify import verify
@@ -313,6 +314,30 @@ def test_exact_is_verified_in_the_store(tmp_path: Path) -> None:
 
     assert [report.digest for report in strategy.history] == [one.record.digest for one in verified]
     assert {20} == {one.elements for one in verified}
+
+
+def test_rule() -> None:
+    """A trimmed mean of three updates that cuts one on each side is their median, whatever their weights."""
+    strategy = sharding(MemoryStore(), rule="trimmed-mean:0.34", min_replies=3)
+    result = strategy.start(grid_of(nodes=NODES[:3]), record(initial()), num_rounds=1)
+    states = [trained(node, 1, initial()) for node in NODES[:3]]
+
+    medians = {name: np.median([state[name] for state in states], axis=0).astype(like.dtype) for name, like in initial().items()}
+    assert_same(medians, state_of(result.arrays))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rule": "median"}, "no rule is named 'median'"),
+        ({"rule": "mean", "exact": True}, "exact=True means rule='exact-mean', not 'mean': give one of them"),
+        ({"rule": "trimmed-mean:0.2"}, "would cut nothing from 1 client, .* it takes at least 5"),
+    ],
+)
+def test_rules_that_do_not_fit(options: dict[str, Any], says: str) -> None:
+    """A rule that is none, is one of two, or could not be applied to the fewest replies, is refused before any client trains."""
+    with pytest.raises(UserError, match=says):
+        sharding(MemoryStore(), **options).start(grid_of(), record(initial()))
 
 
 def test_exact_refuses_float64() -> None:

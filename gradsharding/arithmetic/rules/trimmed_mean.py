@@ -64,7 +64,7 @@ class TrimmedMean(Rule):
         """Raise UserError if there are too few clients for anything to be cut."""
         if self.share and not self.cut(clients):
             raise UserError(
-                f"{self} would cut nothing from {clients} clients, and not be robust: it takes at least "
+                f"{self} would cut nothing from {clients} client{'s' * (clients > 1)}, and not be robust: it takes at least "
                 f"{math.ceil(1 / Fraction(str(self.share)))}; use a larger share or more clients, or {self.name}:0 for the unweighted mean"
             )
 
