@@ -190,7 +190,7 @@ def test_prices_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     """An average that is not numpy's is an error with the first element, and nothing is left."""
     store = MemoryStore()
-    with pytest.raises(GradShardingError, match=r"^4 slices: [\d,]+ of 262,144 elements are not those that numpy makes; the first is"):
+    with pytest.raises(GradShardingError, match=r"^4 slices: [\d,]+ of 262,144 elements differ from numpy's; the first is"):
         try_out(store, Wrong())
     assert [] == [*store.list("")]
     assert "every element is right" not in capsys.readouterr().out
