@@ -11,6 +11,9 @@ from hypothesis import settings
 # Flower reads these when it is first imported: tests report to nobody.
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
+# They hold no tests and no examples, and pytest would import each of them to look.
+collect_ignore = ["conftest.py", "cli/conftest.py", "rigs", "flower_app", "flower_federation.py", "vm_cgroup2.py"]
+
 pytest.register_assert_rewrite("gradsharding.testing")
 
 from gradsharding.aws.s3.store import S3Store  # noqa: E402 - its asserts are rewritten first
