@@ -465,7 +465,7 @@ def _call(clients: int) -> tuple[Job, Task]:
 def test_call() -> None:
     """An invocation's event reads back as what was written; updates that tasks share are written once."""
     job, task = _call(1000)
-    twin = task.model_copy(update={"id": "t/3", "part": 3})
+    twin = task.model_copy(update={"id": "t/3", "part": Part(3, 8)})
     event = pack(job, [task, twin])
 
     assert (job, (task, twin), None) == unpack(json.loads(event))
