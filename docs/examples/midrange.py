@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -10,7 +10,9 @@ from gradsharding.arithmetic.accumulator import Scratch, Size
 from gradsharding.arithmetic.rules.rule import Cohort, Effort, Rule
 from gradsharding.errors import UserError
 from gradsharding.format.dtypes import Array, Run
-from gradsharding.format.layout import Layout
+
+if TYPE_CHECKING:  # a worker does not load it
+    from gradsharding.format.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Midrange(Rule):
     weighs: ClassVar[bool] = False
     vouches: ClassVar[bool] = False
 
-    def admit(self, layout: Layout, clients: int) -> None:
+    def admit(self, layout: "Layout", clients: int) -> None:
         """Raise UserError for a tensor that is not float32."""
         for tensor in layout.tensors:
             if tensor.dtype != "F32":
