@@ -434,3 +434,58 @@ def test_two_calls_at_once(tmp_path: Path) -> None:
 
     assert results[0].record == results[1].record
     assert_same(reference_mean(SMALL), results[1].arrays())
+
+
+class Interrupted(MemoryStore):
+    """Calls ``meanwhile`` once, when an upload has begun: another caller is faster then."""
+
+    def __init__(self, meanwhile: Callable[[Round], object]) -> None:
+        super().__init__()
+        self._meanwhile = [meanwhile]
+
+    def begin(self, key: str) -> str:
+        upload = super().begin(key)
+        if self._meanwhile:
+            self._meanwhile.pop()(Round(self, "r"))
+        return upload
+
+
+class Killed(InlineExecutor):
+    """Dies after two tasks."""
+
+    def run(self, tasks: Any, *args: Any) -> Any:
+        super().run(tasks[:2], *args)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("other", [{"rule": "mean"}, {"nonfinite": "propagate"}], ids=str)
+def test_parts_of_two_plans_are_not_mixed(other: dict[str, Any]) -> None:
+    """A call whose plan another call was about to record does not go on with that one's parts: they are by another rule, or unchecked."""
+
+    def meanwhile(round_: Round) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            aggregate(round_, topology=into(4), executor=Killed(), **{"rule": "trimmed-mean:0.34", **other})
+
+    store = Interrupted(meanwhile)
+    round_ = submitted(store, {client: ({"w": np.full(8, value, "f4")}, 1) for client, value in zip("abc", (1, 2, 30), strict=True)})
+    result = aggregate(round_, topology=into(4), rule="trimmed-mean:0.34")
+
+    assert [f"sharded/{i}" for i in range(4)] == [report.task for report in result.reports]
+    assert [2] * 8 == result.arrays()["w"].tolist()
+    assert {} == store._uploads
+
+
+def test_result_of_another_rule_during_the_call() -> None:
+    """A call during which another call finishes the round by another rule is refused: it does not return that one's result as its own."""
+
+    class Late(InlineExecutor):
+        def run(self, *args: Any) -> Any:
+            aggregate(Round(store, "r"), topology=into(2), rule="exact-mean")
+            return super().run(*args)
+
+    store = MemoryStore()
+    round_ = submitted(store, SMALL)
+    with pytest.raises(UserError, match="round r is done, by the rule exact-mean; its result stays: for mean, create another round"):
+        aggregate(round_, topology=into(2), executor=Late())
+
+    assert "exact-mean" == str(aggregate(round_, rule="exact-mean").record.rule)

@@ -56,8 +56,8 @@ def aggregate(
     """Aggregate a round's updates by a rule, and publish the result as one safetensors object.
 
     ``topology`` divides the work; the default is ``Sharded()``. After a crash, the same call runs only the tasks whose parts are missing.
-    A round that is done stays as it is: its result is returned, whatever the arguments. ``overwrite`` lets the result replace an existing
-    object.
+    A round that is done stays as it is: its result is returned, whatever the other arguments, if the same rule made it. ``overwrite`` lets
+    the result replace an existing object.
 
     The ``rule``, a value or its text, combines the updates; the default is the weighted mean. With a rule that vouches, such as
     ``exact-mean``, the result has the same bits whatever the topology, its slices, the executor and the order of arrival, and its record
@@ -73,7 +73,9 @@ def aggregate(
     runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
-            record, plan, used = _aggregated(round, topology, as_rule(rule), limits, runner, nonfinite, progress, reports, overwrite)
+            rule = as_rule(rule)
+            record, plan, used = _aggregated(round, topology, rule, limits, runner, nonfinite, progress, reports, overwrite)
+            _require_made_by(rule, record, round)  # another call may have made it, also during this one
         except GradShardingError as raised:
             error = _seen_from_here(raised, round)
             if "client" in error.details and not isinstance(error, StoreFailed | TaskFailed):  # a store's failure is no client's fault
@@ -103,7 +105,7 @@ def _aggregated(
     """
     published = round_.published()
     if published.record:
-        return _made_alike(published.record, rule, round_), None, None
+        return published.record, None, None
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
@@ -209,11 +211,10 @@ def _named(error: NonFinite, plan: Plan, home: ObjectStore) -> NonFinite:
     return found
 
 
-def _made_alike(record: ResultRecord, rule: Rule, round: Round) -> ResultRecord:  # noqa: A002
-    """Return a published result; raise UserError if another rule made it."""
+def _require_made_by(rule: Rule, record: ResultRecord, round: Round) -> None:  # noqa: A002
+    """Raise UserError if another rule made a published result."""
     if record.rule != rule:
         raise UserError(f"round {round.id} is done, by the rule {record.rule}; its result stays: for {rule}, create another round")
-    return record
 
 
 def _job(round: Round, plan: Plan, upload: str, nonfinite: NonFinitePolicy) -> Job:  # noqa: A002

@@ -234,10 +234,12 @@ class Round:
         record = PlanRecord(
             topology=plan.topology, rule=str(plan.rule), tasks=plan.functions, digest=plan.digest, nonfinite=nonfinite, upload=upload
         )
-        kept = self._create("plan.json", record).upload
-        if kept != upload:  # another process was faster
+        kept = self._create("plan.json", record)
+        if kept.upload != upload:  # another process was faster
             target.abort(key, upload)
-        return Begun(kept, new=kept == upload, dropped=found.tasks if found else 0)
+            if (kept.digest, kept.nonfinite) != (plan.digest, nonfinite):  # with a plan whose parts must not be mixed with this one's
+                return self.begin(plan, nonfinite=nonfinite, overwrite=overwrite)
+        return Begun(kept.upload, new=kept.upload == upload, dropped=found.tasks if found else 0)
 
     def forget_plan(self) -> None:
         """Delete the record of a plan whose upload is gone."""
