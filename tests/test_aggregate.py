@@ -197,6 +197,13 @@ def test_again() -> None:
     assert (0, 0) == (counting.puts, counting.bytes_written)
 
 
+@pytest.mark.parametrize("topology", ["sharded", Sharded, 7])
+def test_not_a_topology(topology: Any) -> None:
+    """A name, a class or anything else in the place of a topology is refused, with what to write."""
+    with pytest.raises(UserError, match=r"is not a topology but of type \w+; use a value, such as Sharded\(\), or make_topology\(name\)"):
+        aggregate(Round.create(MemoryStore(), "r"), topology=topology)
+
+
 def test_refused_before_any_data() -> None:
     """A round that is too small, or a plan that is too large, reads no data and writes no part."""
     store = CountingStore(MemoryStore(), only=lambda key: "updates" in key or key.startswith("results/"))
@@ -444,6 +451,7 @@ class Interrupted(MemoryStore):
         self._meanwhile = [meanwhile]
 
     def begin(self, key: str) -> str:
+        """Begin an upload, and let the other caller begin one too."""
         upload = super().begin(key)
         if self._meanwhile:
             self._meanwhile.pop()(Round(self, "r"))
@@ -454,6 +462,7 @@ class Killed(InlineExecutor):
     """Dies after two tasks."""
 
     def run(self, tasks: Any, *args: Any) -> Any:
+        """Run two tasks, and die."""
         super().run(tasks[:2], *args)
         raise KeyboardInterrupt
 

@@ -22,6 +22,7 @@ import gradsharding
 from gradsharding import Limits, MemoryStore, Round, Sharded, aggregate
 from gradsharding.advice.planner import recommend
 from gradsharding.advice.timing import forecast_seconds
+from gradsharding.arithmetic import rules
 from gradsharding.arithmetic.fold import Fold
 from gradsharding.arithmetic.integers import to_bits, to_float
 from gradsharding.arithmetic.rules import MEAN, RULES, Cohort, ExactMean, Mean, Rule, as_rule, parse_rule
@@ -109,21 +110,23 @@ def summed(kept: Array) -> Array:
 
 
 def test_every_rule_has_a_contract() -> None:
-    """No rule is in the registry under a name twice, or without a contract."""
+    """No rule is in the registry under a name twice, without a contract, or without being offered beside the registry."""
     tested = {type(contract.rule) for contract in RuleContract.__subclasses__()}
 
     assert {*RULES} <= tested
+    assert {kind.__name__ for kind in RULES} <= {*rules.__all__}
     assert len(RULES) == len({kind.name for kind in RULES})
 
 
 @pytest.mark.parametrize(
     ("text", "rule"),
     [("mean", Mean()), ("exact-mean", ExactMean()), ("trimmed-mean:0.2", TrimmedMean(0.2)), ("trimmed-mean:0", TrimmedMean(0)),
-     ("trimmed-mean:1e-1", TrimmedMean(0.1))],
+     ("trimmed-mean:-0", TrimmedMean(0)), ("trimmed-mean:1e-1", TrimmedMean(0.1))],
 )  # fmt: skip
 def test_parse(text: str, rule: Rule) -> None:
-    """Text is read as a rule; a rule is taken as it is."""
+    """Text is read as a rule, of which equal ones have one text; a rule is taken as it is."""
     assert rule == parse_rule(text) == as_rule(text) == as_rule(rule)
+    assert str(rule) == str(parse_rule(text))
     assert hash(rule) == hash(parse_rule(text))
 
 

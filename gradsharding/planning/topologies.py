@@ -177,6 +177,16 @@ def make_topology(name: str, **options: Any) -> Topology:
     return TOPOLOGIES[name](**options)
 
 
+def as_topology(topology: Topology | None) -> Topology:
+    """Return a topology, ``Sharded()`` in place of None; raise UserError for what is none, such as a name or a class."""
+    if topology is None:
+        return Sharded()
+    if not isinstance(topology, Topology):
+        kind = type(topology).__name__
+        raise UserError(f"{quoted(topology)} is not a topology but of type {kind}; use a value, such as Sharded(), or make_topology(name)")
+    return topology
+
+
 def listed(names: Sequence[str], conjunction: str) -> str:
     """Join names as a sentence does.
 

@@ -28,7 +28,7 @@ from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.projection import HEADER_PART, READERS
 from gradsharding.planning.task import Job, NonFinitePolicy, TaskReport, Term
-from gradsharding.planning.topologies import Sharded, Topology
+from gradsharding.planning.topologies import Topology, as_topology
 from gradsharding.rounds.records import RECORD, ResultRecord
 from gradsharding.rounds.result import Result
 from gradsharding.rounds.round import Round
@@ -64,16 +64,16 @@ def aggregate(
     has the digest of its data.
 
     Raise TooFewClients, LayoutMismatch, InvalidWeight, PlanTooLarge, ObjectExists (the output exists) or UserError (a rule that does not
-    exist, or does not fit the updates or the topology; a round that was done by another rule) before any data is read. Raise NonFinite,
-    MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published. If updates are missing or
-    were written again, ``details["clients"]`` has the reason for each such client. An error's ``usage`` has the requests that the call
-    made in vain, as far as they are known: workers that were killed report none.
+    exist, or does not fit the updates or the topology; what is not a topology; a round that was done by another rule) before any data is
+    read. Raise NonFinite, MissingObject, ChangedObject, InvalidUpdate, OutOfMemory or TaskFailed from a task, with nothing published. If
+    updates are missing or were written again, ``details["clients"]`` has the reason for each such client. An error's ``usage`` has the
+    requests that the call made in vain, as far as they are known: workers that were killed report none.
     """
     reports: list[TaskReport] = []
     runner, started = executor or InlineExecutor(), time.perf_counter()
     with counting() as ledger:
         try:
-            rule = as_rule(rule)
+            topology, rule = as_topology(topology), as_rule(rule)
             record, plan, used = _aggregated(round, topology, rule, limits, runner, nonfinite, progress, reports, overwrite)
             _require_made_by(rule, record, round)  # another call may have made it, also during this one
         except GradShardingError as raised:
@@ -90,7 +90,7 @@ def aggregate(
 
 def _aggregated(
     round_: Round,
-    topology: Topology | None,
+    topology: Topology,
     rule: Rule,
     limits: Limits | None,
     executor: Executor,
@@ -109,7 +109,7 @@ def _aggregated(
     limits = executor.limits(limits)
     manifest, intake = round_.sealed_by()
     target, key = locate(round_.output, round_.store)
-    plan = (topology or Sharded()).plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), rule=rule)
+    plan = topology.plan(manifest, limits, grain=target.grain, reading=_reading(round_, manifest), rule=rule)
     plan = plan.replace(reading=suited(executor, plan, limits))
     plan = plan.placed(
         home=round_.store.charges,

@@ -12,7 +12,21 @@ from gradsharding.arithmetic.rules.rule import Cohort, Effort, Rule
 from gradsharding.arithmetic.rules.trimmed_mean import TrimmedMean
 from gradsharding.errors import UserError, quoted
 
-__all__ = ["MEAN", "RULES", "AnyRule", "Cohort", "Effort", "ExactMean", "Mean", "RecordedRule", "Rule", "as_rule", "forms", "parse_rule"]
+__all__ = [
+    "MEAN",
+    "RULES",
+    "AnyRule",
+    "Cohort",
+    "Effort",
+    "ExactMean",
+    "Mean",
+    "RecordedRule",
+    "Rule",
+    "TrimmedMean",
+    "as_rule",
+    "forms",
+    "parse_rule",
+]
 
 RULES: tuple[type[Rule], ...] = (
     Mean,

@@ -54,7 +54,7 @@ class TrimmedMean(Rule):
         """Raise UserError for a share that is no number, or leaves nothing."""
         if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 <= self.share < 0.5:
             raise UserError(f"a trimmed mean cannot cut a share of {quoted(self.share)} on each side; use 0 or more, and less than 0.5")
-        object.__setattr__(self, "share", float(self.share))
+        object.__setattr__(self, "share", float(self.share) + 0.0)  # one text for both zeros
 
     def cut(self, clients: int) -> int:
         """Values that are cut on each side; the share is taken as the decimal number that it is written as."""
