@@ -125,7 +125,7 @@ def compare(kind: str, combinations: int) -> dict[str, Any]:
             "elements": int(wrong.size * combinations),
             "elements_not_correctly_rounded": int(wrong.sum()),
         },
-        "topologies": dict(Counter(way.topology for way in ways)),
+        "topologies": dict(Counter(way.topology.name for way in ways)),
         "executors": dict(Counter(way.executor for way in ways)),
     }
 

@@ -184,7 +184,7 @@ def test_refused_before_it_runs(ceph_store: S3Store, start: Start) -> None:
     with pytest.raises(PlanTooLarge, match=r"projects .* of 232.0 MiB allowed; use at least \d+ shards"):
         aggregate(round_, topology=Sharded(shards=1), executor=LambdaExecutor("gradsharding"))
     stopped = start(concurrency=0)
-    with pytest.raises(PlanTooLarge, match="no function may run: their concurrency is 0"):
+    with pytest.raises(PlanTooLarge, match="no function may run: the concurrency is 0"):
         aggregate(round_, executor=LambdaExecutor("gradsharding"))
     assert [] == front.calls == stopped.calls
 

@@ -78,6 +78,10 @@ def zipped(text: str = "def handler(event, context): pass") -> bytes:
 CODE = zipped()
 
 
+next_account = [100_000_000_000]
+"""Number of the account that is entered next; all modules share the accounts, and each is entered once."""
+
+
 @pytest.fixture(scope="module")
 def door(ministack: Mapping[str, str]) -> Iterator[FrontDoor]:
     """Give the door to accounts that have nothing in them."""
@@ -90,7 +94,8 @@ def enter(door: FrontDoor, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Acco
     """Enter a new account, as this process and all that it starts."""
 
     def enter() -> Account:
-        number = f"{100_000_000_000 + len(door.accounts):012}"
+        number = f"{next_account[0]:012}"
+        next_account[0] += 1
         for name, value in door.environment(number).items():
             monkeypatch.setenv(name, value)
         return Account()
@@ -500,7 +505,7 @@ def test_bucket_of_ones_own_for_code(account: Account) -> None:
 
 def test_bucket_that_another_account_has_made(enter: Callable[[], Account], door: FrontDoor) -> None:
     """Code goes into no bucket of another account, however open that is, and every request to S3 says whose the bucket must be."""
-    name = f"gradsharding-code-{100_000_000_000 + len(door.accounts) + 1:012}-us-east-1"
+    name = f"gradsharding-code-{next_account[0] + 1:012}-us-east-1"
     thief = enter()
     everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"]}
     thief.s3.create_bucket(Bucket=name)

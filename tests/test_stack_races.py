@@ -214,7 +214,7 @@ def test_other_code_is_replaced(account: Account) -> None:
     stack = put(account)
     account.functions.update_function_code(FunctionName="one", ZipFile=zipped("evil"))
     (wrong,) = missing(account, stack)
-    assert "have it replaced: gradsharding deploy with the same options" in wrong.remedy
+    assert "replace it: gradsharding deploy with the same options" in wrong.remedy
     checked(account, put(account))
     put(account, agree=lambda _: pytest.fail("something is to be changed"))
 
