@@ -187,7 +187,8 @@ def test_denied_to_both(ceph_store: S3Store, function: S3Server, monkeypatch: py
     ceph_store.delete([round_.update_key("b"), started.round.update_key("b")])
     for name, value in function.environment().items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StoreRefused, match=r"^client b: GetObject of s3://.*: access is denied .* denies access also to an object that does not exist$"):
+    denied = r"^client b: GetObject of s3://.*: access is denied .* denies access also to an object that does not exist$"
+    with pytest.raises(StoreRefused, match=denied):
         worker.run(started.plan.tasks[0], started.job, S3Store(ceph_store.url))
 
 
