@@ -210,7 +210,9 @@ def test_no_such_function(ceph_store: S3Store, start: Start) -> None:
 
 def test_no_name() -> None:
     """What can name no function is refused before anything is asked."""
-    with pytest.raises(UserError, match=r"^'a b' is no name of a Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN$"):
+    with pytest.raises(
+        UserError, match=r"^'a b' is not the name of a Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN$"
+    ):
         open_executor("lambda:a b")
 
 

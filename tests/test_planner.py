@@ -93,7 +93,7 @@ def test_impossible() -> None:
     advice = advise(6 * GB, 50, deadline=0.5)
 
     assert advice.best is None
-    assert "No topology keeps to these limits." == advice.sentences[0]
+    assert "No topology fits these limits." == advice.sentences[0]
     assert all(option.problem for option in advice.options)
     assert "deadline: 95 of 100 rounds take up to" in (by_name(advice)["sharded"].problem or "")
 

@@ -158,7 +158,7 @@ def test_keys_as_aws_prints_them(ceph_store: S3Store, tmp_path: Any) -> None:
     found = ceph_store.client.get_object(Bucket=ceph_store.bucket, Key="x/mean%20.safetensors")["Body"].read()
     assert (tmp_path / "mean.safetensors").read_bytes() == found
     assert np.full(2 * MIB, 2.5, "f4").tobytes() == found[-8 * MIB :]
-    with pytest.raises(UserError, match=r"is no place for new objects; choose a prefix without '//'"):
+    with pytest.raises(UserError, match=r"cannot hold new objects; choose a prefix without '//'"):
         open_store(f"{bucket}/a//b")
 
 

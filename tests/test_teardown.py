@@ -160,7 +160,7 @@ def test_s3_of_another_server(account: Account, monkeypatch: pytest.MonkeyPatch)
     assert account.find("one") is None
     for elsewhere in ("http://minio.example:9000", "https://s3.us-east-1.amazonaws.com"):
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", elsewhere)
-        with pytest.raises(UserError, match=f"S3 is asked at {elsewhere.split('/')[2].split(':')[0]}, and CloudFormation at 127.0.0.1"):
+        with pytest.raises(UserError, match=f"S3 requests go to {elsewhere.split('/')[2].split(':')[0]}, and CloudFormation at 127.0.0.1"):
             Account()
 
 

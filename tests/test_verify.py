@@ -71,7 +71,7 @@ def test_wrong_bit_is_found(name: str) -> None:
         data[len(record.layout.header()) + tensor.stop - 1] ^= 1
 
     publish_instead(round_, flip)
-    with pytest.raises(VerificationFailed, match=rf"round r: '{name}'\[(6)?\] is .*, and its updates make"):
+    with pytest.raises(VerificationFailed, match=rf"round r: '{name}'\[(6)?\] is .*, but its updates give"):
         verify(round_, sample=EVERYTHING)
 
 

@@ -371,7 +371,7 @@ def _choose(fit: Iterable[Option]) -> Option | None:
 def _reasons(best: Option | None, fit: list[Option], usd: Decimal | None) -> tuple[str, ...]:
     """Say in whole sentences what to take, why, and what limits it; ``usd`` is its price, if that is known."""
     if best is None:
-        return ("No topology keeps to these limits.", "Allow more memory, concurrency, time or money.")
+        return ("No topology fits these limits.", "Allow more memory, concurrency, time or money.")
     shape = f" with {best.shape}" if best.shape else ""
     price = f" and {dollars_text(usd)}" if usd is not None else ""
     take = f"Take {best.name}{shape}: about {time_text(best.forecast.seconds.p50)}{price} a round."

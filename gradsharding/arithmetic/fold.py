@@ -145,4 +145,4 @@ class _Stream:
     def end(self) -> None:
         """Raise InvalidUpdate if there are bytes left."""
         if left := len(self._rest) or next(filter(None, (memoryview(chunk).nbytes for chunk in self._chunks)), 0):
-            raise InvalidUpdate(f"a read gave at least {left} bytes more than the slice has; it was not answered by range")
+            raise InvalidUpdate(f"a read gave at least {left} bytes more than the slice has; the server ignored the range")

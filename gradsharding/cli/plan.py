@@ -156,7 +156,7 @@ def plan_command(
 def _manifest(updates: Sequence[str], nbytes: int | None, place: str | None, clients: int | None) -> Manifest:
     """Return a manifest of the updates, or of invented ones: with the tensors of a real update, or with one float32 tensor."""
     if bool(updates) + (place is not None) + (nbytes is not None) != 1 or (updates and clients):
-        raise click.UsageError("Give --size and --clients, --from, or updates.", click.get_current_context())
+        raise click.UsageError("Give one of these: --size and --clients; --from; updates.", click.get_current_context())
     if updates:
         round_ = Round.create(MemoryStore(), "plan")
         return round_.freeze(Manifest.of(round_.id, (update.contribution for update in read_updates(updates))))

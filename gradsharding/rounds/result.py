@@ -163,7 +163,7 @@ def observed_memory(result: Result) -> str:
     """Return a phrase on the peak memory of a result's tasks, and what limited it; or on why it is unknown."""
     if result.peak_memory is None:
         return f"not observed ({result.unmeasured})"
-    held = "" if result.held_by == ["nothing"] else f", held by {' and '.join(result.held_by)}"
+    held = "" if result.held_by == ["nothing"] else f"; limited by {' and '.join(result.held_by)}"
     return f"{mib(result.peak_memory)} observed{held}"
 
 

@@ -119,7 +119,7 @@ def _compare(
         if wanted != got:
             raise VerificationFailed(
                 f"round {round_.id}: {_place(manifest.layout, start + i * ITEM_SIZE[run.dtype])} is {_shown(run.dtype, got)}, "
-                f"and its updates make {_shown(run.dtype, wanted)}"
+                f"but its updates give {_shown(run.dtype, wanted)}"
             )
 
 

@@ -278,7 +278,7 @@ class DirectoryStore:
 
     def _upload(self, upload: str) -> Path:
         if not re.fullmatch("[0-9a-f]{32}", upload):
-            raise InvalidId(f"{upload!r} is not an upload's id; use what begin() gave")
+            raise InvalidId(f"{upload!r} is not an upload's id; use the one that begin() returned")
         return self._uploads / upload
 
     @contextmanager

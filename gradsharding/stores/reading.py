@@ -124,6 +124,6 @@ def _fill(request: Request, buffer: memoryview) -> memoryview:
     for chunk in request.open():
         start, end = end, end + memoryview(chunk).nbytes
         if end > request.size:
-            raise InvalidUpdate(f"a read gave at least {end} bytes where {request.size} were asked for; it was not answered by range")
+            raise InvalidUpdate(f"a read gave at least {end} bytes where {request.size} were asked for; the server ignored the range")
         buffer[start:end] = memoryview(chunk).cast("B")
     return buffer[:end]

@@ -239,7 +239,7 @@ class GradSharding(Strategy):
             self._forget()
             return None, None
         kept = [contribution for contribution in kept if contribution.node not in left_out]
-        log.info("aggregate_train: averaged %d updates in %d slices", len(kept), averaged.plan.functions)
+        log.info("aggregate_train: averaged %d updates with %d function(s)", len(kept), averaged.plan.functions)
         record = averaged.record
         model = Reference(source=record.source, version=record.version, nbytes=record.layout.nbytes, names=self._names(record.layout.names))
         self._layout = record.layout

@@ -34,7 +34,7 @@ def test_plan_beside_a_server(call: Callable[..., str]) -> None:
     compared, alone, neither = (flowing(call(*plan, *options)) for options in ((), ("--budget", "0.000001"), ("--deadline", "0.001s")))
 
     assert "an always-on m7g.large" in compared.replace("An always-on", "an always-on")
-    assert "No topology keeps to these limits." in alone
+    assert "No topology fits these limits." in alone
     assert "An always-on m7g.large ($0.0816 an hour, 0.2 s a round) can run " in alone
     assert "cheaper" not in alone
     assert "always-on" not in neither

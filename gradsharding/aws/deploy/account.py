@@ -117,8 +117,8 @@ class Account:
         hosts = [urlsplit(client.meta.endpoint_url).hostname or "" for client in (self.s3, self.formation)]
         if hosts[0] != hosts[1] and not hosts[0].endswith(f".{hosts[1]}") and not all(map(_AWS.search, hosts)):
             raise UserError(
-                f"S3 is asked at {hosts[0]}, and CloudFormation at {hosts[1]}, which makes no buckets there; "
-                "for this command, take AWS_ENDPOINT_URL_S3, or endpoint_url of s3 in the profile, away"
+                f"S3 requests go to {hosts[0]}, and CloudFormation at {hosts[1]} makes no buckets there; "
+                "for this command, unset AWS_ENDPOINT_URL_S3, or remove endpoint_url of s3 from the profile"
             )
 
     @cached_property

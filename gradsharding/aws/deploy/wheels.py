@@ -111,7 +111,7 @@ def _download(directory: Path, requirements: Iterable[str], runtime: Runtime, ar
     if errors and errors[-1].startswith("No matching distribution found for "):
         return errors[-1]
     why = errors[0] if errors else done.stderr.strip() or f"exit status {done.returncode}"
-    raise UserError(f"pip could not download the function's packages: {why} (`pip config list` shows how pip is set)")
+    raise UserError(f"pip could not download the function's packages: {why} (`pip config list` shows pip's configuration)")
 
 
 def _require_pip() -> None:

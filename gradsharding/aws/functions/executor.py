@@ -72,7 +72,7 @@ class LambdaExecutor:
         """
         named = _NAME.fullmatch(function)
         if not named:
-            raise UserError(f"{function!r} is no name of a Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN")
+            raise UserError(f"{function!r} is not the name of a Lambda function; give its name, NAME:ALIAS, NAME:VERSION or its ARN")
         self.function = function
         self.concurrency = concurrency
         self.attempts = attempts

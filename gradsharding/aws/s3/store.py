@@ -70,7 +70,7 @@ class S3Store:
         try:
             self.prefix = f"{check_key(prefix)}/" if prefix else ""
         except InvalidId:
-            raise UserError(f"{url!r} is no place for new objects; choose a prefix without '//', backslashes, '.' and '..'") from None
+            raise UserError(f"{url!r} cannot hold new objects; choose a prefix without '//', backslashes, '.' and '..'") from None
         self._check: Callable[[str], object] = check_key
         self._root = self.prefix
         self.url = f"s3://{self.bucket}/{self.prefix}".removesuffix("/")
