@@ -498,3 +498,8 @@ def test_result_of_another_rule_during_the_call() -> None:
         aggregate(round_, topology=into(2), executor=Late())
 
     assert "exact-mean" == str(aggregate(round_, rule="exact-mean").record.rule)
+
+
+def test_result_is_written_in_one_line() -> None:
+    """What a notebook shows of a result is its round, its rule, its clients and its bytes."""
+    assert "Result(round='r', rule='mean', clients=3, nbytes=32)" == repr(aggregate(submitted(MemoryStore(), SMALL)))

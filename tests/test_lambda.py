@@ -303,7 +303,7 @@ def test_taken(ceph_store: S3Store, start: Start, capsys: pytest.CaptureFixture[
 def test_concurrency_of_processes() -> None:
     """A concurrency is refused beside an executor that counts otherwise."""
     assert main(["aggregate", __file__, "-o", "x", "--executor", "processes", "--concurrency", "3"]) == 2
-    with pytest.raises(UserError, match=r"^a concurrency of 3 goes with lambda:FUNCTION, not with inline; use processes:3, say$"):
+    with pytest.raises(UserError, match=r"^a concurrency of 3 applies to lambda:FUNCTION, not to inline; use processes:3$"):
         open_executor("inline", concurrency=3)
 
 

@@ -19,7 +19,7 @@ FREE = {"deletes"}
 """Figures of ``Usage`` that cost nothing, so that no plan projects them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A finished round: its record, what was planned, and what was counted and measured."""
 
@@ -37,6 +37,11 @@ class Result:
     """Limits of its functions, as the executor gave them; None if the round was already done."""
     taken: str | None = None
     """How much its functions took of a capacity that others share, as a sentence; None if they share none."""
+
+    def __repr__(self) -> str:
+        """Write the result in one line: its round, its rule, its clients and its bytes."""
+        record = self.record
+        return f"Result(round={self.round.id!r}, rule={str(record.rule)!r}, clients={len(record.clients)}, nbytes={record.layout.nbytes})"
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Read the result; BF16, which numpy lacks, becomes float32 of the same values. Raise ChangedObject if it was replaced."""

@@ -142,7 +142,7 @@ def open_executor(spec: str, *, concurrency: int | None = None) -> Executor:
         executor: Executor = opener(rest)
         return executor
     if "concurrency" not in signature(opener).parameters:
-        raise UserError(f"a concurrency of {concurrency} goes with lambda:FUNCTION, not with {spec}; use processes:{concurrency}, say")
+        raise UserError(f"a concurrency of {concurrency} applies to lambda:FUNCTION, not to {spec}; use processes:{concurrency}")
     bounded: Executor = opener(rest, concurrency=concurrency)
     return bounded
 
@@ -171,7 +171,7 @@ def counted(name: str, rest: str) -> int | None:
     if not rest:
         return None
     if not re.fullmatch("[1-9][0-9]{0,3}", rest):
-        raise unknown(f"{name}:{rest}")
+        raise UserError(f"{name}:{rest} names no number of workers; use a number from 1 to 9,999, such as {name}:4")
     return int(rest)
 
 
