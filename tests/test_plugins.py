@@ -149,10 +149,10 @@ def test_unknown() -> None:
         open_executor("ftp:a")
 
 
-@pytest.mark.parametrize("spec", ["processes:0", "processes:many", "threads:10000"])
+@pytest.mark.parametrize("spec", ["processes:0", "processes:-1", "processes:many", "threads:x", "threads:10000"])
 def test_number_of_workers(spec: str) -> None:
     """A number of workers that cannot be is refused with those that can."""
     with pytest.raises(
-        UserError, match=rf"^{spec} names no number of workers; use a number from 1 to 9,999, such as {spec.split(':')[0]}:4$"
+        UserError, match=rf"^{spec} names no number of workers; use a number from 1 to 9,999, such as {spec.split(':', maxsplit=1)[0]}:4$"
     ):
         open_executor(spec)
