@@ -57,7 +57,7 @@ def calibrate(speeds: Speeds) -> dict[str, Any]:
     """Hold the model against all points."""
     measured = points()
     campaigns = dict.fromkeys(p["campaign"] for p, _ in measured)
-    rates = {name: fitted([one for one in measured if one[0]["campaign"] == name], speeds) for name in campaigns}
+    rates = {name: fitted([(point, plan) for point, plan in measured if point["campaign"] == name], speeds) for name in campaigns}
     found = []
     for point, plan in measured:
         own = predicted(point, plan, speeds.model_copy(update={"connection_rate": rates[point["campaign"]]}))

@@ -151,9 +151,9 @@ def largest(plan: Callable[[int], Plan | PaperPlan | None], memory: int) -> floa
 
 def starts(found: Mapping[str, Crossing], claimed: float) -> str:
     """Say whether sharding is the cheaper from a claimed size on, in which cases, and whether it begins there."""
-    holds = [name for name, one in found.items() if one.most <= claimed * (1 + NEAR)]
+    holds = [name for name, crossing in found.items() if crossing.most <= claimed * (1 + NEAR)]
     near = [name for name in holds if found[name].most >= claimed * (1 - NEAR) and found[name].least > 0]
-    late = [f"{name} ({one} MiB)" for name, one in found.items() if name not in holds]
+    late = [f"{name} ({crossing} MiB)" for name, crossing in found.items() if name not in holds]
     if not holds:
         return f"does not hold: the crossing lies later in each case: {', '.join(late)}"
     where = "in each case" if not late else f"in {len(holds)} of {len(found)} cases, and later in {', '.join(late)}"

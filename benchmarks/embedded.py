@@ -158,10 +158,10 @@ def show(figures: Figures) -> None:
     unlike = figures["verified"]["elements_where_exact_differs"]
     console.print(f"The exact mean differs from ours, in float64, in {unlike:,} of {figures['setup']['elements']:,} elements.")
     console.print(f"The bits of ours and numpy's are equal; Flower's differ by at most {figures['verified']['flower_differs_by']:.1e}.")
-    for what in ("time", "memory"):
-        target = figures["targets"][what]
-        told = verdict(target["met"])
-        console.print(f"{what}: {target['found']:.3f} of Flower's, where at most {target['at_most']:g} is the target: {told}")
+    for quantity in ("time", "memory"):
+        target = figures["targets"][quantity]
+        answer = verdict(target["met"])
+        console.print(f"{quantity}: {target['found']:.3f} of Flower's, where at most {target['at_most']:g} is the target: {answer}")
     alone = figures["targets"]["time_beside_aggregate_train_alone"]
     console.print(f"Beside aggregate_train alone, all replies already in Flower's memory, our time is {alone:.2f} of it.")
 

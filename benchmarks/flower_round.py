@@ -124,13 +124,13 @@ def _run(rival: str, model: Path, directory: Path, rounds: int) -> dict[str, Any
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over all rounds of all runs; seconds and bytes."""
-    rounds = [one for run in runs for one in run["rounds"]]
-    seconds = [one["ended"] - one["began"] for one in rounds]
+    rounds = [round_ for run in runs for round_ in run["rounds"]]
+    seconds = [round_["ended"] - round_["began"] for round_ in rounds]
     return {
         "round_seconds": statistics.median(seconds),
         "round_seconds_range": [min(seconds), max(seconds)],
-        "aggregate_seconds": statistics.median(one["ended"] - one["replied"] for one in rounds),
-        "messages_bytes_per_round": statistics.median(one["down"] + one["up"] for one in rounds),
+        "aggregate_seconds": statistics.median(round_["ended"] - round_["replied"] for round_ in rounds),
+        "messages_bytes_per_round": statistics.median(round_["down"] + round_["up"] for round_ in rounds),
         "loopback_bytes_per_round": statistics.median(run["wire"] / len(run["rounds"]) for run in runs),
         SERVER_PEAK: statistics.median(run["peak_until_here"] for run in runs),
         "peaks": {kind: statistics.median(run["peaks"].get(kind, 0) for run in runs) for kind in [*KINDS.values(), "all processes"]},

@@ -75,15 +75,15 @@ def ends(values: npt.NDArray[np.float32]) -> dict[str, float]:
     """Bytes of float32 slice a second, of what happens once: the mean, writing partial sums, merging some (bytes of them)."""
     data, found = values.tobytes(), dict[str, float]()
     for label, rule in RULES.items():
-        one, other = (Fold([Run("F32", values.size)], COHORT, rule) for _ in "ab")
+        source, target = (Fold([Run("F32", values.size)], COHORT, rule) for _ in "ab")
         for weight in range(1, 9):
-            one.add([data], weight)
-            other.add([data], weight + 8)
-        seconds, written = timed(one.serialize)
+            source.add([data], weight)
+            target.add([data], weight + 8)
+        seconds, written = timed(source.serialize)
         nbytes = sum(memoryview(buffer).nbytes for buffer in written)
         found[f"{label}, write"] = len(data) / seconds
-        found[f"{label}, merge"] = nbytes / timed(lambda other=other, written=written: other.merge(written))[0]  # type: ignore[misc]
-        found[f"{label}, mean"] = len(data) / timed(other.finalize)[0]
+        found[f"{label}, merge"] = nbytes / timed(lambda target=target, written=written: target.merge(written))[0]  # type: ignore[misc]
+        found[f"{label}, mean"] = len(data) / timed(target.finalize)[0]
         found[f"{label}, bytes written an element"] = nbytes / values.size
     return found
 

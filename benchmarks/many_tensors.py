@@ -58,10 +58,10 @@ def run(command: list[str]) -> tuple[float, int]:
         watch = Watch(process.pid)
         watch.start()
         assert process.stderr
-        said = process.stderr.read()
+        errors = process.stderr.read()
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise SystemExit(f"{command} ended with status {process.returncode}: {said}")
+        raise SystemExit(f"{command} ended with status {process.returncode}: {errors}")
     return seconds, watch.stop()["own"]
 
 

@@ -93,8 +93,12 @@ def flower_round(found: dict[str, Any]) -> str:
 def topologies(found: dict[str, Any]) -> str:
     """Draw time and memory of each topology."""
     rows = found["topologies"].items()
-    times = tuple(Bar(name, one["seconds"]["median"], f"{one['seconds']['median']:.2f} s", name == "sharded") for name, one in rows)
-    peaks = tuple(Bar(name, one["peak_memory"], f"{one['peak_memory'] / 2**20:,.0f} MiB", name == "sharded") for name, one in rows)
+    times = tuple(
+        Bar(name, figures["seconds"]["median"], f"{figures['seconds']['median']:.2f} s", name == "sharded") for name, figures in rows
+    )
+    peaks = tuple(
+        Bar(name, figures["peak_memory"], f"{figures['peak_memory'] / 2**20:,.0f} MiB", name == "sharded") for name, figures in rows
+    )
     panels = (Panel("Each topology: time, median", times), Panel("Each topology: peak memory of one function", peaks))
     return svg("Time and memory of each topology", panels)
 

@@ -60,7 +60,7 @@ class Counted(NamedTuple):
     """A round, counted three times."""
 
     kind: str
-    what: str
+    case: str
     seen: dict[str, int]
     """At the server."""
     reported: Usage
@@ -75,13 +75,13 @@ class Counted(NamedTuple):
             seen, reported, planned = self.seen[name], getattr(self.reported, name), getattr(self.planned, name)
             loose = planned > max(SLACK * reported, reported + UNKNOWN) and not self.varies
             if seen != reported or reported > planned or loose:
-                return f"{self.kind} ({self.what}): {name}: {seen} at the server, {reported} reported, {planned} planned"
+                return f"{self.kind} ({self.case}): {name}: {seen} at the server, {reported} reported, {planned} planned"
         if self.kind == "flower":  # it tells no deletes, and the bytes of data alone
             return None
         if self.seen["deletes"] != self.reported.deletes:
-            return f"{self.kind} ({self.what}): deletes: {self.seen['deletes']} at the server, {self.reported.deletes} reported"
+            return f"{self.kind} ({self.case}): deletes: {self.seen['deletes']} at the server, {self.reported.deletes} reported"
         if self.reported.bytes_read > self.planned.bytes_read or self.reported.bytes_written > self.planned.bytes_written:
-            return f"{self.kind} ({self.what}): more bytes than planned: {self.reported}, {self.planned}"
+            return f"{self.kind} ({self.case}): more bytes than planned: {self.reported}, {self.planned}"
         return None
 
     def excess(self, name: str) -> float:
@@ -121,11 +121,11 @@ def is_tree(name: str) -> bool:
 def command(draw: random.Random, store: S3Store, server: S3Server) -> Counted:
     """A whole command, its records kept in S3 or not, its output in S3 or not."""
     name, exact = draw.choice([*TOPOLOGIES]), draw.random() < 0.4
-    some, base = updates(draw, exact=exact), f"in-{uuid.uuid4().hex[:8]}"
-    for i, arrays in enumerate(some):
+    models, base = updates(draw, exact=exact), f"in-{uuid.uuid4().hex[:8]}"
+    for i, arrays in enumerate(models):
         store.put(f"{base}/c{i}.safetensors", encode(arrays)[1])
     weighted = draw.random() < 0.5
-    given = [f"{store.url}/{base}/c{i}.safetensors" + f":{i + 1}" * weighted for i in range(len(some))]
+    given = [f"{store.url}/{base}/c{i}.safetensors" + f":{i + 1}" * weighted for i in range(len(models))]
     options = [f"--{key.replace('_', '-')}={value}" for key, value in parameters(draw, name).items()] + ["--exact"] * exact
     options += ["--executor", draw.choice(["inline", "inline", "inline", "threads:3", "processes:1"]), "--memory", "2GiB"]
     options += ["--store", f"{store.url}/kept"] * (draw.random() < 0.4)
@@ -137,8 +137,8 @@ def command(draw: random.Random, store: S3Store, server: S3Server) -> Counted:
             cli.main(arguments, standalone_mode=False)
         report = json.loads(Path(place, "report.json").read_text())
     observed, planned = (Usage(**report[which]["stores"]["s3"]) for which in ("observed", "projected"))
-    what = f"{name}{', exact' * exact}{', its output here' * here}"
-    return Counted("command", what, dict(seen), observed, planned, exact and is_tree(name))
+    case = f"{name}{', exact' * exact}{', its output here' * here}"
+    return Counted("command", case, dict(seen), observed, planned, exact and is_tree(name))
 
 
 class Dying(InlineExecutor):
@@ -153,18 +153,18 @@ class Dying(InlineExecutor):
         raise KeyboardInterrupt
 
 
-def leave(draw: random.Random, round_: Round, topology: Any, how: dict[str, Any]) -> None:
+def leave(draw: random.Random, round_: Round, topology: Any, options: dict[str, Any]) -> None:
     """Leave a round as calls before may have left it."""
-    what = draw.choice(["died", "died, other plan", "lost its upload", "done", "done, and its result is gone"])
-    if what.startswith("done"):
-        done = aggregate(round_, topology=topology, **how)
-        if "gone" in what:
+    state = draw.choice(["died", "died, other plan", "lost its upload", "done", "done, and its result is gone"])
+    if state.startswith("done"):
+        done = aggregate(round_, topology=topology, **options)
+        if "gone" in state:
             round_.store.delete([done.record.source])
         return
-    first = Flat() if "other" in what else topology
+    first = Flat() if "other" in state else topology
     with contextlib.suppress(KeyboardInterrupt):
-        aggregate(round_, topology=first, executor=Dying(draw.randint(0, 3)), **how)
-    if "lost" in what:
+        aggregate(round_, topology=first, executor=Dying(draw.randint(0, 3)), **options)
+    if "lost" in state:
         plan = PlanRecord.model_validate_json(b"".join(map(bytes, round_.store.get(round_.key("plan.json"), 0, 1 << 20))))
         round_.store.abort(round_.output, plan.upload)
 
@@ -175,16 +175,16 @@ def call(draw: random.Random, store: S3Store, server: S3Server, *, dies: bool = 
     round_ = Round.create(store, f"r-{uuid.uuid4().hex[:12]}")
     for i, arrays in enumerate(updates(draw, exact=exact)):
         round_.submit(f"c{i}", arrays, i + 1)
-    how: dict[str, Any] = {"rule": ExactMean() if exact else MEAN, "limits": Limits(memory=1 << 31), "overwrite": draw.random() < 0.3}
+    options: dict[str, Any] = {"rule": ExactMean() if exact else MEAN, "limits": Limits(memory=1 << 31), "overwrite": draw.random() < 0.3}
     state = draw.choice(["receipts", "sealed", "known"])
     if state != "receipts":
         round_.seal()
     topology = make_topology(name, **parameters(draw, name))
     if dies:
-        leave(draw, round_, topology, how)
+        leave(draw, round_, topology, options)
     with server.counting() as seen:
         handle = round_ if state == "known" else Round(store, round_.id)
-        report = aggregate(handle, topology=topology, **how).report()
+        report = aggregate(handle, topology=topology, **options).report()
     observed, planned = (Usage(**(report[which] or report["observed"])["stores"]["s3"]) for which in ("observed", "projected"))
     varies = dies or (exact and is_tree(name))  # of what was left, a plan knows less
     return Counted("resumed" if dies else "call", f"{name}{', exact' * exact}, {state}", dict(seen), observed, planned, varies)
@@ -236,8 +236,8 @@ def federation(draw: random.Random, store: S3Store, server: S3Server) -> list[Co
     found: list[Counted] = []
 
     def note(seen: dict[str, int], report: RoundReport) -> None:
-        what, varies = f"{kind.__name__}, {mode}{', exact' * exact}", exact and kind is not GradSharding
-        found.append(Counted("flower", what, seen, *requests_of(report), varies))
+        case, varies = f"{kind.__name__}, {mode}{', exact' * exact}", exact and kind is not GradSharding
+        found.append(Counted("flower", case, seen, *requests_of(report), varies))
 
     mode, exact = draw.choice(["direct", "direct", "relay", "mixed"]), draw.random() < 0.3
     (model, *_) = updates(draw, exact=True)
@@ -262,11 +262,11 @@ def rounds(seed: int, count: int, store: S3Store, server: S3Server) -> Iterator[
         if made >= count:
             return
         if kind == "flower":
-            some = federation(draw, store, server)
+            counted = federation(draw, store, server)
         else:
-            some = [command(draw, store, server) if kind == "command" else call(draw, store, server, dies=kind == "resumed")]
-        made += len(some)
-        yield from some
+            counted = [command(draw, store, server) if kind == "command" else call(draw, store, server, dies=kind == "resumed")]
+        made += len(counted)
+        yield from counted
 
 
 def fixed(store: S3Store, server: S3Server) -> dict[str, Any]:
@@ -309,21 +309,25 @@ def server_of(name: str) -> Iterator[S3Server]:
 
 def summary(found: Sequence[Counted]) -> dict[str, Any]:
     """Say how many rounds there were, and how near the plan was."""
-    exact = [one for one in found if not one.varies]
+    exact = [counted for counted in found if not counted.varies]
     return {
         "rounds": len(found),
-        "kinds": dict(Counter(one.kind for one in found)),
-        "what": dict(sorted(Counter(one.what.partition(",")[0] for one in found).items())),
-        "requests_at_the_server": {name: sum(one.seen[name] for one in found) for name in ("gets", "puts", "deletes")},
-        "reported_as_seen": sum(one.seen["gets"] == one.reported.gets and one.seen["puts"] == one.reported.puts for one in found),
-        "planned_at_least_reported": sum(one.reported.gets <= one.planned.gets and one.reported.puts <= one.planned.puts for one in found),
+        "kinds": dict(Counter(counted.kind for counted in found)),
+        "what": dict(sorted(Counter(counted.case.partition(",")[0] for counted in found).items())),
+        "requests_at_the_server": {name: sum(counted.seen[name] for counted in found) for name in ("gets", "puts", "deletes")},
+        "reported_as_seen": sum(
+            counted.seen["gets"] == counted.reported.gets and counted.seen["puts"] == counted.reported.puts for counted in found
+        ),
+        "planned_at_least_reported": sum(
+            counted.reported.gets <= counted.planned.gets and counted.reported.puts <= counted.planned.puts for counted in found
+        ),
         "planned_of_reported": {
             name: {"median": statistics.median(ratios), "most": max(ratios)}
             for name in ("gets", "puts")
-            if (ratios := [one.excess(name) for one in exact])
+            if (ratios := [counted.excess(name) for counted in exact])
         },
         "planned_of_reported_where_sizes_vary": {
-            name: max((one.excess(name) for one in found if one.varies), default=None) for name in ("gets", "puts")
+            name: max((counted.excess(name) for counted in found if counted.varies), default=None) for name in ("gets", "puts")
         },
     }
 
@@ -344,12 +348,12 @@ def main() -> None:
             store = S3Store(f"s3://{server.make_bucket()}/p")
             found = [*rounds(options.seed, options.rounds or ROUNDS[name], store, server)]
             results[name] = {**summary(found), "fixed": fixed(store, server)}
-            problems += [one.problem for one in found if one.problem]
-        one = results[name]
-        same, within = one["reported_as_seen"], one["planned_at_least_reported"]
-        console.print(f"{name}: {one['rounds']} rounds, {same} reported as the server saw them, {within} within their plan")
+            problems += [counted.problem for counted in found if counted.problem]
+        result = results[name]
+        same, within = result["reported_as_seen"], result["planned_at_least_reported"]
+        console.print(f"{name}: {result['rounds']} rounds, {same} reported as the server saw them, {within} within their plan")
         table = Table("round", "at the server: GET", "PUT", "reported: GET", "PUT", "planned: GET", "PUT")
-        for title, counted in one["fixed"].items():
+        for title, counted in result["fixed"].items():
             table.add_row(title, *(str(counted[which][k]) for which in ("server", "observed", "projected") for k in ("gets", "puts")))
         console.print(table)
     for problem in problems:

@@ -115,14 +115,14 @@ def summarise(runs: dict[str, list[Figures]], nbytes: int) -> Figures:
     """Median rates of reading (writing left out), of all of it, and memory in slices, of each rival; ratios of medians."""
     found = {
         name: {
-            "read_rate": asdict(Range.of(one["bytes"] / (one["seconds"] - one["write_seconds"]) for one in figures)),
-            "seconds": asdict(Range.of(one["seconds"] for one in figures)),
-            "grown": asdict(Range.of(one["grown"] for one in figures)),
-            "grown_slices": max(one["grown"] for one in figures) / nbytes,
+            "read_rate": asdict(Range.of(run["bytes"] / (run["seconds"] - run["write_seconds"]) for run in figures)),
+            "seconds": asdict(Range.of(run["seconds"] for run in figures)),
+            "grown": asdict(Range.of(run["grown"] for run in figures)),
+            "grown_slices": max(run["grown"] for run in figures) / nbytes,
         }
         for name, figures in runs.items()
     }
-    rates = {name: one["read_rate"]["median"] for name, one in found.items()}
+    rates = {name: rival["read_rate"]["median"] for name, rival in found.items()}
     return {
         "rivals": found,
         "ours_of_raw": rates["ours"] / rates["raw"],
@@ -140,8 +140,8 @@ def show(figures: Figures) -> None:
         rates = [f"{route['rivals'][rival]['read_rate']['median'] / 1e6:.0f}" for rival in RIVALS]
         table.add_row(name, *rates, *(f"{route[ratio.replace(' ', '_')]:.2f}" for ratio in ratios))
     console.print(table)
-    for what, target in figures["targets"].items():
-        console.print(f"{what}: {target['found']:.3f}, {target['wanted']}: {verdict(target['met'])}")
+    for quantity, target in figures["targets"].items():
+        console.print(f"{quantity}: {target['found']:.3f}, {target['wanted']}: {verdict(target['met'])}")
 
 
 def targets(routes: dict[str, Figures], plan: Plan) -> Figures:

@@ -64,9 +64,9 @@ def round_of(nbytes: int, clients: int, concurrency: int) -> dict[str, Any]:
 def planning() -> dict[str, float]:
     """Time one plan of about 10,000 functions, of either kind, with all its figures."""
     found = {}
-    one, many = manifest(10**12, 100), manifest(10**11, 2_000)
+    few, many = manifest(10**12, 100), manifest(10**11, 2_000)
     makers: dict[str, Callable[[], Plan]] = {
-        "sharded, 9,999 functions": lambda: Sharded(shards=9_999).plan(one, Limits(), reading=READING),
+        "sharded, 9,999 functions": lambda: Sharded(shards=9_999).plan(few, Limits(), reading=READING),
         "sharded-tree, 10,010 functions": lambda: ShardedTree(shards=910, fan_in=200).plan(many, Limits(), reading=READING),
     }
     for name, make in makers.items():

@@ -37,20 +37,20 @@ def main() -> None:
             runs = [
                 run("sweep", i * (1 + options.repetitions) + j, store, weights, executor, limits) for j in range(1 + options.repetitions)
             ][1:]
-            found[shards] = {**runs[0], "seconds": Range.of(one["seconds"] for one in runs).__dict__, **observed(runs)}
-    assert 1 == len({one.pop("digest") for one in found.values()})
+            found[shards] = {**runs[0], "seconds": Range.of(figures["seconds"] for figures in runs).__dict__, **observed(runs)}
+    assert 1 == len({figures.pop("digest") for figures in found.values()})
     first = found[options.shards[0]]["seconds"]["median"]
-    for shards, one in found.items():
-        one["of_the_first"] = one["seconds"]["median"] / first
+    for shards, figures in found.items():
+        figures["of_the_first"] = figures["seconds"]["median"] / first
         table.add_row(
             str(shards),
-            f"{one['seconds']['median']:.2f} s",
-            f"{one['of_the_first']:.2f}",
-            shown(one["cpu_seconds"] and one["cpu_seconds"]["median"], 1, ".2f", "s"),
-            shown(one["peak_memory"], 2**20, ",.0f", "MiB"),
-            f"{one['projected_memory'] / 2**20:,.0f} MiB",
-            str(one["gets"]),
-            str(one["puts"]),
+            f"{figures['seconds']['median']:.2f} s",
+            f"{figures['of_the_first']:.2f}",
+            shown(figures["cpu_seconds"] and figures["cpu_seconds"]["median"], 1, ".2f", "s"),
+            shown(figures["peak_memory"], 2**20, ",.0f", "MiB"),
+            f"{figures['projected_memory'] / 2**20:,.0f} MiB",
+            str(figures["gets"]),
+            str(figures["puts"]),
         )
     Console(width=130).print(table)
     setup = {

@@ -130,7 +130,7 @@ def _command(command: click.Command, context: click.Context) -> str:
     """Write a command as a section."""
     usage = command.get_usage(context).removeprefix("Usage: ")
     options = [param.get_help_record(context) for param in command.params if isinstance(param, click.Option)]
-    rows = [f"| `{_cell(names)}` | {_cell(_plain(said))} |" for names, said in filter(None, options)]
+    rows = [f"| `{_cell(names)}` | {_cell(_plain(text))} |" for names, text in filter(None, options)]
     table = ["| option | |", "|---|---|", *rows] if rows else []
     return "\n".join([f"## {context.command_path}", "", f"```text\n{usage}\n```", "", *_help(command.help or ""), "", *table])
 

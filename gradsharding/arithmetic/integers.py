@@ -32,8 +32,8 @@ def mean(dtype: str, columns: Sequence[Iterable[int]], weights: Sequence[int]) -
     >>> mean("F32", [[one, three], [three, three]], [1, 1]) == [two, three]
     True
     """
-    one = _mean_of_floats if dtype in BINARY else _mean_of_integers
-    return [one(dtype, elements, weights) for elements in zip(*columns, strict=True)]
+    mean_of = _mean_of_floats if dtype in BINARY else _mean_of_integers
+    return [mean_of(dtype, elements, weights) for elements in zip(*columns, strict=True)]
 
 
 def _mean_of_integers(_: str, elements: Sequence[int], weights: Sequence[int]) -> int:
@@ -54,9 +54,9 @@ def _mean_of_floats(dtype: str, elements: Sequence[int], weights: Sequence[int])
             magnitude = fraction | 1 << form.fraction if exponent else fraction
             total += (-weight if sign else weight) * (magnitude << max(exponent - 1, 0))
     if specials:
-        one = specials.pop()
-        plain = not specials and one & infinity == one & ~(1 << form.exponent + form.fraction)
-        return one if plain else infinity | 1 << (form.fraction - 1)
+        special = specials.pop()
+        plain = not specials and special & infinity == special & ~(1 << form.exponent + form.fraction)
+        return special if plain else infinity | 1 << (form.fraction - 1)
     return _rounded(abs(total), sum(weights), form) | (total < 0) << form.exponent + form.fraction
 
 

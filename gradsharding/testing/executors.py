@@ -66,12 +66,12 @@ class ExecutorContract:
 
     def test_reports(self, executor: Executor, store: ObjectStore) -> None:
         """Reports are returned in the order of the tasks, progress gets each once, and the parts make the mean."""
-        updates, told = sample_updates(), list[TaskReport]()
+        updates, progress = sample_updates(), list[TaskReport]()
         started = Started.of(store, updates)
-        reports = started.run(executor, told.append)
+        reports = started.run(executor, progress.append)
 
         assert [task.id for task in started.plan.tasks] == [report.task for report in reports]
-        assert sorted(reports, key=lambda r: r.task) == sorted(told, key=lambda r: r.task)
+        assert sorted(reports, key=lambda r: r.task) == sorted(progress, key=lambda r: r.task)
         assert [(t.gets, puts(t, store), 3 * t.nbytes, t.nbytes) for t in started.plan.tasks] == [
             (r.gets, r.puts, r.bytes_read, r.bytes_written) for r in reports
         ]
@@ -117,11 +117,11 @@ class ExecutorContract:
         """Exact sums, in any topology, make the bits that one function makes in this process."""
         updates = _without_float64(sample_updates(5))
         started = Started.of(store, updates, make=make, rule=ExactMean())
-        one = Started.of(MemoryStore(), updates, make=Flat(), rule=ExactMean())
+        alone = Started.of(MemoryStore(), updates, make=Flat(), rule=ExactMean())
         reports = started.run(executor)
-        one.run(InlineExecutor())
+        alone.run(InlineExecutor())
 
-        assert_same(one.complete(), started.complete())
+        assert_same(alone.complete(), started.complete())
         for task, report in zip(started.plan.tasks, reports, strict=True):
             assert (0, 0) < (report.gets, report.bytes_read) <= (task.gets, task.bytes_read)
             assert 0 < report.bytes_written <= task.bytes_written
@@ -138,12 +138,12 @@ class ExecutorContract:
     def test_all_nonfinite(self, executor: Executor, store: ObjectStore) -> None:
         """NaN does not stop the other tasks: they end, and one NonFinite names all clients that sent NaN, in whichever slice."""
         updates: Updates = {f"c{i}": ({"w": np.array([np.nan if i == j else j for j in range(8)], "f4")}, 1) for i in range(6)}
-        started, told = Started.of(store, updates, shards=8), list[TaskReport]()
+        started, progress = Started.of(store, updates, shards=8), list[TaskReport]()
 
         with pytest.raises(NonFinite, match="task sharded/0 and 5 more: clients c0, c1, c2, c3, c4, c5 hold NaN or infinity") as caught:
-            started.run(executor, told.append)
+            started.run(executor, progress.append)
         assert [[f"c{i}", 4 * i] for i in range(6)] == caught.value.details["found"]
-        assert ["sharded/6", "sharded/7"] == sorted(report.task for report in told)
+        assert ["sharded/6", "sharded/7"] == sorted(report.task for report in progress)
         assert [1, 8, 9] == sorted(store.parts(started.job.output, started.job.upload))
 
     def test_overflow(self, executor: Executor, store: ObjectStore) -> None:

@@ -41,9 +41,9 @@ class RuleContract:
         """Compute the result of ``updates``; BF16, given as Raw, comes back as the equal float32."""
         raise NotImplementedError
 
-    def updates(self, **how: Any) -> Updates:
+    def updates(self, **options: Any) -> Updates:
         """Draw updates with a tensor of every dtype that the rule admits."""
-        drawn = sample_updates(CLIENTS, **how)
+        drawn = sample_updates(CLIENTS, **options)
         return {client: ({n: a for n, a in arrays.items() if self.admits(_dtype(a))}, w) for client, (arrays, w) in drawn.items()}
 
     def admits(self, dtype: str) -> bool:
@@ -91,14 +91,14 @@ class RuleContract:
         """However the bytes of inputs are cut into chunks, the result has the same bits."""
         draw, runs = random.Random(0), [Run(dtype, BLOCK + 5) for dtype in CODES if self.admits(dtype)]
         inputs = [(_finite(runs, i), i + 1) for i in range(CLIENTS)]
-        one, other = (Fold(runs, _cohort(inputs), self.rule) for _ in "ab")
+        whole, pieces = (Fold(runs, _cohort(inputs), self.rule) for _ in "ab")
         for data, weight in inputs:
             edges = [0, *sorted(draw.sample(range(len(data)), 50)), len(data)]
-            one.add([data], weight)
-            other.add((data[i:j] for i, j in pairwise(edges)), weight)
+            whole.add([data], weight)
+            pieces.add((data[i:j] for i, j in pairwise(edges)), weight)
 
-        assert bytes(one.finalize()) == bytes(other.finalize())
-        assert one.finite is other.finite is True
+        assert bytes(whole.finalize()) == bytes(pieces.finalize())
+        assert whole.finite is pieces.finite is True
 
     def test_vouches(self) -> None:
         """If it vouches for its bits, they do not depend on who has which id, and ``recompute`` finds the same; else it is refused."""
@@ -118,9 +118,9 @@ class RuleContract:
         """Weights change the result if it weighs, and nothing else does."""
         updates = self.updates(size=20)
         others = {client: (arrays, 1 if client == "client-0" else 50) for client, (arrays, _) in updates.items()}
-        one, other = (aggregate(_round(given), rule=self.rule).digest() for given in (updates, others))
+        digest, other = (aggregate(_round(given), rule=self.rule).digest() for given in (updates, others))
 
-        assert self.rule.weighs is (one != other)
+        assert self.rule.weighs is (digest != other)
 
     def test_merges(self) -> None:
         """If it merges, a tree comes to the same within rounding, and what passes in it is within its bound; else a tree is refused."""

@@ -336,7 +336,7 @@ class StoreContract:
             except BaseException:
                 store.abort("a", upload)
                 raise
-            assert [None] * 3 == [one.result() for one in late]
+            assert [None] * 3 == [future.result() for future in late]
         assert (stat, data) == (store.head("a"), read(store, "a", version=stat.version))
 
     @pytest.mark.parametrize("overwrite", [False, True])
@@ -371,7 +371,7 @@ class StoreContract:
             late = [pool.submit(write, number) for number in (1, 2, 3)]
             started.wait()
             store.abort("a", upload)
-            assert [None] * 3 == [one.result() for one in late]
+            assert [None] * 3 == [future.result() for future in late]
         with pytest.raises(MissingObject):
             store.parts("a", upload)
         assert [] == list(store.list(""))

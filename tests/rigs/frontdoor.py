@@ -43,7 +43,7 @@ class Stop(NamedTuple):
 
     pid: int
     number: int
-    how: signal.Signals
+    signum: signal.Signals
     answered: bool = False
     """Whether the request is carried out, so that only the answer is lost."""
 
@@ -83,10 +83,10 @@ class FrontDoor:
         self.accounts += [account] if account not in self.accounts else []
         return {**as_account(self.plain, account), "AWS_ENDPOINT_URL": self.url, "AWS_ENDPOINT_URL_S3": self.url}
 
-    def note(self, one: Seen) -> Stop | None:
+    def note(self, request: Seen) -> Stop | None:
         """Record a request; return the stop if this request is the one to stop at."""
         with self._lock:
-            self.seen.append(one)
+            self.seen.append(request)
             if self.stop:
                 self.stop = self.stop._replace(number=self.stop.number - 1)
                 if self.stop.number == 0:
@@ -94,11 +94,11 @@ class FrontDoor:
                     return ended
         return None
 
-    def denies(self, one: Seen) -> bool:
+    def denies(self, request: Seen) -> bool:
         """Tell whether the bucket belongs to another account than the request expects."""
-        if not one.owner or not one.bucket or self._has(one.owner, one.bucket):
+        if not request.owner or not request.bucket or self._has(request.owner, request.bucket):
             return False
-        return any(self._has(number, one.bucket) for number in self.accounts if number != one.owner)
+        return any(self._has(number, request.bucket) for number in self.accounts if number != request.owner)
 
     def keep_role(self, account: str, asked: Mapping[str, list[str]]) -> None:
         """Keep the role of a change set that is executed; forget it when its stack is deleted."""
@@ -162,14 +162,14 @@ class _Relay(BaseHTTPRequestHandler):
         asked = parse_qs(body.decode()) if service in ("cloudformation", "iam", "sts", "monitoring") else {}
         action = asked.get("Action", [""])[0]
         bucket = path.split("/")[1] if service == "s3" else ""
-        one = Seen(account, service, action or f"{self.command} {path}", bucket, self.headers.get("x-amz-expected-bucket-owner"))
-        stop = self.door.note(one)
+        request = Seen(account, service, action or f"{self.command} {path}", bucket, self.headers.get("x-amz-expected-bucket-owner"))
+        stop = self.door.note(request)
         if stop and not stop.answered:
-            os.kill(stop.pid, stop.how)
-            if stop.how == signal.SIGKILL:
+            os.kill(stop.pid, stop.signum)
+            if stop.signum == signal.SIGKILL:
                 self.close_connection = True
                 return
-        if self.door.denies(one) or f"{self.command} {self.path}" in self.door.closed:
+        if self.door.denies(request) or f"{self.command} {self.path}" in self.door.closed:
             self._answer(403, {"Content-Type": "application/xml"}, b"" if self.command == "HEAD" else _DENIED)
             return
         with contextlib.closing(http.client.HTTPConnection(urlsplit(self.door.endpoint).netloc, timeout=120)) as upstream:
@@ -184,7 +184,7 @@ class _Relay(BaseHTTPRequestHandler):
             self.door.keep_role(account, asked)
             data = self.door.with_roles(account, data) if action == "DescribeStacks" else data
         if stop and stop.answered:
-            os.kill(stop.pid, stop.how)
+            os.kill(stop.pid, stop.signum)
         with contextlib.suppress(OSError):
             self._answer(answer.status, headers, data, answer.getheader("Content-Length"))
 

@@ -74,13 +74,13 @@ def recorded() -> Iterator[list[_Sent]]:
 def needs(sent: Iterable[_Sent], account: str, region: str) -> set[Need]:
     """Return the actions that requests need, on the resources that they name."""
     found = set[Need]()
-    for one in sent:
-        service = {"monitoring": "cloudwatch"}.get(one.service, one.service)
-        names = _S3.get(one.operation, (one.operation,)) if service == "s3" else (one.operation,)
-        names = ("InvokeFunction",) if (service, one.operation) == ("lambda", "Invoke") else names
+    for request in sent:
+        service = {"monitoring": "cloudwatch"}.get(request.service, request.service)
+        names = _S3.get(request.operation, (request.operation,)) if service == "s3" else (request.operation,)
+        names = ("InvokeFunction",) if (service, request.operation) == ("lambda", "Invoke") else names
         for name in names:
             action = f"{service}:{name}"
-            places = ["*"] if _ANYWHERE.fullmatch(action) else _resources(service, name, one.parameters, f"{region}:{account}")
+            places = ["*"] if _ANYWHERE.fullmatch(action) else _resources(service, name, request.parameters, f"{region}:{account}")
             found |= {Need(action, place) for place in places}
     return found
 
@@ -89,7 +89,7 @@ def _resources(service: str, action: str, asked: Mapping[str, Any], where: str) 
     """Return the ARNs that a request names."""
     if service == "s3":
         bucket = f"arn:aws:s3:::{asked['Bucket']}"
-        keys = [asked["Key"]] if "Key" in asked else [one["Key"] for one in asked.get("Delete", {}).get("Objects", [])]
+        keys = [asked["Key"]] if "Key" in asked else [item["Key"] for item in asked.get("Delete", {}).get("Objects", [])]
         return [f"{bucket}/{key}" for key in keys] if action in _OBJECTS else [bucket]
     name = next((str(asked[key]) for key in _NAMES if key in asked), "")
     if service == "lambda":
@@ -109,18 +109,22 @@ def _resources(service: str, action: str, asked: Mapping[str, Any], where: str) 
 
 def allows(policies: Iterable[Mapping[str, Any]], need: Need) -> bool:
     """Tell whether policies allow an action, if all their conditions are met."""
-    statements = [one for policy in policies for one in policy["Statement"] if _matches(one["Action"], need.action, re.IGNORECASE)]
-    effects = {one["Effect"] for one in statements if _matches(one["Resource"], need.resource)}
+    statements = [
+        statement for policy in policies for statement in policy["Statement"] if _matches(statement["Action"], need.action, re.IGNORECASE)
+    ]
+    effects = {statement["Effect"] for statement in statements if _matches(statement["Resource"], need.resource)}
     return effects == {"Allow"}
 
 
 def actions(policy: Mapping[str, Any]) -> set[str]:
     """Return all actions that a policy allows."""
-    return {action for one in policy["Statement"] if one["Effect"] == "Allow" for action in _several(one["Action"])}
+    return {action for statement in policy["Statement"] if statement["Effect"] == "Allow" for action in _several(statement["Action"])}
 
 
 def _matches(patterns: str | list[str], text: str, flags: int = 0) -> bool:
-    return any(re.fullmatch(re.escape(one).replace(r"\*", ".*").replace(r"\?", "."), text, flags | re.DOTALL) for one in _several(patterns))
+    return any(
+        re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), text, flags | re.DOTALL) for pattern in _several(patterns)
+    )
 
 
 def _several(value: str | list[str]) -> list[str]:

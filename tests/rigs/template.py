@@ -78,13 +78,13 @@ def resolved(template: Any, **parameters: str) -> Any:
 
 def _kept(section: Mapping[str, Any], reader: "_Reader") -> dict[str, Any]:
     """Return a section without the entries that their conditions exclude."""
-    left = {name: one for name, one in section.items() if "Condition" not in one or reader.holds(one["Condition"])}
-    return {name: reader.value({key: value for key, value in one.items() if key != "Condition"}) for name, one in left.items()}
+    left = {name: entry for name, entry in section.items() if "Condition" not in entry or reader.holds(entry["Condition"])}
+    return {name: reader.value({key: value for key, value in entry.items() if key != "Condition"}) for name, entry in left.items()}
 
 
 def _taken(name: str, rules: Mapping[str, Any], value: str | None) -> Any:
     text = str(rules["Default"] if value is None else value)
-    pattern, allowed = rules.get("AllowedPattern", ".*"), [str(one) for one in rules.get("AllowedValues", [text])]
+    pattern, allowed = rules.get("AllowedPattern", ".*"), [str(choice) for choice in rules.get("AllowedValues", [text])]
     bounds = float(rules.get("MinValue", "-inf")), float(rules.get("MaxValue", "inf"))
     if not re.fullmatch(pattern, text) or text not in allowed or (rules["Type"] == "Number" and not bounds[0] <= float(text) <= bounds[1]):
         raise ValueError(f"the template does not accept {text!r} for {name}")
@@ -99,15 +99,15 @@ class _Reader:
     def holds(self, name: str) -> bool:
         return bool(self.value(self._conditions[name]))
 
-    def value(self, one: Any) -> Any:
+    def value(self, given: Any) -> Any:
         """Resolve a value; return _NOTHING for AWS::NoValue."""
-        if isinstance(one, list):
-            return [value for value in map(self.value, one) if value is not _NOTHING]
-        if not isinstance(one, dict):
-            return one
-        if len(one) == 1 and (function := next(iter(one))) in self._FUNCTIONS:
-            return self._FUNCTIONS[function](self, one[function])
-        return {name: value for name, value in ((name, self.value(value)) for name, value in one.items()) if value is not _NOTHING}
+        if isinstance(given, list):
+            return [value for value in map(self.value, given) if value is not _NOTHING]
+        if not isinstance(given, dict):
+            return given
+        if len(given) == 1 and (function := next(iter(given))) in self._FUNCTIONS:
+            return self._FUNCTIONS[function](self, given[function])
+        return {name: value for name, value in ((name, self.value(value)) for name, value in given.items()) if value is not _NOTHING}
 
     def _ref(self, name: str) -> Any:
         return _NOTHING if name == "AWS::NoValue" else self._known.get(name, f"${{{name}}}")

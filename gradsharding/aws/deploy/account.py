@@ -175,7 +175,7 @@ class Account:
             found["StackId"],
             found["StackStatus"],
             {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", [])},
-            {one["ParameterKey"]: one.get("ParameterValue", "") for one in found.get("Parameters", [])},
+            {parameter["ParameterKey"]: parameter.get("ParameterValue", "") for parameter in found.get("Parameters", [])},
             {tag["Key"]: tag["Value"] for tag in found.get("Tags", [])},
             found.get("EnableTerminationProtection", False),
             found.get("RoleARN", ""),
@@ -193,7 +193,11 @@ class Account:
 
     def foreign(self, stack: Stack) -> str:
         """Say why a stack is not ours; "" if it is."""
-        if stack.empty and (sets := self.change_sets(stack)) and not all(self._is_prepared(stack, *one) for one in sets.items()):
+        if (
+            stack.empty
+            and (sets := self.change_sets(stack))
+            and not all(self._is_prepared(stack, *change_set) for change_set in sets.items())
+        ):
             return "others have prepared it"
         if stack.empty and sets and not stack.tags:  # CloudFormation may keep the tags in the change set until it is run
             return ""
@@ -216,7 +220,7 @@ class Account:
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"the template of stack {stack.name}") from error
         found = body.get("Resources", {}) if isinstance(body, Mapping) else {}
-        return {logical for logical, one in found.items() if str(one.get("DeletionPolicy", "")).startswith("Retain")}
+        return {logical for logical, resource in found.items() if str(resource.get("DeletionPolicy", "")).startswith("Retain")}
 
     def description(self, stack: Stack) -> str:
         """Return the description in a stack's template."""
@@ -229,18 +233,20 @@ class Account:
         """List the resources that CloudFormation created for a stack, without those that it has deleted since."""
         try:
             pages = self.formation.get_paginator("list_stack_resources").paginate(StackName=stack.id)
-            found = [one for page in pages for one in page["StackResourceSummaries"]]
+            found = [summary for page in pages for summary in page["StackResourceSummaries"]]
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"the resources of stack {stack.name}") from error
         return [
-            Resource(one["LogicalResourceId"], one.get("PhysicalResourceId", ""), one["ResourceType"], one["ResourceStatus"])
-            for one in found
-            if one["ResourceStatus"] != "DELETE_COMPLETE"
+            Resource(
+                summary["LogicalResourceId"], summary.get("PhysicalResourceId", ""), summary["ResourceType"], summary["ResourceStatus"]
+            )
+            for summary in found
+            if summary["ResourceStatus"] != "DELETE_COMPLETE"
         ]
 
     def buckets(self, stack: Stack) -> list[str]:
         """Return the bucket that CloudFormation created for a stack from our template; never an existing one, nor one that others added."""
-        return [one.physical for one in self.resources(stack) if one.is_data and one.physical]
+        return [resource.physical for resource in self.resources(stack) if resource.is_data and resource.physical]
 
     def made(self, name: str) -> set[str]:
         """Return the buckets that CloudFormation created for our stacks of a name, by their events, which it keeps for 90 days."""
@@ -252,17 +258,19 @@ class Account:
                 events: list[Any] = [event for page in pages for event in page["StackEvents"]]
             except (BotoCoreError, ClientError) as error:
                 raise explained(error, f"events of stack {stack.name}") from error
-            found |= {one.get("PhysicalResourceId", "") for one in events if (one["LogicalResourceId"], one["ResourceType"]) == DATA}
+            found |= {
+                event.get("PhysicalResourceId", "") for event in events if (event["LogicalResourceId"], event["ResourceType"]) == DATA
+            }
         return found - {""}
 
     def brought(self) -> set[str]:
         """Return the existing buckets that any stack of this region uses; raise StoreRefused if the stacks cannot be listed."""
         try:
             pages = self.formation.get_paginator("describe_stacks").paginate()
-            given = [one for page in pages for stack in page["Stacks"] for one in stack.get("Parameters", [])]
+            given = [parameter for page in pages for stack in page["Stacks"] for parameter in stack.get("Parameters", [])]
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"the stacks of {self}") from error
-        return {one.get("ParameterValue", "") for one in given if one.get("ParameterKey") == "ExistingBucket"} - {""}
+        return {parameter.get("ParameterValue", "") for parameter in given if parameter.get("ParameterKey") == "ExistingBucket"} - {""}
 
     def done(self, stack: Stack, token: str, tell: Tell) -> Stack:
         """Wait until the operation that carries ``token`` has begun and ended; the stack's state alone may still be the old one."""
@@ -330,7 +338,11 @@ class Account:
             events = self.formation.describe_events(StackName=stack.id, Filters={"FailedEvents": True})["OperationEvents"]
         except (BotoCoreError, ClientError):
             return []  # the caller has another reason to show
-        return [f"{one.get('LogicalResourceId')}: {one['ValidationStatusReason']}" for one in events if one.get("ValidationStatusReason")]
+        return [
+            f"{event.get('LogicalResourceId')}: {event['ValidationStatusReason']}"
+            for event in events
+            if event.get("ValidationStatusReason")
+        ]
 
     def deleted(self, name: str) -> Stack | None:
         """Find the newest of our deleted stacks of a name; CloudFormation keeps them for 90 days."""
@@ -340,17 +352,17 @@ class Account:
         """Find our deleted stacks of a name, by tag and marker; the newest first."""
         try:
             pages = self.formation.get_paginator("list_stacks").paginate(StackStatusFilter=["DELETE_COMPLETE"])
-            ids = [one["StackId"] for page in pages for one in page["StackSummaries"] if one["StackName"] == name]
+            ids = [summary["StackId"] for page in pages for summary in page["StackSummaries"] if summary["StackName"] == name]
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"deleted stacks in {self}") from error
         found = map(self.look_up, ids)
-        return (one for one in found if one and one.tags.get(TAG) == name and not self.foreign(one))
+        return (stack for stack in found if stack and stack.tags.get(TAG) == name and not self.foreign(stack))
 
     def change_sets(self, stack: Stack) -> dict[str, str]:
         """Return all change sets of a stack, whoever created them: the ARN of each by its name."""
         try:
             pages = self.formation.get_paginator("list_change_sets").paginate(StackName=stack.name)
-            return {one["ChangeSetName"]: one["ChangeSetId"] for page in pages for one in page["Summaries"]}
+            return {summary["ChangeSetName"]: summary["ChangeSetId"] for page in pages for summary in page["Summaries"]}
         except (BotoCoreError, ClientError) as error:
             raise explained(error, f"change sets of stack {stack.name}") from error
 

@@ -126,11 +126,11 @@ def forget_code(account: Account, name: str, bucket: str, keep: Code | None = No
     In an existing bucket, delete only what we uploaded: an object with such a name may be the user's.
     """
     try:
-        doomed = [one for one in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{one['Key']}")]
-        doomed = [one for one in doomed if not keep or (bucket, one["Key"]) != (keep.bucket, keep.key)]
+        doomed = [version for version in _versions(account, bucket, f"{name}/") if CodeUri.fullmatch(f"s3://{bucket}/{version['Key']}")]
+        doomed = [version for version in doomed if not keep or (bucket, version["Key"]) != (keep.bucket, keep.key)]
         if bucket != own_bucket(account):
-            strange = {one["Key"] for one in doomed if not _is_ours(account, name, bucket, one)}
-            doomed = [one for one in doomed if one["Key"] not in strange]
+            strange = {version["Key"] for version in doomed if not _is_ours(account, name, bucket, version)}
+            doomed = [version for version in doomed if version["Key"] not in strange]
         delete_objects(account, bucket, doomed)
         if bucket == own_bucket(account) and not next(_versions(account, bucket), None):
             account.s3.delete_bucket(Bucket=bucket)
@@ -166,8 +166,8 @@ def _is_ours(account: Account, name: str, bucket: str, version: Mapping[str, str
 
 def _versions(account: Account, bucket: str, prefix: str = "") -> Iterator[dict[str, str]]:
     for page in account.s3.get_paginator("list_object_versions").paginate(Bucket=bucket, Prefix=prefix):
-        for one in (*page.get("Versions", []), *page.get("DeleteMarkers", [])):
-            yield {"Key": one["Key"], "VersionId": one["VersionId"]}
+        for version in (*page.get("Versions", []), *page.get("DeleteMarkers", [])):
+            yield {"Key": version["Key"], "VersionId": version["VersionId"]}
 
 
 def _make_bucket(account: Account, bucket: str) -> None:
@@ -194,7 +194,7 @@ def _make_bucket(account: Account, bucket: str) -> None:
     }
     policy = _policy(account, bucket)
     if only_tls not in policy["Statement"]:  # statements of others stay
-        kept = [one for one in policy["Statement"] if one.get("Sid") != only_tls["Sid"]]
+        kept = [statement for statement in policy["Statement"] if statement.get("Sid") != only_tls["Sid"]]
         account.s3.put_bucket_policy(Bucket=bucket, Policy=json.dumps({**policy, "Statement": [*kept, only_tls]}))
     tags = _tags(account, bucket)
     if tags.get(TAG) != "code":

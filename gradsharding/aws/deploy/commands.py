@@ -95,7 +95,7 @@ def status(name: str) -> None:
     unseen = list[str]()
     wrong = drift(account, up, unseen.append)
     well = "all of it is there" if unseen else "all of it is there, and as it was deployed"
-    click.echo("\n".join([*([f"wrong: {one}" for one in wrong] or [well]), *unseen]))
+    click.echo("\n".join([*([f"wrong: {fault}" for fault in wrong] or [well]), *unseen]))
     if wrong:
         raise click.exceptions.Exit(1)
 
@@ -133,7 +133,8 @@ def destroy(name: str, *, delete_data: bool, service_role: str | None, yes: bool
 def _listed(targets: Doomed, *, data: bool) -> str:
     """List what is deleted and what stays, one per line."""
     rows: list[tuple[str, ...]] = [
-        ("keep" if one.logical in targets.kept else "delete", one.logical, one.type, one.physical) for one in targets.resources
+        ("keep" if resource.logical in targets.kept else "delete", resource.logical, resource.type, resource.physical)
+        for resource in targets.resources
     ]
     lines = [_columns(rows)] if rows else []
     lines += [f"  {'delete' if data else 'keep  '}  {_weighed(bucket)}" for bucket in targets.buckets]
@@ -159,8 +160,8 @@ def _say_left(name: str, left: list[Bucket], targets: Doomed, cleared: Cleared) 
         click.echo(f"left: {_weighed(bucket)}; its storage is billed. Delete it with: gradsharding destroy{_named(name)} --delete-data")
     others = [f"bucket {targets.brought}, which the stack was given, with its objects"] if targets.brought else []
     others += [*map(_hidden, targets.hidden), *([cleared.kept] if cleared.kept else [])]
-    for one in others:
-        click.echo(f"left: {one}")
+    for other in others:
+        click.echo(f"left: {other}")
     if not left and not others:
         click.echo("nothing that is billed is left")
 
@@ -175,7 +176,7 @@ def _weighed(bucket: Bucket) -> str:
 
 def _table(changes: list[Change]) -> str:
     """List changes in columns, one per line."""
-    return _columns([(one.action, one.logical, one.type, one.physical) for one in changes])
+    return _columns([(change.action, change.logical, change.type, change.physical) for change in changes])
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

@@ -53,20 +53,20 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
     resources = account.resources(stack)
     wrong, lost = list[Wrong](), set[str]()
     anew = _anew(account, stack, resources)
-    for one in resources:
+    for resource in resources:
         closed = False
         try:
-            there = one.type not in _LOOKS or _LOOKS[one.type](account, one.physical)
+            there = resource.type not in _LOOKS or _LOOKS[resource.type](account, resource.physical)
         except (BotoCoreError, ClientError) as error:
             if code_of(error) not in _GONE:
-                raise explained(error, f"looking at {one.logical} ({one.physical})") from error
+                raise explained(error, f"looking at {resource.logical} ({resource.physical})") from error
             there, closed = False, code_of(error) in DENIED
         if not there:
-            lost.add(one.logical)
-            beside = "rounds run without it; to have it again, " if one.type == "AWS::CloudWatch::Alarm" else ""
+            lost.add(resource.logical)
+            beside = "rounds run without it; to have it again, " if resource.type == "AWS::CloudWatch::Alarm" else ""
             beside = "if it is yours, allow these credentials to look at it; if not, " if closed else beside
             state = "another account's, or closed to these credentials" if closed else "gone"
-            wrong.append(Wrong(f"{one.logical} ({one.type} {one.physical}) is {state}", beside + anew))
+            wrong.append(Wrong(f"{resource.logical} ({resource.type} {resource.physical}) is {state}", beside + anew))
     if (bucket := stack.parameters.get("ExistingBucket")) and _is_gone(account, stack, bucket):
         wrong.append(Wrong(f"bucket {bucket}, which the stack was given, is gone", anew))
     code = code_of_template(account.template(stack))
@@ -74,15 +74,16 @@ def missing(account: Account, stack: Stack) -> list[Wrong]:
     if code and code.version == UNVERSIONED:
         again += f"; it sees the difference only if versioning is on for bucket {code.bucket}, so turn that on first"
     if code:
-        for one, has in others_code(account, [one for one in resources if one.logical not in lost], code):
-            problem = f"{one.logical} ({one.type} {one.physical}) runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
-            wrong.append(Wrong(problem, again))
+        present = [resource for resource in resources if resource.logical not in lost]
+        for resource, has in others_code(account, present, code):
+            problem = f"runs other code (SHA-256 {has}) than was deployed ({code.sha256})"
+            wrong.append(Wrong(f"{resource.logical} ({resource.type} {resource.physical}) {problem}", again))
     return wrong
 
 
 def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
     """Say how to deploy the stack anew with the same bucket, if that exists; without its name, a new bucket would be created."""
-    own = next((one.physical for one in resources if one.is_data), "")
+    own = next((resource.physical for resource in resources if resource.is_data), "")
     brought, name = stack.parameters.get("ExistingBucket", ""), stack.name
     bucket = brought or own
     try:  # a bucket of the stack's is another account's if S3 denies it; an existing one may admit functions only
@@ -95,16 +96,16 @@ def _anew(account: Account, stack: Stack, resources: list[Resource]) -> str:
 
 def others_code(account: Account, resources: list[Resource], code: Code) -> Iterator[tuple[Resource, str]]:
     """Find the functions, and the targets of their aliases, that have other code; yield each with its SHA-256 as Lambda writes it."""
-    for one in resources:
-        if one.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias"):
+    for resource in resources:
+        if resource.type in ("AWS::Lambda::Function", "AWS::Lambda::Alias"):
             try:
-                has = account.functions.get_function_configuration(FunctionName=one.physical)["CodeSha256"]
+                has = account.functions.get_function_configuration(FunctionName=resource.physical)["CodeSha256"]
             except (BotoCoreError, ClientError) as error:
                 if code_of(error) in _GONE:
                     continue
-                raise explained(error, f"the configuration of {one.physical}") from error
+                raise explained(error, f"the configuration of {resource.physical}") from error
             if has != code.sha256:
-                yield one, has
+                yield resource, has
 
 
 def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None:
@@ -147,31 +148,31 @@ def _is_gone(account: Account, stack: Stack, bucket: str) -> bool:
 
 def _opened(account: Account, resources: list[Resource], unseen: Tell) -> list[Wrong]:
     """Return a fault for each bucket of a stack that is no longer as closed as in the template."""
-    wrong, bucket = list[Wrong](), next((one.physical for one in resources if one.logical == "Bucket"), "")
-    for one in resources:
+    wrong, bucket = list[Wrong](), next((resource.physical for resource in resources if resource.logical == "Bucket"), "")
+    for resource in resources:
         try:
-            if (one.logical, one.type) == ("BucketPolicy", "AWS::S3::BucketPolicy"):
+            if (resource.logical, resource.type) == ("BucketPolicy", "AWS::S3::BucketPolicy"):
                 account.s3.get_bucket_policy(Bucket=bucket)
-            elif one.type == "AWS::S3::Bucket":
-                block = account.s3.get_public_access_block(Bucket=one.physical)["PublicAccessBlockConfiguration"]
+            elif resource.type == "AWS::S3::Bucket":
+                block = account.s3.get_public_access_block(Bucket=resource.physical)["PublicAccessBlockConfiguration"]
                 if not all(block.get(key) for key in _CLOSED):
-                    wrong.append(_open(one))
+                    wrong.append(_open(resource))
         except (BotoCoreError, ClientError) as error:
             if code_of(error) == "NoSuchPublicAccessBlockConfiguration":
-                wrong.append(_open(one))
+                wrong.append(_open(resource))
             elif code_of(error) == "NoSuchBucketPolicy":
-                problem = f"{one.logical} ({one.type} {one.physical}) is gone: bucket {bucket} accepts requests without TLS"
+                problem = f"{resource.logical} ({resource.type} {resource.physical}) is gone: bucket {bucket} accepts requests without TLS"
                 wrong.append(Wrong(problem, "set it again by hand, as the template has it"))
             else:
-                unseen(f"whether {one.logical} ({one.type} {one.physical}) is unchanged could not be checked: {error}")
+                unseen(f"whether {resource.logical} ({resource.type} {resource.physical}) is unchanged could not be checked: {error}")
     return wrong
 
 
-def _open(one: Resource) -> Wrong:
+def _open(resource: Resource) -> Wrong:
     closing = ",".join(f"{key}=true" for key in _CLOSED)
     return Wrong(
-        f"{one.logical} ({one.type} {one.physical}) is not closed to the public",
-        f"close it: aws s3api put-public-access-block --bucket {one.physical} --public-access-block-configuration {closing}",
+        f"{resource.logical} ({resource.type} {resource.physical}) is not closed to the public",
+        f"close it: aws s3api put-public-access-block --bucket {resource.physical} --public-access-block-configuration {closing}",
     )
 
 
@@ -198,15 +199,15 @@ def _detected(account: Account, stack: Stack, unseen: Tell) -> list[Wrong]:
         unseen(f"{lacks}: {error}")
         return []
     wrong = []
-    for one in found["StackResourceDrifts"]:
+    for resource in found["StackResourceDrifts"]:
         paths = ", ".join(
             f"{difference['PropertyPath']} is {difference['ActualValue']}, not {difference['ExpectedValue']}"
-            for difference in one.get("PropertyDifferences", [])[:3]
+            for difference in resource.get("PropertyDifferences", [])[:3]
         )
         change = f"was changed by hand: {paths}" if paths else "was deleted or changed by hand"
         wrong.append(
             Wrong(
-                f"{one['LogicalResourceId']} ({one['ResourceType']} {one.get('PhysicalResourceId', '')}) {change}",
+                f"{resource['LogicalResourceId']} ({resource['ResourceType']} {resource.get('PhysicalResourceId', '')}) {change}",
                 "set it back by hand: deploy compares with what was deployed, and would see nothing to change",
             )
         )
@@ -232,7 +233,7 @@ _LOOKS: dict[str, Callable[[Account, str], bool]] = {
     "AWS::Lambda::Alias": _alias,
     "AWS::IAM::Role": lambda account, name: bool(account.roles.get_role(RoleName=name)),
     "AWS::Logs::LogGroup": lambda account, name: (
-        name in {one["logGroupName"] for one in account.logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]}
+        name in {group["logGroupName"] for group in account.logs.describe_log_groups(logGroupNamePrefix=name)["logGroups"]}
     ),
     "AWS::CloudWatch::Alarm": lambda account, name: bool(account.alarms.describe_alarms(AlarmNames=[name])["MetricAlarms"]),
     "AWS::CloudWatch::Dashboard": lambda account, name: bool(account.alarms.get_dashboard(DashboardName=name)),

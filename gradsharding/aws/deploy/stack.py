@@ -139,7 +139,7 @@ def _protection(stack: Stack, order: Order) -> list[Change]:
 
 def _remains(account: Account, stack: Stack) -> list[Change]:
     """Return what is deleted with a stack whose creation failed."""
-    held = [Change("delete", one.logical, one.type, one.physical) for one in account.resources(stack)]
+    held = [Change("delete", resource.logical, resource.type, resource.physical) for resource in account.resources(stack)]
     return [*held, Change("delete", "the failed stack", "AWS::CloudFormation::Stack", stack.name)]
 
 
@@ -261,7 +261,7 @@ def _check_free(account: Account, name: str) -> None:
         groups = account.logs.describe_log_groups(logGroupNamePrefix=group)["logGroups"]
     except (BotoCoreError, ClientError) as error:
         raise explained(error, f"looking for what is called {name} in {account}") from error
-    if group in {one["logGroupName"] for one in groups}:
+    if group in {existing["logGroupName"] for existing in groups}:
         raise UserError(
             f"a log group {group} is in {account} already, and no stack {name} is; choose another name with --name, or, if nobody needs "
             f"that log: aws logs delete-log-group --log-group-name {group}"
@@ -270,11 +270,15 @@ def _check_free(account: Account, name: str) -> None:
 
 def _check_old(account: Account, stack: Stack, why: str) -> None:
     """Raise UserError unless a stack without tag or marker was deployed by an older release of ours."""
-    others = [one for one in account.resources(stack) if not _is_known(one.logical, one.type)]
+    others = [resource for resource in account.resources(stack) if not _is_known(resource.logical, resource.type)]
     says = account.description(stack)
     ours = says.startswith("gradsharding - ") and not others and TAG not in stack.tags
     if not ours and not (stack.tags.get(TAG) == stack.name and is_marked(account.template(stack))):
-        held = f"it has {', '.join(f'{one.logical} ({one.type})' for one in others[:3])}" if others else f"it says {says[:60]!r} of itself"
+        held = (
+            f"it has {', '.join(f'{resource.logical} ({resource.type})' for resource in others[:3])}"
+            if others
+            else f"it says {says[:60]!r} of itself"
+        )
         raise UserError(f"stack {stack.name} in {account} cannot be taken over: {why}, and {held}; choose another name with --name")
 
 
@@ -301,12 +305,12 @@ def _changes(account: Account, stack: Stack, change: str) -> list[Change] | None
         if "didn't contain changes" in why or "No updates" in why:
             return None
         raise StackFailed(f"stack {stack.name} in {account} was not changed: {why or state}")
-    return [_change(one["ResourceChange"]) for page in described for one in page.get("Changes", []) if "ResourceChange" in one]
+    return [_change(entry["ResourceChange"]) for page in described for entry in page.get("Changes", []) if "ResourceChange" in entry]
 
 
-def _change(one: Any) -> Change:
-    kept = one.get("PolicyAction", "").endswith("Retain")
-    match one["Action"], one.get("Replacement"):
+def _change(change: Any) -> Change:
+    kept = change.get("PolicyAction", "").endswith("Retain")
+    match change["Action"], change.get("Replacement"):
         case "Add", _:
             action = "make"
         case "Modify", "True":
@@ -319,7 +323,7 @@ def _change(one: Any) -> Change:
             action = "leave" if kept else "delete"
         case other, _:
             action = str(other).lower()
-    return Change(action, one["LogicalResourceId"], one["ResourceType"], one.get("PhysicalResourceId", ""))
+    return Change(action, change["LogicalResourceId"], change["ResourceType"], change.get("PhysicalResourceId", ""))
 
 
 def _known(account: Account, arn: str) -> Stack:
@@ -358,7 +362,7 @@ def _check_same(account: Account, order: Order, found: Stack | None) -> None:
     if now and now.empty and not found:
         return
     if (now and (now.id, now.status, now.parameters, now.tags)) != (found and (found.id, found.status, found.parameters, found.tags)):
-        is_now, was = (f"is {one.status} ({one.id})" if one else "is not there" for one in (now, found))
+        is_now, was = (f"is {stack.status} ({stack.id})" if stack else "is not there" for stack in (now, found))
         raise StackFailed(
             f"stack {order.name} in {account} was changed by another command: it {is_now}, and it {was} before; run this again"
         )

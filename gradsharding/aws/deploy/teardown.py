@@ -77,18 +77,18 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
     if not stack or stack.status == "DELETE_COMPLETE":
         before = account.deleted(name)
         brought = before.parameters.get("ExistingBucket", "") if before else ""
-        return Doomed(None, [], [_counted(account, one) for one in left], [], _code_bucket(account, before), (), (*hidden,), brought)
+        return Doomed(None, [], [_counted(account, bucket) for bucket in left], [], _code_bucket(account, before), (), (*hidden,), brought)
     if stack.protected:
         raise UserError(
             f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
             f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
         )
     held = account.resources(stack)
-    there = {one.physical: _exists(account, one.physical) for one in held if one.is_data and one.physical}
+    there = {resource.physical: _exists(account, resource.physical) for resource in held if resource.is_data and resource.physical}
     hidden = [*{*hidden, *(bucket for bucket, seen in there.items() if seen is None)}]
     names = [bucket for bucket, seen in there.items() if seen and bucket not in hidden]
     earlier = [_counted(account, bucket) for bucket in left if bucket not in there]
-    others = [one for one in held if not one.is_data]
+    others = [resource for resource in held if not resource.is_data]
     kept = frozenset(account.kept(stack)) if others else frozenset[str]()
     own, code = [_counted(account, bucket) for bucket in names], _code_bucket(account, None if stack.empty else stack)
     return Doomed(stack, others, own, earlier, code, (*held,), (*hidden,), stack.parameters.get("ExistingBucket", ""), kept)
@@ -131,8 +131,8 @@ def take_down(account: Account, name: str, targets: Doomed, *, data: bool, tell:
 def _check_same(account: Account, stack: Stack, targets: Doomed) -> None:
     """Raise StackFailed if a stack has changed since it was shown: nobody agreed to delete what was added since."""
     now = account.find(stack.name)
-    held = {one[:3] for one in account.resources(now)} if now else set()
-    if not now or now.id != stack.id or held != {one[:3] for one in targets.held}:
+    held = {resource[:3] for resource in account.resources(now)} if now else set()
+    if not now or now.id != stack.id or held != {resource[:3] for resource in targets.held}:
         raise StackFailed(
             f"stack {stack.name} in {account} was changed by another command since it was shown; nothing was deleted, run this again"
         )
@@ -165,7 +165,10 @@ def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
     try:
         pages = account.s3.get_paginator("list_buckets").paginate(Prefix=f"{name.lower()[:24]}", BucketRegion=account.region)
         names = [
-            one["Name"] for page in pages for one in page.get("Buckets", []) if one.get("BucketRegion", account.region) == account.region
+            bucket["Name"]
+            for page in pages
+            for bucket in page.get("Buckets", [])
+            if bucket.get("BucketRegion", account.region) == account.region
         ]
         tags = {bucket: _tags(account, bucket) for bucket in names}
     except (BotoCoreError, ClientError) as error:
@@ -173,8 +176,8 @@ def _left(account: Account, name: str) -> tuple[list[str], list[str]]:
     begins, rest = re.escape(name.lower()[:24]), re.escape(name.lower()[24:])  # CloudFormation may shorten a long name
     called = re.compile(f"{begins}({rest})?-?{DATA[0].lower()}-[a-z0-9]+")  # any other bucket without access is somebody else's
     hidden = [bucket for bucket in names if tags[bucket] is None and called.fullmatch(bucket)]
-    tagged = {bucket: said for bucket, said in tags.items() if said and said.get(TAG) == name}
-    own = [bucket for bucket, said in tagged.items() if _is_made(account, name, bucket, said)]
+    tagged = {bucket: own_tags for bucket, own_tags in tags.items() if own_tags and own_tags.get(TAG) == name}
+    own = [bucket for bucket, own_tags in tagged.items() if _is_made(account, name, bucket, own_tags)]
     try:
         return [bucket for bucket in own if bucket not in account.brought()] if own else [], hidden
     except StoreRefused:  # they may be in use
@@ -234,8 +237,8 @@ def _tags(account: Account, bucket: str) -> dict[str, str] | None:
 def _counted(account: Account, bucket: str) -> Bucket:
     objects = nbytes = 0
     try:
-        for one in _versions(account, bucket):
-            objects, nbytes = objects + 1, nbytes + one.get("Size", 0)
+        for version in _versions(account, bucket):
+            objects, nbytes = objects + 1, nbytes + version.get("Size", 0)
             if objects == COUNTED:
                 return Bucket(bucket, objects, nbytes, more=True)
     except (BotoCoreError, ClientError) as error:
@@ -277,7 +280,7 @@ def _exists(account: Account, bucket: str) -> bool | None:
             raise explained(error, f"bucket {bucket}") from error
         try:  # S3 also denies another account's bucket; its list has this account's only
             pages = account.s3.get_paginator("list_buckets").paginate(Prefix=bucket)
-            return None if any(one["Name"] == bucket for page in pages for one in page.get("Buckets", [])) else False
+            return None if any(listed["Name"] == bucket for page in pages for listed in page.get("Buckets", [])) else False
         except (BotoCoreError, ClientError):
             return None
     return True

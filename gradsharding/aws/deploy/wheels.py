@@ -134,11 +134,11 @@ def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture
             f"{wheel.package} {pins[wheel.package]} was asked for, and the index that pip uses gives {wheel.file}, whose version is "
             f"{wheel.version}; nothing was built; name an index that has the published wheel in PIP_INDEX_URL"
         )
-    known = [one for one in listed(runtime, architecture) if (one.package, one.version) == (wheel.package, wheel.version)]
-    if known and wheel.sha256 not in {one.sha256 for one in known}:
+    known = [entry for entry in listed(runtime, architecture) if (entry.package, entry.version) == (wheel.package, wheel.version)]
+    if known and wheel.sha256 not in {entry.sha256 for entry in known}:
         raise UserError(
             f"{name} is not the published wheel: {wheel.file} from the index that pip uses has SHA-256 {wheel.sha256}, listed is "
-            f"{', '.join(one.sha256 for one in known)}; nothing was built; name an index that has the published one in PIP_INDEX_URL"
+            f"{', '.join(entry.sha256 for entry in known)}; nothing was built; name an index that has the published one in PIP_INDEX_URL"
         )
     return wheel
 
@@ -154,7 +154,7 @@ def main(requirements: tuple[str, ...]) -> None:
     lines: dict[str, None] = {}
     for runtime in RUNTIMES.values():
         for architecture in MACHINES:
-            for wanted in (OLDEST, *((one, *OLDEST) for one in requirements)):
+            for wanted in (OLDEST, *((requirement, *OLDEST) for requirement in requirements)):
                 with tempfile.TemporaryDirectory() as scratch:
                     if why := _download(Path(scratch), wanted, runtime, architecture):
                         click.echo(f"Python {runtime.python}, {architecture}: {why}", err=True)
