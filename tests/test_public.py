@@ -16,6 +16,11 @@ EDGES = {"gradsharding.__main__", "gradsharding.aws", "gradsharding.cli", "grads
 FOREIGN = {"aiobotocore", "boto3", "botocore", "click", "flwr", "hypothesis", "pytest", "rich", "safetensors", "torch"}
 
 
+FOLDERS = ("gradsharding", "strategies", "benchmarks", "tests/rigs", "docs")
+VAGUE = {"what", "told", "one", "some", "how", "said", "had"}
+"""Names that do not say what a value is."""
+
+
 def loaded(program: str) -> set[str]:
     """Run a program in a fresh process; give the modules that are loaded at its end."""
     script = f"import sys\n{program}\nprint(*sys.modules)"
@@ -82,6 +87,34 @@ def test_laws() -> None:
     """Every module opens with a sentence that says what it is."""
     for path in Path(gradsharding.__path__[0]).rglob("*.py"):
         assert path.read_text().startswith('"""'), path
+
+
+def bound(node: ast.AST) -> str | None:
+    """Return the name of the parameter or variable that a node binds; None if it binds none."""
+    match node:
+        case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()):
+            return name
+        case ast.ExceptHandler(name=name) | ast.MatchAs(name=name) | ast.MatchStar(name=name) | ast.MatchMapping(rest=name):
+            return name
+        case ast.alias(asname=name):
+            return name
+    return None
+
+
+def test_names_say_what_they_are() -> None:
+    """No parameter or variable has a name that could mean anything."""
+    if not (ROOT / "pyproject.toml").exists():
+        pytest.skip("no pyproject.toml here: these tests run outside the checkout")
+    paths = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    vague = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {bound(node)}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if bound(node) in VAGUE and hasattr(node, "lineno")
+    ]
+
+    assert {*FOLDERS} == {folder for folder in FOLDERS for path in paths if path.is_relative_to(ROOT / folder)}
+    assert [] == vague
 
 
 def test_import_contracts() -> None:
