@@ -84,7 +84,7 @@ def zipped(architecture: str, runtime: str, tell: Tell, *, locked: bool = False)
 
 
 def code_of_template(template: str | Mapping[str, Any]) -> Code | None:
-    """Find the code that our deployed template names; None if it names none of ours."""
+    """Find the code that our deployed template names; None if it names no code that deploy uploaded."""
     text = template if isinstance(template, str) else json.dumps(template)
     found = _VERSION.search(text) or CodeUri.search(text)
     return Code(*found.groups()) if found else None

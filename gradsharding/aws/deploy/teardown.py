@@ -258,7 +258,7 @@ def _delete_bucket(account: Account, bucket: str) -> None:
         batch: list[dict[str, str]] = []
         for version in _versions(account, bucket):
             batch.append({"Key": version["Key"], "VersionId": version["VersionId"]})
-            if len(batch) == 1000:  # S3 deletes at most so many in one request
+            if len(batch) == 1000:  # S3 deletes at most 1000 keys in one request
                 delete_objects(account, bucket, batch)
                 batch = []
         delete_objects(account, bucket, batch)

@@ -62,7 +62,7 @@ def _run(job: Job, tasks: tuple[Task, ...], context: Invoked) -> dict[str, Any]:
 
 
 def _log_error(error: Exception, job: Job, task: Task) -> None:
-    """Log the error that ended a task, with a traceback if it is none of ours, and so a bug."""
+    """Log the error that ended a task, with a traceback if it is not a GradShardingError, which makes it a bug."""
     ours = isinstance(error, GradShardingError)
     facts = {"round": job.round, "task": task.id, "error": type(error).__name__}
     write = log.error if is_fault(error) else log.warning
