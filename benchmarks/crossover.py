@@ -360,7 +360,7 @@ def main() -> None:
     for claim in table:
         shown.add_row(*claim.values())
     console.print(shown)
-    sizes = Table(*rows[0], title="sharding is cheaper from so many MiB on")
+    sizes = Table(*rows[0], title="smallest model, in MiB, from which sharding is cheaper")
     for row in rows:
         sizes.add_row(*map(str, row.values()))
     console.print(sizes)

@@ -66,7 +66,7 @@ def write_updates(directory: Path, shapes: Shapes) -> float:
 
 
 def compete(directory: Path, repetitions: int) -> dict[str, list[Figures]]:
-    """Let each rival run once in each repetition; the one that begins changes."""
+    """Run each rival once in each repetition; a different rival goes first each time."""
     names = [*RIVALS]
     runs: dict[str, list[Figures]] = {name: [] for name in names}
     run("read", directory)  # warms the cache
@@ -97,7 +97,9 @@ def verify(directory: Path, largest: float) -> Figures:
     distance = max(float(np.abs(mine[i : i + step] - flowers[i : i + step]).max()) for i in range(0, mine.size, step))
     bound = 3 * len(WEIGHTS) * 2.0**-24 * largest
     if digests[0] != digests[1] or mine.size != flowers.size or not distance <= bound:
-        raise SystemExit(f"the results differ: ours {digests[0]}, numpy {digests[1]}, Flower by {distance:g} where {bound:g} may be")
+        raise SystemExit(
+            f"the results differ: ours {digests[0]}, numpy {digests[1]}, Flower by {distance:g}, where at most {bound:g} is allowed"
+        )
     unlike = sum(int(np.count_nonzero(mine[i : i + step] != exact[i : i + step])) for i in range(0, mine.size, step))
     return {
         "ours_equals_numpy_bit_for_bit": True,
@@ -114,7 +116,7 @@ def data(path: Path) -> npt.NDArray[np.float32]:
 
 
 def summarise(runs: Sequence[Figures]) -> Figures:
-    """Turn a rival's repetitions into ranges: seconds, phases, bytes of memory."""
+    """Summarize a rival's repetitions as ranges: seconds, phases, bytes of memory."""
     return {
         **runs[-1],
         "seconds": asdict(Range.of(run["seconds"] for run in runs)),
@@ -124,7 +126,7 @@ def summarise(runs: Sequence[Figures]) -> Figures:
 
 
 def compare(rivals: Figures) -> Figures:
-    """What was to be reached beside Flower, and what was: ratios of medians."""
+    """Compare with the targets beside Flower: ratios of medians."""
     mine, flowers = rivals["ours"], rivals["flower"]
     time = mine["seconds"]["median"] / flowers["seconds"]["median"]
     memory = mine["memory"]["own"]["median"] / flowers["memory"]["own"]["median"]
@@ -137,7 +139,7 @@ def compare(rivals: Figures) -> Figures:
 
 
 def show(figures: Figures) -> None:
-    """Print the comparison for people."""
+    """Print the comparison as tables."""
     rivals, flowers, console = figures["rivals"], figures["rivals"]["flower"], Console(width=132, highlight=False)
     table = Table("", "seconds", "of Flower's", "peak memory, MiB", "of Flower's", "mapped files included", title=figures["setup"]["title"])
     phases = Table("", "where the time goes", "seconds", "share", title="median (least to most)")
@@ -167,7 +169,7 @@ def show(figures: Figures) -> None:
 
 
 def spread(found: Figures, unit: float = 1, digits: int = 2) -> str:
-    """Write a range for people."""
+    """Format a range as text."""
     median, least, most = (f"{found[name] / unit:,.{digits}f}" for name in ("median", "least", "most"))
     return f"{median} ({least} to {most})"
 

@@ -72,7 +72,7 @@ def rivals(values: npt.NDArray[np.float32]) -> Iterator[tuple[str, int, Work]]:
 
 
 def ends(values: npt.NDArray[np.float32]) -> dict[str, float]:
-    """Bytes of float32 slice a second, of what happens once: the mean, writing partial sums, merging some (bytes of them)."""
+    """Bytes of float32 slice a second, of the steps that run once: the mean, serializing partial sums, merging them (their bytes)."""
     data, found = values.tobytes(), dict[str, float]()
     for label, rule in RULES.items():
         source, target = (Fold([Run("F32", values.size)], COHORT, rule) for _ in "ab")
@@ -89,14 +89,14 @@ def ends(values: npt.NDArray[np.float32]) -> dict[str, float]:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Give the seconds that a call takes, and its value."""
+    """Return the seconds that a call takes, and its value."""
     started = time.perf_counter()
     value = work()
     return time.perf_counter() - started, value
 
 
 def rate(nbytes: int, work: Work, least: float) -> float:
-    """Bytes a second, over as many calls as take ``least`` seconds, after one that warms up."""
+    """Bytes per second over repeated calls that take at least ``least`` seconds in all, after one warm-up call."""
     work()
     calls, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < least:
@@ -109,8 +109,8 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="of the input")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn, at least")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="sizes of the input, in bytes")
+    parser.add_argument("--seconds", type=float, default=0.2, help="least duration of one turn")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     facts = measure.machine(["gradsharding", "numpy"])
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def targets(rates: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Hold what was found against what it should be, at the size where it is worst."""
+    """Compare each rate with its target, at the size where it is worst."""
     exact = {size: found["exact, F32"]["median"] for size, found in rates.items()}
     faster = {size: found["float64, F32"]["median"] / exact[size] for size, found in rates.items()}
     return {
@@ -156,7 +156,7 @@ def report(figures: dict[str, Any]) -> None:
         print(f"{name}: {each['median'] / (1 if 'element' in name else 1e9):.2f}{'' if 'element' in name else ' GB/s'}")
     for name, target in figures["targets"].items():
         met = measure.verdict(target["found"] >= target["at_least"])
-        print(f"{name}: {target['found']:.2f}, at least {target['at_least']} asked for: {met}")
+        print(f"{name}: {target['found']:.2f}, target at least {target['at_least']}: {met}")
 
 
 if __name__ == "__main__":

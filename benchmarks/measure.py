@@ -19,16 +19,16 @@ from typing import Any
 import psutil
 
 RIGS = Path(__file__).parents[1] / "tests"
-"""Where the package ``rigs`` lies: whatever imports this module can import servers to run against, in a checkout without ``make``, too."""
+"""Where the package ``rigs`` lies: a script that imports this module can import the servers of the tests, even before ``make`` has run."""
 
 if str(RIGS) not in sys.path:
     sys.path.append(str(RIGS))
 
 SAMPLE = 0.02
-"""Seconds between two looks at a rival's memory."""
+"""Seconds between two readings of a rival's memory."""
 
 LOOKS_PER_WALK = 5
-"""Looks between two walks for new children: a walk through /proc takes a millisecond, which the rival would miss."""
+"""Readings between two searches for new children: a search through /proc takes a millisecond of CPU, which the rival would lack."""
 
 
 class Watch(threading.Thread):
@@ -37,14 +37,14 @@ class Watch(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.own = 0
-        """Bytes: the largest sum over all processes at one instant of what is theirs alone (RssAnon + RssShmem), without the page cache."""
+        """Bytes: the largest sum, over all processes at one instant, of their own memory (RssAnon + RssShmem), without the page cache."""
         self.marks: dict[int, int] = {}
         """Bytes by process: its high-water mark (VmHWM), mapped files and libraries included."""
         self._root = psutil.Process(pid)
         self._done = threading.Event()
 
     def run(self) -> None:
-        """Look until stopped or the process is gone."""
+        """Read until stopped, or until the process ends."""
         pids: list[int] = []
         looks = 0
         while not self._done.wait(SAMPLE):
@@ -55,7 +55,7 @@ class Watch(threading.Thread):
             self._look(pids)
 
     def stop(self) -> dict[str, int]:
-        """End the watch and tell its figures, in bytes."""
+        """End the watch and return its figures, in bytes."""
         self._done.set()
         self.join()
         return {"own": self.own, "high_water_marks": sum(self.marks.values()), "processes": len(self.marks)}
@@ -72,7 +72,7 @@ class Watch(threading.Thread):
 
 @dataclass(frozen=True)
 class Range:
-    """What repetitions gave: median, least and most, and all of them in order."""
+    """The values of all repetitions: median, least, most, and each in order."""
 
     median: float
     least: float
@@ -104,13 +104,13 @@ def in_fresh_process(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def settle() -> None:
-    """Let what was written reach the disk, so that it is not written at the cost of the next rival."""
+    """Flush written data to the disk now, so that the next rival does not pay for it."""
     os.sync()
     time.sleep(0.2)
 
 
 def machine(distributions: Sequence[str]) -> dict[str, Any]:
-    """Facts that a figure means nothing without."""
+    """Return the facts about the machine that belong to every figure."""
     return {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
@@ -137,7 +137,7 @@ def shown(value: float | None, unit: float, form: str, name: str) -> str:
 
 
 def _status(pid: int) -> dict[str, int]:
-    """The sizes in /proc/PID/status, in bytes; empty once the process is gone."""
+    """The sizes in /proc/PID/status, in bytes; empty once the process has ended."""
     with contextlib.suppress(OSError):
         lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
@@ -164,6 +164,6 @@ def _commit() -> str:
     return "unknown"
 
 
-def verdict(met: bool) -> str:  # noqa: FBT001 - it is what is told
+def verdict(met: bool) -> str:  # noqa: FBT001 - its only argument
     """Say whether a target is met."""
     return "met" if met else "NOT met"

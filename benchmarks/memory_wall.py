@@ -62,9 +62,9 @@ def projected(name: str, nbytes: int, clients: int) -> int:
 
 
 def stands(name: str, nbytes: int, clients: int, memory: int, store: DirectoryStore) -> bool:
-    """Run a round's functions, whatever the plan says; tell whether none outgrew its memory."""
+    """Run a round's functions, whatever the plan projects; return whether all stayed within their memory."""
     path, header = Path(store.url.removeprefix("file://")) / UPDATE, sealed(nbytes, clients).layout.header()
-    with path.open("wb") as file:  # zeros, which take no place
+    with path.open("wb") as file:  # a sparse file of zeros, which takes no disk space
         file.write(header)
         file.truncate(len(header) + nbytes)
     try:
@@ -115,15 +115,17 @@ def largest(fits: Callable[[int], bool], most: int, step: int) -> int:
 def main() -> None:
     """Search, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", type=size, default="256MiB", help="of one function")
+    parser.add_argument("--memory", type=size, default="256MiB", help="memory of one function")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--step", type=size, default="4MiB", help="sizes are multiples of this")
-    parser.add_argument("--most", type=size, default="1GiB", help="no larger models are tried")
-    parser.add_argument("--dir", type=Path, help="on a disk: files in memory would be charged to who writes them")
+    parser.add_argument("--most", type=size, default="1GiB", help="largest model to try")
+    parser.add_argument(
+        "--dir", type=Path, help="directory on a disk: files in memory would count as memory of the process that writes them"
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    table = Table("topology", "largest model that ran", "of a function's memory", "largest that the plan lets through")
+    table = Table("topology", "largest model that ran", "of a function's memory", "largest that the plan admits")
     found: dict[str, Any] = {}
     with place(options.dir) as store:
         for name in options.only:
@@ -132,7 +134,7 @@ def main() -> None:
             found[name] = {"ran": ran, "planned": plan, "of_memory": ran / options.memory}
             beyond = " or more" if ran == options.most // options.step * options.step else ""
             table.add_row(name, f"{ran / MIB:,.0f} MiB{beyond}", f"{ran / options.memory:.2f}", f"{plan / MIB:,.0f} MiB")
-            assert plan <= ran, f"{name}: the plan lets {plan} bytes through, and {ran} is all that ran"
+            assert plan <= ran, f"{name}: the plan admits {plan} bytes, but the largest that ran had {ran}"
     Console(width=130).print(table)
     setup = {"memory": options.memory, "clients": options.clients, "step": options.step, "most": options.most}
     question = (__doc__ or "").splitlines()[0]

@@ -1,4 +1,4 @@
-"""Where a benchmark's tasks run, named in one word: any ``concurrent.futures`` pool is a place."""
+"""The pools that run a benchmark's tasks, each named by one word; any ``concurrent.futures`` pool will do."""
 
 import contextlib
 import multiprocessing
@@ -15,7 +15,7 @@ KINDS = "processes:N, threads:N, mpi, dask:ADDRESS, dask-local:N or dask-slurm:N
 
 @contextlib.contextmanager
 def pool(spec: str) -> Iterator[Pool]:
-    """Open the pool that ``spec`` names, and close it in the end; raise ValueError for one that is not known.
+    """Open the pool that ``spec`` names, and close it at the end; raise ValueError for an unknown name.
 
     ``mpi`` needs to be started by ``mpiexec -n N python -m mpi4py.futures SCRIPT``: one process runs the script, the others its
     tasks. ``dask:ADDRESS`` joins a scheduler that runs already, whose address may be in a file, NAME.json; ``dask-slurm:N`` submits
@@ -32,13 +32,13 @@ def pool(spec: str) -> Iterator[Pool]:
     }
     counted = name in ("processes", "threads", "dask-local", "dask-slurm")
     if name not in makers or (counted and not re.fullmatch("[1-9][0-9]*", argument)) or (name == "dask" and not argument):
-        raise ValueError(f"no pool is known for {spec!r}; use {KINDS}")
+        raise ValueError(f"unknown pool {spec!r}; use {KINDS}")
     with makers[name](argument) as opened:
         yield opened
 
 
 def workers(opened: Pool) -> int:
-    """Number of tasks that a pool runs at once, as far as it tells; 1 where it does not."""
+    """Number of tasks that a pool runs at once; 1 if the pool does not report it."""
     client = getattr(opened, "_client", None)
     if client is not None:
         return sum(client.nthreads().values())

@@ -10,14 +10,14 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 PAGE = HERE.parent / "docs" / "explanation" / "benchmarks.md"
 RESULTS = "../../benchmarks/results"
-"""Of PAGE."""
+"""The folder of results, relative to PAGE."""
 
 LAYOUT, ENGINE = "model, paper's layout", "model, this engine"
 ALIKE = 0.05
-"""Peaks within this of each other are alike."""
+"""The relative difference within which two peaks count as equal."""
 
 NEARLY = 0.85
-"""Of a rate: nearly all of it."""
+"""The share of a rate from which it counts as nearly reached."""
 
 BEGIN, END = "<!-- from benchmarks/results: python benchmarks/readme.py -->\n", "<!-- end -->\n"
 
@@ -290,7 +290,7 @@ def request_counts(found: dict[str, Any]) -> str:
 
 
 def memory_wall(found: dict[str, Any]) -> str:
-    """Tell the largest models that were aggregated in functions of a given memory."""
+    """Tabulate the largest models that were aggregated in functions of a given memory."""
     setup, most = found["setup"], found["setup"]["most"]
 
     def row(name: str, result: dict[str, Any]) -> str:
@@ -305,7 +305,7 @@ def memory_wall(found: dict[str, Any]) -> str:
 
 
 def crossover(found: dict[str, Any], calibrated: dict[str, Any]) -> str:
-    """Say in five lines what holds of the paper's claims, with the figure."""
+    """List which of the paper's claims hold, with the figure of the crossings."""
     claims = found["claims"]
     lines = "".join(
         f"{i}. *{c['claim']}*: {c['verdict']}. Paper: {c['paper']}. Model, its layout: {c[LAYOUT]}. Model, this engine: {c[ENGINE]}.\n"
@@ -322,7 +322,7 @@ def crossover(found: dict[str, Any], calibrated: dict[str, Any]) -> str:
 
 
 def scale(found: dict[str, Any]) -> str:
-    """Tell how far it goes."""
+    """Show the largest rounds, as modelled."""
     rounds = found["rounds"]
     largest = max((r for r in rounds if r["topology"]), key=lambda r: (r["bytes"] * r["clients"], r["bytes"]))
     plans = "; ".join(f"{name} in {seconds:.2f} s" for name, seconds in found["planning_seconds"].items() if "made" not in name)
@@ -351,7 +351,7 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def fill(document: Path, text: str) -> None:
-    """Put the generated part of a document anew."""
+    """Replace the generated part of a document."""
     before, _, rest = document.read_text().partition(BEGIN)
     document.write_text(before + BEGIN + text + END + rest.partition(END)[2])
 

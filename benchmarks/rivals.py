@@ -49,7 +49,7 @@ def ours(directory: Path, rule: str = "mean") -> None:
     from gradsharding.stores.urls import file_reference
 
     class Timed(ProcessExecutor):
-        """Notes when the tasks began, when each worker began its first one, and when all had ended."""
+        """Records when the tasks began, when each worker began its first task, and when all tasks had ended."""
 
         def run(self, tasks: Sequence[Task], job: Job, store: ObjectStore, limits: Limits, progress: Progress) -> list[TaskReport]:
             def note(report: TaskReport) -> None:
@@ -113,7 +113,7 @@ def flower(directory: Path) -> None:
 
 
 def numpy(directory: Path) -> None:
-    """Aggregate with a loop that knows nothing of tensors: block by block, all updates, one division, one rounding."""
+    """Aggregate with a loop over plain bytes, not tensors: for each block, add all updates, divide once, round once."""
     started = time.perf_counter()
     files = [os.open(path, os.O_RDONLY) for path in updates(directory)]
     base, end = header(updates(directory)[0])[0], os.fstat(files[0]).st_size
@@ -153,7 +153,7 @@ RIVALS: dict[str, Callable[[Path], None]] = {"ours": ours, "exact": exact, "flow
 
 
 def give(figures: Figures) -> None:
-    """Hand figures to the process that watches."""
+    """Print figures for the process that started this one."""
     print(json.dumps(figures), flush=True)
 
 
@@ -163,20 +163,20 @@ def updates(directory: Path) -> list[Path]:
 
 
 def header(path: Path) -> tuple[int, dict[str, Figures]]:
-    """Where a safetensors file's data begins, and its tensors in the order of their bytes."""
+    """Return the offset at which a safetensors file's data begins, and its tensors in the order of their bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length, json.loads(file.read(length))
 
 
 def from_file(path: Path, base: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> npt.NDArray[np.float32]:
-    """Read one tensor, of float32, by the shortest way numpy has."""
+    """Read one tensor, of float32, by numpy's most direct way."""
     assert dtype == "F32"
     return np.fromfile(path, "<f4", math.prod(shape), offset=base + data_offsets[0]).reshape(shape)
 
 
 def read_files(files: Sequence[Path]) -> tuple[float, float]:
-    """Read files into one reused buffer; when it began and when it ended."""
+    """Read files into one reused buffer; return the start and the end time."""
     buffer, started = bytearray(1 << 20), time.perf_counter()
     for path in files:
         with path.open("rb", buffering=0) as file:

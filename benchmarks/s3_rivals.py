@@ -28,7 +28,7 @@ def ours(task: Task, job: Job, store: S3Store) -> Figures:
 
 
 def raw(task: Task, job: Job, store: S3Store) -> Figures:
-    """Ask for the same ranges with the same client, as many at once, and throw away what they bring."""
+    """Request the same ranges with the same client, with the same concurrency, and discard the data."""
 
     def get(key: str, start: int, stop: int) -> int:
         return len(store.client.get_object(Bucket=store.bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"].read())
@@ -37,7 +37,7 @@ def raw(task: Task, job: Job, store: S3Store) -> Figures:
 
 
 def serial(task: Task, job: Job, store: S3Store) -> Figures:
-    """Read one whole object after another, and add it up, as a first draft does: ``get_object().read()`` and ``np.add``."""
+    """Read one whole object after another and add each to the sums, as a first draft would: ``get_object().read()`` and ``np.add``."""
     begun, count = time.perf_counter(), 0
     sums = np.zeros(task.nbytes // 4, np.float32)
     for term in job.terms:
@@ -52,7 +52,7 @@ def serial(task: Task, job: Job, store: S3Store) -> Figures:
 
 
 def obstore(task: Task, job: Job, store: S3Store) -> Figures:
-    """Make the same requests with obstore, a client written in Rust, and throw away what they bring."""
+    """Make the same requests with obstore, a client written in Rust, and discard the data."""
     from obstore.store import S3Store as Obstore
 
     meta = store.client.meta
@@ -69,7 +69,7 @@ RIVALS: dict[str, Callable[[Task, Job, S3Store], Figures]] = {"ours": ours, "raw
 
 
 def _in_parallel(task: Task, job: Job, store: S3Store, get: Callable[[str, int, int], int]) -> Figures:
-    """Get all pieces of all updates, as many at once as the task's reading says."""
+    """Get all pieces of all updates, with the concurrency of the task's reading."""
     begun, size = time.perf_counter(), task.reading.piece(task.nbytes)
     with ThreadPoolExecutor(task.reading.parallel) as pool:
         futures = [
@@ -82,7 +82,7 @@ def _in_parallel(task: Task, job: Job, store: S3Store, get: Callable[[str, int, 
 
 
 def main() -> None:
-    """Run one rival; beside its figures, tell what its memory grew by at most."""
+    """Run one rival; print its figures and the most that its memory grew by."""
     name, path = sys.argv[1:]
     given = json.loads(Path(path).read_text())
     task, job = Task.model_validate_json(json.dumps(given["task"])), Job.model_validate_json(json.dumps(given["job"]))

@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "s3_worker.json"
 CLIENTS, UPDATE = 20, 128_000_000
 
 PER_CONNECTION = 90e6
-"""Bytes/s of one connection to S3, about; ``LAMBDA`` is what a function is reported to get in all."""
+"""Bytes/s of one connection to S3, about; ``LAMBDA`` is the rate that a function is reported to reach over all its connections."""
 
 LAMBDA = 75e6
 
@@ -73,7 +73,7 @@ def prepare(clients: int, nbytes: int) -> tuple[Round, Plan]:
 
 
 def compete(round_: Round, plan: Plan, directory: Path, repetitions: int) -> dict[str, dict[str, list[Figures]]]:
-    """Let each rival run once in each repetition on each route; the one that begins changes."""
+    """Run each rival once in each repetition on each route; a different rival goes first each time."""
     names, found = [*RIVALS], {route.name: {name: list[Figures]() for name in RIVALS} for route in ROUTES}
     for i in range(repetitions):
         for route in ROUTES:
@@ -86,7 +86,7 @@ def compete(round_: Round, plan: Plan, directory: Path, repetitions: int) -> dic
 
 @contextlib.contextmanager
 def via(route: Route) -> Iterator[None]:
-    """Lead the environment along a route."""
+    """Set the environment so that requests take a route."""
     direct = os.environ["AWS_ENDPOINT_URL_S3"]
     if route.latency or route.per_connection < math.inf:
         with slow_path(direct, latency=route.latency, per_connection=route.per_connection, total=route.total) as endpoint:
@@ -112,7 +112,7 @@ def run(name: str, round_: Round, plan: Plan, directory: Path) -> Figures:
 
 
 def summarise(runs: dict[str, list[Figures]], nbytes: int) -> Figures:
-    """Median rates of reading (writing left out), of all of it, and memory in slices, of each rival; ratios of medians."""
+    """Summarize each rival: median rate of reading (without writing), seconds in all, memory in slices; and ratios of medians."""
     found = {
         name: {
             "read_rate": asdict(Range.of(run["bytes"] / (run["seconds"] - run["write_seconds"]) for run in figures)),
@@ -132,7 +132,7 @@ def summarise(runs: dict[str, list[Figures]], nbytes: int) -> Figures:
 
 
 def show(figures: Figures) -> None:
-    """Print the comparison for people."""
+    """Print the comparison as a table."""
     console = Console(width=140, highlight=False)
     ratios = ("ours of raw", "ours of serial", "obstore of raw")
     table = Table("", *RIVALS, *ratios, title=figures["setup"]["title"], caption="MB/s read, median")
@@ -145,7 +145,7 @@ def show(figures: Figures) -> None:
 
 
 def targets(routes: dict[str, Figures], plan: Plan) -> Figures:
-    """What was to be reached, and what was."""
+    """Compare the figures with their targets."""
     (task,) = plan.tasks
     allowed = 8 * task.nbytes // 4 + (task.reading.parallel + 2) * task.reading.piece(task.nbytes)
     least = min(routes.values(), key=lambda route: float(route["ours_of_raw"]))["ours_of_raw"]
@@ -166,10 +166,10 @@ def targets(routes: dict[str, Figures], plan: Plan) -> Figures:
 
 
 def main() -> None:
-    """Start the server, write the updates, let the rivals run, compare."""
+    """Start the server, write the updates, run the rivals, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="small updates: shows that it works, measures nothing")
+    parser.add_argument("--quick", action="store_true", help="use small updates, to check that the script works; the figures mean nothing")
     parser.add_argument("--output", type=Path, help="the JSON file to write (default: results/s3_worker.json, none if --quick)")
     options = parser.parse_args()
     if why := ceph_missing():

@@ -84,7 +84,7 @@ def draw_way(draw: random.Random) -> Way:
 
 
 def walk(updates: Updates, way: Way, rule: Rule, *, check: bool = False) -> tuple[str, npt.NDArray[np.uint32]]:
-    """Take a path: give the result's digest, and the bits of its float32. ``check`` computes all of it again by Python's integers."""
+    """Take a path; return the result's digest and its float32 as bits. ``check`` computes all of it again with Python's integers."""
     names = [f"c{i:02d}" for i in range(len(updates))]
     random.Random(way.order).shuffle(names)
 
@@ -106,7 +106,7 @@ def walk(updates: Updates, way: Way, rule: Rule, *, check: bool = False) -> tupl
 
 
 def compare(kind: str, combinations: int) -> dict[str, Any]:
-    """Take many paths in both arithmetics; tell how many digests there are, and how far float64 is from the exact mean."""
+    """Take many paths in both arithmetics; count the different digests, and measure how far float64 is from the exact mean."""
     updates, draw = draw_updates(kind), random.Random(kind)
     ways = [draw_way(draw) for _ in range(combinations)]
     digests: dict[str, Counter[str]] = {"exact": Counter(), "float64": Counter()}

@@ -29,11 +29,11 @@ CONFIG = HERE / "configs" / "scale.json"
 RESULTS = HERE / "results" / "scale.json"
 
 TARGET = 2.0
-"""Seconds that a plan of 10,000 functions may take."""
+"""Target, in seconds, for a plan of 10,000 functions."""
 
 
 def round_of(nbytes: int, clients: int, concurrency: int) -> dict[str, Any]:
-    """Plan a round at its best, and say what stands against the other ways."""
+    """Plan a round the best way, and give the reason against each other topology."""
     made = manifest(nbytes, clients)
     started = time.perf_counter()
     advice = recommend(made, Needs(concurrency=concurrency, on_aws=True), prices=load_prices())
@@ -62,7 +62,7 @@ def round_of(nbytes: int, clients: int, concurrency: int) -> dict[str, Any]:
 
 
 def planning() -> dict[str, float]:
-    """Time one plan of about 10,000 functions, of either kind, with all its figures."""
+    """Time a plan of about 10,000 functions, sharded and as a tree, with all its figures."""
     found = {}
     few, many = manifest(10**12, 100), manifest(10**11, 2_000)
     makers: dict[str, Callable[[], Plan]] = {
@@ -81,7 +81,7 @@ def planning() -> dict[str, float]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and price by clients, a line for each size."""
+    """Plot time and price by the number of clients, one line per model size."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for nbytes in sorted({row["bytes"] for row in rows}):
         line = [row for row in rows if row["bytes"] == nbytes and row["topology"]]

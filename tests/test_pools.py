@@ -48,5 +48,5 @@ def test_pool(tmp_path: Path, spec: str) -> None:
 @pytest.mark.parametrize("spec", ["", "mpl", "processes", "processes:0", "threads:x", "dask:", "dask-slurm:"])
 def test_no_pool(spec: str) -> None:
     """A pool that is not known is refused with those that are."""
-    with pytest.raises(ValueError, match=r"no pool is known for .*; use processes:N, threads:N, mpi"), pool(spec):
+    with pytest.raises(ValueError, match=r"unknown pool .*; use processes:N, threads:N, mpi"), pool(spec):
         pass
