@@ -1,6 +1,7 @@
 """Stores and executors of other packages are found by name, and go wherever our own go."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -114,6 +115,41 @@ def test_listed_where_nothing_is_known(site: Path) -> None:
     assert said[0].endswith("or a directory's path, or a URL of lost, mem2")
     assert said[1].endswith("use inline, processes:N, threads:N or lambda:FUNCTION, or backwards")
     assert said[2].endswith("lost needs more than is installed here (No module named 'mem2_extras'); install mem2")
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        ("raise RuntimeError('no licence')", r"broken fails while it is imported \(RuntimeError: no licence\); repair or uninstall broken"),
+        ("def (", r"broken fails while it is imported \(SyntaxError: .*\); repair or uninstall broken"),
+        ("Store = 7", "broken names an object of type int, which cannot be called; repair or uninstall broken"),
+    ],
+)
+def test_broken_package(tmp_path: Path, module: str, says: str) -> None:
+    """Whatever a package's module does when it is imported, the error is the user's to mend, and names the package."""
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (tmp_path / "broken_module.py").write_text(module)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gradsharding.stores]\nbroken = broken_module:Store\n")
+    failed = run(tmp_path, "-c", "import gradsharding; gradsharding.open_store('broken://a')")
+
+    assert re.search(f"UserError: {says}", failed.stderr)
+
+
+def test_looked_up_once(site: Path) -> None:
+    """The installed packages are looked through once for each name, and not for each reference to an object."""
+    program = """
+from importlib import metadata
+from gradsharding import MemoryStore, plugins
+from gradsharding.stores.urls import locate
+asked = []
+plugins.entry_points = lambda **names: asked.append(names) or metadata.entry_points(**names)
+for i in range(5):
+    locate(f"mem2://a/{i}", MemoryStore())
+print(len(asked))
+"""
+    assert "1\n" == run(site, "-c", program).stdout
 
 
 def test_our_names_are_ours(site: Path) -> None:
