@@ -270,6 +270,15 @@ def test_summary_names_the_settings(tmp_path: Path, flower_log: pytest.LogCaptur
     assert sorted(places) == places
 
 
+@pytest.mark.parametrize(("rule", "line"), [("mean", "Rule: mean"), ("trimmed-mean:0.2", "trimmed-mean:0.2 | weights do not count: each")])
+def test_summary_says_whether_weights_count(tmp_path: Path, flower_log: pytest.LogCaptureFixture, rule: str, line: str) -> None:
+    """The summary names the rule, and says so where the clients' weights do not count."""
+    sharding(tmp_path, FedAvg(), rule=rule).summary()
+
+    assert line in flower_log.text
+    assert ("weights do not count" in flower_log.text) is (rule != "mean")
+
+
 TREES: dict[str, Callable[..., GradSharding]] = {
     "LambdaFL": LambdaFL,
     "LambdaFL, 3 levels": partial(LambdaFL, fan_in=2, levels=3),

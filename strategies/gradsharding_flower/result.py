@@ -60,7 +60,7 @@ class RoundReport:
     projected_memory: int
     seconds: float
     digest: str | None
-    """SHA-256 of the mean's data section, if the sums were exact."""
+    """SHA-256 (hex) of the result's data section, if the rule vouches for its bits; else None."""
 
     @classmethod
     def of(

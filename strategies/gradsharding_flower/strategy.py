@@ -63,7 +63,7 @@ class GradSharding(Strategy):
     limits : Limits | None (default: None)
         Memory that one function may use (default: 512 MiB, or the memory of the Lambda function).
     rule : Rule | str | None (default: None)
-        How updates become one, as a value or as text such as "trimmed-mean:0.2" (default: their weighted mean).
+        How updates become one, as a value or as text such as "trimmed-mean:0.2", which ignores weights (default: their weighted mean).
     exact : bool (default: False)
         The same as ``rule="exact-mean"``: the bits of the mean do not depend on the topology, the slices, the executor or any order.
         Exact sums take more memory and time, and refuse float64 tensors; the server reads each mean once, for its digest.
@@ -133,7 +133,7 @@ class GradSharding(Strategy):
         log.info("\t├──> GradSharding settings:")
         log.info("\t│\t├── Store: %s | mode: %s", self.store.url, self.mode)
         log.info("\t│\t├── Topology: %s | executor: %s", self.topology, type(self.executor).__name__)
-        log.info("\t│\t├── Rule: %s", self.rule)
+        log.info("\t│\t├── Rule: %s%s", self.rule, "" if self.rule.weighs else " | weights do not count: each client counts the same")
         log.info("\t│\t├── Nodes reach the store %s", "by URLs that the server signs" if self._lender else "themselves")
         log.info("\t│\t└── Memory of a function, at most: %s", mib(self.limits.memory) if self.limits else "the executor's")
         self.inner.summary()
