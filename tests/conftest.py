@@ -3,8 +3,10 @@
 import os
 import signal
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 
+import botocore.loaders
 import pytest
 from hypothesis import settings
 
@@ -70,6 +72,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         return (yield)
     finally:
         processes.refusal = ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_loader() -> Iterator[None]:
+    """Let all botocore sessions share one loader, as one session's clients do: each would parse megabytes of AWS's models again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.session.create_loader", cache(botocore.loaders.create_loader))
+        yield
 
 
 @pytest.fixture
