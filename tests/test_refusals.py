@@ -241,6 +241,8 @@ def answering(answer: Answer) -> Iterator[str]:
     """Run a server that answers each request so, on loopback; give its URL."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # it answers Expect: 100-continue, for which botocore waits a second
+
         def do_GET(self) -> None:
             status, headers, body = answer
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
