@@ -264,6 +264,7 @@ def made(source: str, name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_flower_quickstart_with_the_diff(tmp_path: Path) -> None:
     """The README's diff turns Flower's quickstart into one whose updates go to the store, and whose model is the same."""
     (diff,) = (block.text for block in blocks("README.md") if block.language == "diff")

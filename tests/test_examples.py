@@ -70,8 +70,9 @@ class TestSQLiteStore(StoreContract):
             db.execute("INSERT OR REPLACE INTO objects VALUES (?, hex(randomblob(8)), ?)", (key, data))
 
 
+@pytest.mark.slow
 class TestCommandExecutor(ExecutorContract):
-    """The executor of the guide to writing an executor."""
+    """The executor of the guide to writing an executor; `test_command_line` runs it, too, and is not slow."""
 
     @pytest.fixture
     def executor(self) -> Executor:

@@ -47,7 +47,7 @@ from rigs.proxy import Path as Route
 from rigs.proxy import Proxy
 from rigs.s3 import Ceph, Request, S3Server
 
-FEW, MOTO, CEPH = 9, 30, 12
+FEW, MOTO, CEPH = 6, 30, 12
 """Rounds of each run of these tests; ``benchmarks/request_counts.py`` counts 200 and 50."""
 
 

@@ -81,9 +81,11 @@ SIGNALS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGQUIT": 131}
 @pytest.mark.parametrize(
     ("executor", "name", "status"),
     [
-        *(("inline", name, status) for name, status in SIGNALS.items()),
+        *(("inline", name, SIGNALS[name]) for name in ("SIGINT", "SIGHUP")),
+        *(slow("inline", name, SIGNALS[name]) for name in ("SIGTERM", "SIGQUIT")),
         *(slow("processes:2", name, status) for name, status in SIGNALS.items()),
-        *(("threads:2", name, SIGNALS[name]) for name in ("SIGINT", "SIGTERM")),
+        slow("threads:2", "SIGINT", SIGNALS["SIGINT"]),
+        ("threads:2", "SIGTERM", SIGNALS["SIGTERM"]),
     ],
 )
 def test_interrupted_run_leaves_nothing(large: Path, tmp_path: Path, executor: str, name: str, status: int) -> None:
@@ -137,7 +139,12 @@ CLOSED = ["2>&-", ">&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -0", "|
 
 
 @pytest.mark.parametrize(
-    ("streams", "executor"), [*((streams, "inline") for streams in CLOSED), *(slow(streams, "processes:1") for streams in CLOSED[3:6])]
+    ("streams", "executor"),
+    [
+        *((streams, "inline") for streams in CLOSED[4:6]),
+        *(slow(streams, "inline") for streams in CLOSED[:4] + CLOSED[6:]),
+        *(slow(streams, "processes:1") for streams in CLOSED[3:6]),
+    ],
 )
 def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, executor: str) -> None:
     """With streams that are closed, or whose reader leaves, a run does its work, and nothing it says gets into a file."""

@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 
 from gradsharding.aws.deploy import commands
+from rigs.command import slow
 
 UPDATES = ["a.safetensors:120", "b.safetensors:80"]
 SESSION = {
@@ -63,15 +64,15 @@ def command() -> Sequence[str]:
     return [sys.executable, "-c", DRIVER, json.dumps([*SESSION.values()])]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+@pytest.fixture(scope="module", params=[(80,), slow((80, 100, 160))], ids=str)
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
     """What the session prints, by the width of its terminal; 0 is a pipe."""
     cwd = tmp_path_factory.mktemp("session")
     for seed, name in enumerate("ab"):
         values = np.random.default_rng(seed).standard_normal(1 << 10, dtype=np.float32)
         safetensors.numpy.save_file({"w": values}, cwd / f"{name}.safetensors")
     piped = subprocess.run(command(), cwd=cwd, capture_output=True, text=True, check=True).stdout
-    return {0: piped, **{width: in_terminal(width, cwd) for width in (80, 100, 160)}}
+    return {0: piped, **{width: in_terminal(width, cwd) for width in request.param}}
 
 
 def test_lines_fit(runs: dict[int, str]) -> None:
