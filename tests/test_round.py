@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradsharding.arithmetic.rules import MEAN
 from gradsharding.arithmetic.weights import MAX_WEIGHT, integral_weights
 from gradsharding.errors import (
     ChangedObject,
@@ -546,9 +547,9 @@ def test_publish(round_: Round) -> None:
     round_.submit("bob", W, 3)
     assert None is round_.result()
     version = round_.store.put(round_.output, encode(W)[1]).version
-    record = round_.publish(round_.seal(), version)
+    record = round_.publish(round_.seal(), version, MEAN)
 
     assert (("ann", "bob"), 5, version) == (record.clients, record.weight, record.version)
-    assert record == round_.result() == round_.publish(round_.seal(), "v2")
+    assert record == round_.result() == round_.publish(round_.seal(), "v2", MEAN)
     round_.store.delete([round_.output])
     assert None is round_.result()

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 import numpy.typing as npt
 
-from gradsharding.arithmetic.rules import MEAN, Rule
+from gradsharding.arithmetic.rules import Rule
 from gradsharding.arithmetic.weights import check_weight, integral_weights
 from gradsharding.errors import (
     ChangedObject,
@@ -263,7 +263,7 @@ class Round:
             self.forget_partials(found.upload)
             self.forget_plan()
 
-    def publish(self, manifest: Manifest, version: str, rule: Rule = MEAN) -> ResultRecord:
+    def publish(self, manifest: Manifest, version: str, rule: Rule) -> ResultRecord:
         """Record the finished result: the round is done. If the rule vouches for its bits, it is read once, for its digest."""
         terms = manifest.terms
         record = ResultRecord(

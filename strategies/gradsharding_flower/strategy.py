@@ -271,6 +271,11 @@ class GradSharding(Strategy):
         if self._needs_arrays and halves:
             step = type(self.inner).__name__
             raise UserError(f"{step} computes in numpy, which has no bfloat16 (tensor {halves[0]!r}); use FedAvg, or a float32 model")
+        try:
+            self.rule.admit(layout, self.min_replies)
+        except UserError as error:
+            self.rule.admit(layout, 1 << 20)  # raises itself if more updates would not help
+            raise UserError(f"{error.message}; a round may have as few as min_replies={self.min_replies}: raise that") from error
         fewest = tuple(Term(client=str(i), source="", version="", base=0, weight=1) for i in range(max(1, self.min_replies)))
         manifest = Manifest(round="", layout=layout, terms=fewest)
         limits = self.executor.limits(self.limits)

@@ -154,7 +154,7 @@ MISTAKES = {
     "both": Mistake(f"aggregate inf.safetensors nan.safetensors {OUT}", ["inf.safetensors at 'v'[1], nan.safetensors at 'w'[0, 1]"]),
     "unknown policy": Mistake(f"aggregate good.safetensors {OUT} --nonfinite ignore", ["'ignore'", "'raise', 'propagate'", "--help"]),
     "unknown executor": Mistake(f"aggregate good.safetensors {OUT} --executor cloud", ["'cloud'", "use inline, processes:N"]),
-    "no processes": Mistake(f"aggregate good.safetensors {OUT} --executor processes:0", ["processes:0 names no number", "such as processes:4"]),
+    "no processes": Mistake(f"aggregate good.safetensors {OUT} --executor processes:0", ["processes:0 names no", "such as processes:4"]),
     "unknown topology": Mistake(f"aggregate good.safetensors {OUT} --topology ring", ["'ring'", "'lambda-fl'", "aggregate --help"]),
     "fan-in of slices": Mistake(f"aggregate good.safetensors {OUT} --fan-in 2", ["sharded takes no fan-in; lambda-fl, lifl and"]),
     "memory shared by slices": Mistake(f"aggregate good.safetensors {OUT} --shared-memory", ["sharded takes no shared-memory; lifl does"]),
