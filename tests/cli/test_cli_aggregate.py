@@ -48,7 +48,7 @@ def test_result_is_the_reference_bit_for_bit(
 @pytest.mark.parametrize("topology", ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"])
 def test_topologies_give_the_same_bytes(updates: list[str], call: Callable[..., str], tmp_path: Path, topology: str) -> None:
     """Whatever the topology, the mean is the same; the report has its stages, and does what was projected."""
-    call("aggregate", *updates, "-o", "expected.safetensors")
+    call("aggregate", *updates, "-o", "expected.safetensors", "--executor", "inline")
     more = {"lifl": ["--shared-memory"], "sharded-tree": ["--shards", "2", "--fan-in", "1"]}.get(topology, [])
     said = call("aggregate", *updates, "-o", "out.safetensors", "--topology", topology, *more, "--report", "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
