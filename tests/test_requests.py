@@ -155,7 +155,9 @@ def test_a_killed_worker_is_told(tmp_path: Path) -> None:
     assert 1 == result.report()["observed"]["lost_attempts"]
 
 
-@pytest.mark.parametrize("executor", [InlineExecutor(), ProcessExecutor(1)], ids=["inline", "processes"])
+@pytest.mark.parametrize(
+    "executor", [InlineExecutor(), pytest.param(ProcessExecutor(1), marks=pytest.mark.slow)], ids=["inline", "processes"]
+)
 def test_retries_count(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, executor: Executor) -> None:
     """Requests that are refused and made again, and reads that break off and go on, count each time."""
     round_ = submitted(moto_store, {c: ({"w": np.full(100_000, i, "f4")}, 1) for i, c in enumerate("abc")})
@@ -193,7 +195,7 @@ def test_a_failed_call_says_what_it_has_asked(ceph: Ceph, ceph_store: S3Store) -
         assert (seen["gets"], seen["puts"]) == (caught.value.usage["s3"].gets, caught.value.usage["s3"].puts)
 
 
-@pytest.mark.parametrize("executor", ["inline", "processes:1"])
+@pytest.mark.parametrize("executor", ["inline", pytest.param("processes:1", marks=pytest.mark.slow)])
 def test_attempts_of_flower_that_fail(moto: S3Server, moto_store: S3Store, executor: str) -> None:
     """Where a node's NaN makes a round be aggregated twice, the requests of both times are reported, as the server saw them."""
     app, found = ClientApp(mods=[upload_mod]), list[tuple[dict[str, int], RoundReport]]()

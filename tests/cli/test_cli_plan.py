@@ -109,7 +109,7 @@ def test_exact_plan(narrow: list[str], call: Callable[..., str]) -> None:
 
 def test_plan_of_express(call: Callable[..., str]) -> None:
     """A plan with S3 Express has its prices, and says that it is no store yet; one with the standard class says nothing of it."""
-    plan = ("plan", "--size", "528MB", "--clients", "20")
+    plan = ("plan", "--size", "8MB", "--clients", "3")
     said, usual = call(*plan, "--storage", "express"), call(*plan)
 
     assert "S3 Express is priced, but not supported as a store yet: directory buckets list objects unsorted" in flowing(said)
