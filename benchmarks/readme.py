@@ -116,7 +116,7 @@ def flower_round(found: dict[str, Any]) -> str:
     peak = "server_app_peak_while_training"
     return (
         f"## A whole round\n\n![Bars: time, memory and traffic of a round]({RESULTS}/flower_round.svg)\n\n"
-        f"The model has {found['model_bytes'] / 1e6:.0f} MB. A SuperLink and 2 SuperNodes run on one machine, over loopback; the store "
+        f"The model is {found['model_bytes'] / 1e6:.0f} MB. A SuperLink and 2 SuperNodes run on one machine, over loopback; the store "
         f"is a directory on its disk. {_origin(found)}\n\n"
         "| | plain FedAvg | direct mode | ratio |\n|---|---|---|---|\n"
         + row("round time, median", "round_seconds", 1, "s")

@@ -374,7 +374,7 @@ def test_missing_or_old_pip_is_told(tmp_path: Path) -> None:
 
     advice = "this Python environment has no pip, which downloads a function's packages; add it: uv pip install pip"
     assert (1, f"Error: {advice}\n") == (missing.returncode, missing.stderr)
-    advice = "pip 20.2.4 is too old to choose a function's wheels; renew it: python -m pip install --upgrade pip"
+    advice = "pip 20.2.4 is too old to choose a function's wheels; upgrade it: python -m pip install --upgrade pip"
     assert (1, f"Error: {advice}\n") == (outdated.returncode, outdated.stderr)
 
 

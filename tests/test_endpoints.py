@@ -201,7 +201,7 @@ def test_refused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
             store.client.put_object(Bucket=store.bucket, Key=f"in/{i}.safetensors", Body=b"".join(encode({"w": np.full(9, i, "f4")})[1]))
         command = [sys.executable, "-m", "gradsharding", "aggregate", f"{store.url}/in/0.safetensors", f"{store.url}/in/1.safetensors"]
         done = subprocess.run([*command, "-o", f"{store.url}/mean.safetensors"], capture_output=True, text=True, check=False)
-        with pytest.raises(StoreRefused, match=r"use an S3 server that deploy/ENDPOINTS\.md says to work"):
+        with pytest.raises(StoreRefused, match=r"use an S3 server that deploy/ENDPOINTS\.md lists as working"):
             Round.create(store, "r")
         left = [key for key, _ in store.list("")]
 

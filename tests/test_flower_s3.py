@@ -235,7 +235,10 @@ def test_spool_of_someone_else(ceph_store: S3Store, tmp_path: Path) -> None:
     grid._contexts[14].node_config[SPOOL_KEY] = str(tmp_path / "link")
     strategy = sharding(ceph_store)
     strategy.start(grid, record(initial()), num_rounds=1)
-    assert "is a link or a file, where a directory of ours belongs; set gradsharding-spool" in strategy.history[0].left_out[14]
+    assert (
+        "is a link or a file, but gradsharding needs a directory of its own there; set gradsharding-spool"
+        in strategy.history[0].left_out[14]
+    )
 
 
 def test_refused_before_it_starts(ceph_store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

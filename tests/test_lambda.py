@@ -487,7 +487,7 @@ def test_call_too_large() -> None:
 def test_call_of_another_release() -> None:
     """A function of another release says so, and what to do."""
     event = {"release": "0.0.1", "job": {}, "tasks": []}
-    with pytest.raises(UserError, match=r"was called by 0\.0\.1; to update it, run: gradsharding deploy --name other$"):
+    with pytest.raises(UserError, match=r"the caller 0\.0\.1; to update it, run: gradsharding deploy --name other$"):
         unpack(event, "other")
 
 

@@ -101,7 +101,7 @@ def test_one_id_in_the_place_of_several(round_: Round, names: Any) -> None:
     for client in ("a", "ann", "n"):
         round_.submit(client, W, 1)
 
-    with pytest.raises(InvalidId, match=r"should be several ids; write \['ann', 'bob'\], say"):
+    with pytest.raises(InvalidId, match=r"must be a list of ids, such as \['ann', 'bob'\]"):
         round_.seal(leave_out=names)
     assert None is round_.sealed()
 

@@ -408,7 +408,7 @@ def test_data_goes_last(account: Account) -> None:
     account.s3.put_object(Bucket=bucket, Key="x", Body=b"precious")
     before = everything(account)
 
-    with pytest.raises(UserError, match=r"protected against being deleted, and nothing was deleted; .*--no-enable-termination-protection"):
+    with pytest.raises(UserError, match=r"has termination protection, and nothing was deleted; .*--no-enable-termination-protection"):
         down(account, data=True)
     assert before == everything(account)
     what = doomed(account, "one", lambda _: None) if put(account, protected=False) else pytest.fail("there is no stack")

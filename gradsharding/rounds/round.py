@@ -350,7 +350,7 @@ def _see_it_refuse(store: ObjectStore, key: str, data: bytes) -> None:
     store.delete([key])
     raise StoreRefused(
         f"{store.url} replaces objects that it is asked to create (If-None-Match: *), so that a round's records could be lost; "
-        "nothing was kept: use an S3 server that deploy/ENDPOINTS.md says to work",
+        "nothing was kept: use an S3 server that deploy/ENDPOINTS.md lists as working",
         key=key,
     )
 
@@ -365,5 +365,5 @@ def _digest(data: Iterable[Buffer]) -> bytes:
 def check_ids(names: object) -> frozenset[str]:
     """Return several ids as a set; raise InvalidId, also for a text, whose letters nobody means as ids."""
     if isinstance(names, str | bytes) or not isinstance(names, Iterable):
-        raise InvalidId(f"{quoted(names)} should be several ids; write ['ann', 'bob'], say")
+        raise InvalidId(f"{quoted(names)} must be a list of ids, such as ['ann', 'bob']")
     return frozenset(map(check_id, names))

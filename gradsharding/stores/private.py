@@ -17,7 +17,9 @@ def private_directory(path: Path, remedy: str) -> Path:
     except FileExistsError:
         found = path.lstat()
         if not S_ISDIR(found.st_mode):
-            raise StoreRefused(f"{path} is a link or a file, where a directory of ours belongs; {remedy}", path=str(path)) from None
+            raise StoreRefused(
+                f"{path} is a link or a file, but gradsharding needs a directory of its own there; {remedy}", path=str(path)
+            ) from None
         if found.st_uid != os.geteuid():
             owners = f"{path} belongs to uid {found.st_uid}, not to uid {os.geteuid()}, which would keep private files in it"
             raise StoreRefused(f"{owners}; {remedy}", path=str(path)) from None

@@ -244,7 +244,7 @@ def _digest(account: Account, code: Code) -> tuple[str, str] | None:
 def _refused(account: Account, bucket: str, error: BotoCoreError | ClientError, doing: str) -> Exception:
     if code_of(error) in DENIED or code_of(error) in ("BucketAlreadyExists", "NoSuchBucket"):
         return StoreRefused(
-            f"{doing} bucket {bucket}: it is not account {account.number}'s, or does not let these credentials in ({code_of(error)}); "
+            f"{doing} bucket {bucket}: it is not account {account.number}'s, or it denies access to these credentials ({code_of(error)}); "
             "choose a bucket of yours with --code-bucket",
             code=code_of(error),
         )

@@ -89,7 +89,7 @@ def status(name: str) -> None:
     """  # noqa: D301 - \b tells click to keep the lines that follow
     account = Account()
     up = _found(account, name)
-    click.echo(f"stack {name} in {account}: {up.status}{', protected against being deleted' if up.protected else ''}")
+    click.echo(f"stack {name} in {account}: {up.status}{', with termination protection' if up.protected else ''}")
     for title, values in (("outputs", up.outputs), ("parameters", up.parameters), ("tags", up.tags)):
         click.echo(f"{title}:" + "".join(f"\n  {key:<20} {value}" for key, value in sorted(values.items())))
     unseen = list[str]()

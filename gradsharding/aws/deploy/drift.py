@@ -123,10 +123,10 @@ def check_brought(account: Account, bucket: str, owner: str, tell: Tell) -> None
         account.anybodys_s3.head_bucket(Bucket=bucket)
     except (BotoCoreError, ClientError):
         if owner:  # the function may have access where these credentials have none
-            tell(f"bucket {bucket} could not be checked: it is not account {owner}'s, or does not let these credentials in")
+            tell(f"bucket {bucket} could not be checked: it is not account {owner}'s, or it denies access to these credentials")
             return
         raise UserError(
-            f"bucket {bucket} is not account {account.number}'s, or does not let these credentials in (s3:ListBucket), and nothing was "
+            f"bucket {bucket} is not account {account.number}'s, or it denies access to these credentials (s3:ListBucket), and nothing was "
             "changed; if it is another account's, name that with --bucket-owner"
         ) from None
     raise UserError(

@@ -80,7 +80,7 @@ def doomed(account: Account, name: str, tell: Tell) -> Doomed:
         return Doomed(None, [], [_counted(account, bucket) for bucket in left], [], _code_bucket(account, before), (), (*hidden,), brought)
     if stack.protected:
         raise UserError(
-            f"stack {name} in {account} is protected against being deleted, and nothing was deleted; take that off first: "
+            f"stack {name} in {account} has termination protection, and nothing was deleted; switch it off first: "
             f"aws cloudformation update-termination-protection --no-enable-termination-protection --stack-name {name}"
         )
     held = account.resources(stack)

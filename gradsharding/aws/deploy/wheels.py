@@ -120,7 +120,7 @@ def _require_pip() -> None:
         raise UserError("this Python environment has no pip, which downloads a function's packages; add it: uv pip install pip")
     has = metadata.version("pip")
     if tuple(int(number) for number in re.findall(r"\d+", has)[:2]) < PIP:
-        raise UserError(f"pip {has} is too old to choose a function's wheels; renew it: python -m pip install --upgrade pip")
+        raise UserError(f"pip {has} is too old to choose a function's wheels; upgrade it: python -m pip install --upgrade pip")
 
 
 def _checked(path: Path, pins: Mapping[str, str], runtime: Runtime, architecture: str) -> Wheel:

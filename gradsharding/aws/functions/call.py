@@ -51,7 +51,7 @@ def unpack(event: Any, function: str = STACK) -> tuple[Job, tuple[Task, ...], Sh
     """Parse the event of an invocation of ``function``; raise UserError if another release wrote it."""
     if event["release"] != __version__:
         raise UserError(
-            f"the function runs gradsharding {__version__}, and was called by {event['release']}; to update it, run: {deploying(function)}"
+            f"the function runs gradsharding {__version__}, the caller {event['release']}; to update it, run: {deploying(function)}"
         )
     read = Event.model_validate_json(json.dumps(event))  # the runtime has parsed it to lists, which strict values refuse
     return read.job, read.tasks, read.share

@@ -13,7 +13,7 @@ from gradsharding.aws.refusals import READS, code_of
 from gradsharding.errors import StoreRefused
 from gradsharding.stores.protocol import changed, missing, no_upload, taken
 
-REMEDY = "use an S3 server that deploy/ENDPOINTS.md says to work"
+REMEDY = "use an S3 server that deploy/ENDPOINTS.md lists as working"
 """What to do about a server that cannot be a store."""
 
 
