@@ -33,7 +33,7 @@ from flwr.serverapp.strategy import (
 )
 
 from flower_federation import NODES, State, averaged, client, grid_of, initial, record, reply, sharding, state_of, train, trained, weight_of
-from gradsharding import DirectoryStore, MemoryStore, Round
+from gradsharding import DirectoryStore, MemoryStore, Round, ShardedTree
 from gradsharding.errors import UserError
 from gradsharding.rounds.verify import verify
 from gradsharding.stores.updates import load
@@ -283,6 +283,8 @@ TREES: dict[str, Callable[..., GradSharding]] = {
     "LambdaFL": LambdaFL,
     "LambdaFL, 3 levels": partial(LambdaFL, fan_in=2, levels=3),
     "LIFL": LIFL,
+    "by name": partial(GradSharding, topology="sharded-tree", shards=2),
+    "by value": partial(GradSharding, topology=ShardedTree(fan_in=2, levels=3)),
     "LIFL, shared memory": partial(LIFL, shared_memory=True, executor="processes:2"),
 }
 
@@ -290,7 +292,7 @@ TREES: dict[str, Callable[..., GradSharding]] = {
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("inner", ["FedAvg", pytest.param("FedAdam", marks=pytest.mark.slow)])
 def test_other_topologies(name: str, inner: str, tmp_path: Path) -> None:
-    """LambdaFL and LIFL train the model that GradSharding trains; only who sums what is another."""
+    """Trees train the model that slices train; only who sums what is another."""
     settings = {"store": tmp_path / "tree", "executor": "inline"}
     tree = TREES[name](INNER[inner](), **settings | dict(getattr(TREES[name], "keywords", {})))
     one = GradSharding(INNER[inner](), store=tmp_path / "one", executor="inline")
@@ -360,3 +362,17 @@ def test_trees_have_no_shards(strategy: Callable[..., GradSharding]) -> None:
     """A tree of whole models takes no number of shards, and says so."""
     with pytest.raises(UserError, match="has no shards: its functions hold whole models; use GradSharding"):
         strategy(FedAvg(), store=MemoryStore(), shards=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"topology": "ring"}, "no topology has the name 'ring'; use flat, sharded, "),
+        ({"topology": "flat", "shards": 2}, "flat takes no shards; sharded and sharded-tree do"),
+        ({"topology": ShardedTree(), "shards": 2}, "shards=2 goes with a topology's name, and sharded-tree is a value"),
+    ],
+)
+def test_topology_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    """A topology is a registered name, with shards if it has slices, or a value, which has its own options; all else is refused at once."""
+    with pytest.raises(UserError, match=message):
+        GradSharding(FedAvg(), store=MemoryStore(), **settings)

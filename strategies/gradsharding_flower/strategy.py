@@ -19,7 +19,7 @@ from gradsharding.errors import GradShardingError, PlanTooLarge, StoreRefused, U
 from gradsharding.format.layout import Layout
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.task import Term
-from gradsharding.planning.topologies import Topology
+from gradsharding.planning.topologies import Topology, make_topology
 from gradsharding.rounds.round import try_out
 from gradsharding.running.executors import taken
 from gradsharding.sizes import mib
@@ -60,6 +60,8 @@ class GradSharding(Strategy):
         Number of slices; by default chosen to fit the limits and the store.
     executor : Executor | str (default: "processes")
         What averages the slices.
+    topology : Topology | str | None (default: None)
+        How functions share the work, as a value such as ``ShardedTree(fan_in=10)`` or as a registered name; by default ``Sharded()``.
     limits : Limits | None (default: None)
         Memory that one function may use (default: 512 MiB, or the memory of the Lambda function).
     rule : Rule | str | None (default: None)
@@ -90,6 +92,7 @@ class GradSharding(Strategy):
         store: ObjectStore | str | os.PathLike[str],
         shards: int | None = None,
         executor: Executor | str = "processes",
+        topology: Topology | str | None = None,
         limits: Limits | None = None,
         exact: bool = False,
         rule: Rule | str | None = None,
@@ -106,7 +109,7 @@ class GradSharding(Strategy):
         self.store = open_store(store) if isinstance(store, str | os.PathLike) else store
         self.executor = open_executor(executor) if isinstance(executor, str) else executor
         self.limits = limits
-        self.topology: Topology = Sharded(shards=shards)
+        self.topology = _topology(topology, shards)
         """How the work is divided among functions."""
         self.rule = _rule(rule, exact=exact)
         self.mode = mode
@@ -358,6 +361,16 @@ class GradSharding(Strategy):
                 keys = [key for key, _ in self.store.list(f"{folder}/{self._run}-")]
                 self._books.plan(self.store, self.store.charges.list(len(keys)))
                 self.store.delete(key for key in keys if key not in needed)
+
+
+def _topology(topology: Topology | str | None, shards: int | None) -> Topology:
+    """Return the topology that the options choose; raise UserError for an unknown name, and for ``shards`` beside a value."""
+    if isinstance(topology, Topology):
+        if shards is not None:
+            raise UserError(f"shards={shards} goes with a topology's name, and {topology} is a value: give it the option instead")
+        return topology
+    options = {} if shards is None else {"shards": shards}
+    return make_topology(Sharded.name if topology is None else topology, **options)
 
 
 def _rule(rule: Rule | str | None, *, exact: bool) -> Rule:

@@ -21,12 +21,11 @@ class LambdaFL(GradSharding):
     levels : int (default: 2)
         Levels of the tree.
     **settings
-        Those of ``GradSharding``, except ``shards``.
+        Those of ``GradSharding``, except ``shards`` and ``topology``.
     """
 
     def __init__(self, inner: FedAvg, *, fan_in: int | None = None, levels: int = 2, **settings: Any) -> None:
-        super().__init__(inner, **_without_shards("LambdaFL", settings))
-        self.topology = LambdaFLTree(fan_in=fan_in, levels=levels)
+        super().__init__(inner, topology=LambdaFLTree(fan_in=fan_in, levels=levels), **_without_shards("LambdaFL", settings))
 
 
 class LIFL(GradSharding):
@@ -41,12 +40,11 @@ class LIFL(GradSharding):
     shared_memory : bool (default: False)
         Pass partial sums through this machine's memory, as LIFL itself does; the functions must be processes of this machine.
     **settings
-        Those of ``GradSharding``, except ``shards``.
+        Those of ``GradSharding``, except ``shards`` and ``topology``.
     """
 
     def __init__(self, inner: FedAvg, *, fan_in: int | None = None, shared_memory: bool = False, **settings: Any) -> None:
-        super().__init__(inner, **_without_shards("LIFL", settings))
-        self.topology = LIFLTree(fan_in=fan_in, shared_memory=shared_memory)
+        super().__init__(inner, topology=LIFLTree(fan_in=fan_in, shared_memory=shared_memory), **_without_shards("LIFL", settings))
 
 
 def _without_shards(name: str, settings: dict[str, Any]) -> dict[str, Any]:
