@@ -130,7 +130,7 @@ def lead_to_s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     import boto3  # noqa: PLC0415 - pages without S3 do without it
 
-    client = boto3.client("s3")
+    client = boto3.Session().client("s3")
     client.create_bucket(Bucket="my-bucket")
     for found in client.list_objects_v2(Bucket="my-bucket").get("Contents", []):
         client.delete_object(Bucket="my-bucket", Key=found["Key"])

@@ -1,8 +1,6 @@
 """Nodes open what lies in their own store, and what their owner allows; what else a server names stays shut, and untold."""
 
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.numpy
@@ -15,6 +13,7 @@ from gradsharding.testing import assert_same
 from gradsharding_flower import refer
 from gradsharding_flower.reference import Reference, find_reference, write_arrays
 from gradsharding_flower.trust import ALLOW_KEY, load_model, load_pinned
+from rigs.opens import opens
 
 
 @pytest.fixture
@@ -40,22 +39,15 @@ def named(path: Path) -> Reference:
 def test_a_foreign_file_is_not_opened(tmp_path: Path, private: Path, dots: str, allowed: str) -> None:
     """A file outside the node's store and its allow-list is refused before it is opened, whatever its URL looks like."""
     shared, home = (tmp_path / "shared").as_uri(), private.parent.as_uri()
-    opened, watching = list[str](), [True]
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "open":
-            opened.append(str(arguments[0]))
-
     reference = named(private)
-    sys.addaudithook(watch)
-    try:
+    with opens(private.parent) as opened:
         for source in (reference.source, dots.format(shared=shared, home=home)):
             config = {ALLOW_KEY: allowed.format(shared=shared, home=home)}
             with pytest.raises(UserError, match=r"this node reads only its own store; .*--node-config 'gradsharding-allow"):
                 load_model(reference.model_copy(update={"source": source}), DirectoryStore(tmp_path / "shared"), config)
-    finally:
-        watching.clear()
-    assert [] == [path for path in opened if "private" in path]
+        assert [] == opened()
+        assert private.read_bytes()
+        assert [private.name] == opened()
 
 
 @pytest.mark.parametrize("allowed", ["{home}", "s3://bucket/models {home}/ file:///elsewhere"])

@@ -90,9 +90,11 @@ def asked() -> Mapping[str, set[Need]]:
         run(deploy, "--yes")  # which finds nothing to change
         run(status)
         run(smoke)
-        bucket = next(one["Name"] for one in boto3.client("s3").list_buckets()["Buckets"] if one["Name"].startswith("one-bucket-"))
-        boto3.client("s3").create_multipart_upload(Bucket=bucket, Key="gradsharding/results/unfinished")
-        boto3.client("s3").put_object(Bucket=bucket, Key="gradsharding/results/old", Body=b"x")
+        bucket = next(
+            one["Name"] for one in boto3.Session().client("s3").list_buckets()["Buckets"] if one["Name"].startswith("one-bucket-")
+        )
+        boto3.Session().client("s3").create_multipart_upload(Bucket=bucket, Key="gradsharding/results/unfinished")
+        boto3.Session().client("s3").put_object(Bucket=bucket, Key="gradsharding/results/old", Body=b"x")
         run(destroy, "--yes")
         run(destroy, "--yes", "--delete-data")
     return found

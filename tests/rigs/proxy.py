@@ -7,6 +7,8 @@ import contextlib
 import http.client
 import json
 import math
+import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -175,11 +177,17 @@ def slow_path(endpoint: str, *, latency: float = 0.0, per_connection: float = ma
     """Start a slow path to ``endpoint`` in its own process; give the endpoint to use instead."""
     settings = {"latency": latency, "per_connection": per_connection, "total": total}
     command = [sys.executable, "-m", "rigs.proxy", endpoint, json.dumps(settings)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    path = os.pathsep.join(
+        [str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    )  # where rigs is, for a script that found it
+    environment = {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdin
         assert process.stdout
         try:
-            yield process.stdout.readline().strip()
+            if not (address := process.stdout.readline().strip()):  # requests would go to AWS
+                raise RuntimeError(f"the slow path to {endpoint} did not start")
+            yield address
         finally:
             process.stdin.close()  # which ends it, also when this process is killed
 
