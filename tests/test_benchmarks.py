@@ -76,6 +76,7 @@ def test_range_tells_median_least_and_most() -> None:
     assert Range(2.0, 1.0, 9.0, (9.0, 1.0, 2.0)) == Range.of([9.0, 1.0, 2.0])
 
 
+@pytest.mark.slow
 def test_memory_of_a_child_process_counts(tmp_path: Path) -> None:
     """A rival's memory is that of all its processes, until it hands its figures over."""
     script = tmp_path / "rival.py"

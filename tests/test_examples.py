@@ -69,6 +69,11 @@ class TestSQLiteStore(StoreContract):
         with sqlite3.connect(store._path) as db:
             db.execute("INSERT OR REPLACE INTO objects VALUES (?, hex(randomblob(8)), ?)", (key, data))
 
+    @pytest.mark.slow
+    def test_parts_while_completed(self, store: ObjectStore) -> None:
+        """Writers that race for SQLite's one lock wait for seconds."""
+        super().test_parts_while_completed(store)
+
 
 @pytest.mark.slow
 class TestCommandExecutor(ExecutorContract):

@@ -153,6 +153,7 @@ def test_killed_worker(tmp_path: Path) -> None:
     assert_same({"w": np.ones(10 * MIB, "f4")}, ready.complete())
 
 
+@pytest.mark.slow
 def test_worker_killed_too_often(tmp_path: Path) -> None:
     """A task whose attempts are used up raises TaskFailed, with its name and how its worker ended."""
     with pytest.raises(TaskFailed, match=r"^task sharded/\d+ failed 1 times; its worker ended with status -9") as caught:
@@ -276,6 +277,7 @@ processes.ProcessExecutor(1).run(plan.tasks, job, round_.store, Limits(), print)
 """
 
 
+@pytest.mark.slow
 def test_worker_of_a_caller_killed_at_once(tmp_path: Path) -> None:
     """A caller that is killed before its worker has begun to live takes it along: its task, asked for already, is not run."""
     round_ = Round.create(DirectoryStore(tmp_path), "r")
@@ -315,6 +317,7 @@ def test_idle_worker_is_killed(tmp_path: Path) -> None:
     assert_same(reference_mean(sample_updates(2)), ready.complete())
 
 
+@pytest.mark.slow
 def test_stopped_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that somebody stops is not waited for without end: it is killed after some seconds, and its task is run again."""
     monkeypatch.setattr("gradsharding.running.processes.STOPPED", 2)

@@ -109,6 +109,7 @@ def test_same_model(ceph_store: S3Store, spool: Path) -> None:
     assert {*NODES} == {*strategy.history[-1].clients}
 
 
+@pytest.mark.slow
 def test_two_runs_share_nodes(moto_store: S3Store) -> None:
     """Two runs whose nodes have the same ids and the same spool, one of which begins and ends amid the other, take nothing from it."""
     others = list[tuple[int, ...]]()

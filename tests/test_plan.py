@@ -207,6 +207,7 @@ def test_too_many_parts() -> None:
     room=st.integers(1 << 12, 4 * MIB),
     shards=st.integers(1, 9),
 )
+@pytest.mark.slow
 def test_remedy_works(lengths: dict[str, int], weight: int, room: int, shards: int) -> None:
     """Whoever follows the advice of a refusal, either half of it, is not refused again."""
     sealed = manifest({dtype.lower(): (dtype, length) for dtype, length in lengths.items()}, (weight, weight))

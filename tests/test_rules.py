@@ -311,11 +311,12 @@ def sealed(store: DirectoryStore, clients: int, elements: int, dtype: str = "<f4
 @pytest.mark.parametrize(
     ("clients", "elements", "dtype"),
     [
-        pytest.param(12, MIB, "<f4", marks=pytest.mark.slow),
-        pytest.param(40, MIB // 4, "<f2", marks=pytest.mark.slow),
+        (12, MIB, "<f4"),
+        (40, MIB // 4, "<f2"),
         (20, MIB // 8, "<u8"),
     ],
 )
+@pytest.mark.slow
 def test_memory_of_trimmed_mean(tmp_path: Path, clients: int, elements: int, dtype: str) -> None:
     """Slices of all clients are held at once: the plan says so, cuts more of them where memory is short, and workers keep to it."""
     round_ = sealed(DirectoryStore(tmp_path), clients, elements, dtype)

@@ -435,6 +435,7 @@ def test_fetch_of_what_is_missing(moto_store: S3Store) -> None:
         list(moto_store.fetch([*map(str, range(20)), "nothing"]))
 
 
+@pytest.mark.slow
 def test_put_in_parts(moto_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """An object larger than S3 takes at once is put in parts, and created once all the same, in as many requests as its charges say."""
     monkeypatch.setattr("gradsharding.aws.s3.store.LARGEST_PUT", MIB)

@@ -206,6 +206,7 @@ def job_of(plan: Plan) -> Job:
 
 
 @pytest.mark.parametrize("make", [Sharded(shards=1_000), ShardedTree(shards=1_000, fan_in=100)], ids=["sharded", "sharded-tree"])
+@pytest.mark.slow
 def test_what_an_executor_is_given(make: Topology) -> None:
     """The job names each update once, and tasks name ranges: 10,000 clients times 1,000 slices are a few megabytes, not 1.5 GB."""
     clients, slices = 10_000, 1_000

@@ -157,6 +157,7 @@ def test_nobody_listens(updates: list[str], tmp_path: Path, streams: str, execut
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "out"}
 
 
+@pytest.mark.slow
 def test_nobody_listens_to_a_mistake(tmp_path: Path) -> None:
     """A mistake that nobody can be told of still ends with its status."""
     for streams in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
