@@ -317,6 +317,7 @@ def test_replies(seed: int, record_property: Callable[[str, object], None]) -> N
 
 
 @pytest.mark.parametrize("seed", SEEDS, ids=["fixed", "fresh"])
+@pytest.mark.slow
 def test_readers(seed: int) -> None:
     """What reads arrays, receipts, offers and whole replies gives a value, or raises an error of ours whose message is short."""
     print(f"GRADSHARDING_FUZZ_SEED={seed}")  # noqa: T201 - to draw the same again

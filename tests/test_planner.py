@@ -77,7 +77,8 @@ def test_best_is_next_to_the_cheapest() -> None:
     assert all(option.forecast.seconds.p50 >= advice.best.forecast.seconds.p50 for option in fit if option.usd <= advice.best.usd)
 
 
-@pytest.mark.parametrize("deadline", [30.0, *(pytest.param(seconds, marks=pytest.mark.slow) for seconds in (60.0, 120.0))])
+@pytest.mark.parametrize("deadline", [30.0, 60.0, 120.0])
+@pytest.mark.slow
 def test_deadline(deadline: float) -> None:
     """Whoever is in a hurry gets more functions; what takes longer says so."""
     advice = advise(6 * GB, 50, deadline=deadline)

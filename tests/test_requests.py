@@ -81,6 +81,7 @@ def test_classes(method: str, target: str, billed: str) -> None:
     ("server", "count"),
     [("moto", FEW), pytest.param("moto", MOTO, marks=pytest.mark.slow), pytest.param("ceph", CEPH, marks=pytest.mark.rig)],
 )
+@pytest.mark.slow
 def test_random_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, server: str, count: int) -> None:
     """Random rounds by command, call, after a crash and in Flower: the server saw what is reported, no more than was planned."""
     store: S3Store = request.getfixturevalue(f"{server}_store")
@@ -218,6 +219,7 @@ def test_attempts_of_flower_that_fail(moto: S3Server, moto_store: S3Store, execu
 
 
 @pytest.mark.parametrize("mode", ["direct", "relay"])
+@pytest.mark.slow
 def test_evaluation_is_told_too(moto: S3Server, moto_store: S3Store, mode: Any) -> None:
     """What evaluation asks, on the nodes and on the server, is in the report of the round before: with it, a whole run is told."""
     grid = grid_of(mods=() if mode == "relay" else (upload_mod,))
@@ -233,6 +235,7 @@ def test_evaluation_is_told_too(moto: S3Server, moto_store: S3Store, mode: Any) 
 
 
 @pytest.mark.parametrize("presigned", [True, False])
+@pytest.mark.slow
 def test_nodes_that_fail_say_what_they_have_asked(moto: S3Server, moto_store: S3Store, presigned: bool) -> None:
     """What a node that fails has asked before is told in the report, of training and of evaluation; so is why it failed."""
 

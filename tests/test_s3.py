@@ -290,6 +290,7 @@ def test_replaced_between_two_attempts(moto: S3Server, moto_store: S3Store, monk
 
 
 @pytest.mark.parametrize(("fault", "seen"), [("503", b"ours"), ("reset", b"ours"), ("lost", b"ours")])
+@pytest.mark.slow
 def test_writes_are_tried_again(moto: S3Server, moto_store: S3Store, monkeypatch: pytest.MonkeyPatch, fault: str, seen: bytes) -> None:
     """A write whose answer is lost is ours when our bytes are found there, and not if they are another's."""
     moto_store.put("theirs", [b"theirs"])

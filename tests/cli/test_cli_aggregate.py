@@ -46,6 +46,7 @@ def test_result_is_the_reference_bit_for_bit(
 
 
 @pytest.mark.parametrize("topology", ["flat", "sharded", "lambda-fl", "lifl", "sharded-tree"])
+@pytest.mark.slow
 def test_topologies_give_the_same_bytes(updates: list[str], call: Callable[..., str], tmp_path: Path, topology: str) -> None:
     """Whatever the topology, the mean is the same; the report has its stages, and does what was projected."""
     call("aggregate", *updates, "-o", "expected.safetensors", "--executor", "inline")

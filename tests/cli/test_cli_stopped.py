@@ -50,6 +50,7 @@ def in_shared_memory(store: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "topology", [slow("sharded-tree --shards 400 --fan-in 1"), slow("lifl --fan-in 1"), "lifl --fan-in 1 --shared-memory"]
 )
+@pytest.mark.slow
 def test_killed_tree_is_resumed(large: Path, tmp_path: Path, topology: str) -> None:
     """The same for trees: partial sums that were written count, and none are left behind, in the store or in shared memory."""
     out, whole, store = tmp_path / "out" / "mean", tmp_path / "whole", tmp_path / "store"
@@ -124,6 +125,7 @@ def test_interrupted_slice_is_not_tried_again(large: Path, tmp_path: Path) -> No
     assert [] == everything(tmp_path)
 
 
+@pytest.mark.slow
 def test_nohup(large: Path, tmp_path: Path) -> None:
     """A signal that is ignored when a run starts, as under nohup, does not end it."""
     command = ["nohup", COMMAND, "aggregate", *LARGE, "-o", str(tmp_path / "out"), "--shards", "200", "--executor", "inline"]
