@@ -56,6 +56,7 @@ class TestThreads(ExecutorContract):
             yield FuturesExecutor(pool)
 
 
+@pytest.mark.slow
 class TestProcesses(ProcessContract):
     """The contract on worker processes."""
 

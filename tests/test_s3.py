@@ -65,6 +65,7 @@ class _OnS3(StoreContract):
         store.client.put_object(Bucket=store.bucket, Key=store.prefix + key, Body=data)
 
 
+@pytest.mark.slow
 class TestMoto(_OnS3):
     """The contract on moto."""
 
