@@ -66,7 +66,7 @@ def _dask(address: str) -> Iterator[Pool]:
 @contextlib.contextmanager
 def _dask_local(count: str) -> Iterator[Pool]:
     distributed = import_module("distributed")
-    settings = {"threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1"}
+    settings = {"threads_per_worker": 1, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
     with distributed.LocalCluster(n_workers=int(count), **settings) as cluster, distributed.Client(cluster) as client:
         yield client.get_executor(pure=False)
 

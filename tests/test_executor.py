@@ -83,10 +83,11 @@ class TestProcessPool(ProcessContract):
 def dask() -> Iterator[Any]:
     """Start dask in this process."""
     distributed = pytest.importorskip("distributed", reason="dask is not installed")
-    with distributed.Client(processes=False, dashboard_address=None, n_workers=1, threads_per_worker=2) as client:
+    with distributed.Client(processes=False, dashboard_address="127.0.0.1:0", n_workers=1, threads_per_worker=2) as client:
         yield client
 
 
+@pytest.mark.slow
 class TestDask(ExecutorContract):
     """The contract on dask, as on a cluster but in this process: dask serializes what it is given all the same."""
 
