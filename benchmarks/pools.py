@@ -76,7 +76,9 @@ def _dask_slurm(count: str) -> Iterator[Pool]:
     distributed, jobqueue = import_module("distributed"), import_module("dask_jobqueue")
     settings: dict[str, Any] = {"cores": 1, "processes": 1, "memory": os.environ.get("GRADSHARDING_WORKER_MEMORY", "1GB")}
     host = os.environ.get("GRADSHARDING_SCHEDULER_HOST")  # where workers find the scheduler; by default, this node's own name
-    with jobqueue.SLURMCluster(**settings, scheduler_options={"dashboard_address": None, **({"host": host} if host else {})}) as cluster:
+    with jobqueue.SLURMCluster(
+        **settings, scheduler_options={"dashboard_address": "127.0.0.1:0", **({"host": host} if host else {})}
+    ) as cluster:
         cluster.scale(int(count))
         with distributed.Client(cluster) as client:
             client.wait_for_workers(int(count), timeout=300)

@@ -236,3 +236,13 @@ def _tree(kind: type[GradShardingError]) -> Iterator[type[GradShardingError]]:
     yield kind
     for child in kind.__subclasses__():
         yield from _tree(child)
+
+
+def listed(names: Sequence[str], conjunction: str) -> str:
+    """Join names as a sentence does.
+
+    >>> listed(["a", "b", "c"], "or"), listed(["a"], "or")
+    ('a, b or c', 'a')
+    """
+    *most, last = names
+    return f"{', '.join(most)} {conjunction} {last}" if most else last

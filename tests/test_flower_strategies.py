@@ -342,7 +342,7 @@ def test_rule() -> None:
     [
         ({"rule": "median"}, "no rule is named 'median'"),
         ({"rule": "mean", "exact": True}, "exact=True means rule='exact-mean', not 'mean': give one of them"),
-        ({"rule": "trimmed-mean:0.2"}, "would cut nothing from 1 client, .* it takes at least 5.* as few as min_replies=1: raise that"),
+        ({"rule": "trimmed-mean:0.2"}, "would cut nothing from 1 client, .* it needs at least 5.* as few as min_replies=1: raise that"),
     ],
 )
 def test_rules_that_do_not_fit(options: dict[str, Any], says: str) -> None:

@@ -289,7 +289,7 @@ def test_too_few_to_cut() -> None:
     round_ = Round.create(MemoryStore(), "r")
     for client in "abcd":
         round_.submit(client, {"w": np.ones(3, "f4")}, 1)
-    says = r"trimmed-mean:0.2 would cut nothing from 4 clients, and not be robust: it takes at least 5; .* trimmed-mean:0 for"
+    says = r"trimmed-mean:0.2 would cut nothing from 4 clients, so it would not be robust; it needs at least 5; .* trimmed-mean:0 for"
     with pytest.raises(UserError, match=says):
         aggregate(round_, rule="trimmed-mean:0.2")
     with pytest.raises(UserError, match=says):

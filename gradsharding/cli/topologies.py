@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from gradsharding.cli.command import option
-from gradsharding.errors import UserError
-from gradsharding.planning.topologies import TOPOLOGIES, Topology, listed, make_topology
+from gradsharding.errors import UserError, listed
+from gradsharding.planning.topologies import TOPOLOGIES, Topology, make_topology
 
 Command = Callable[..., None]
 

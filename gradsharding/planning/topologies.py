@@ -4,13 +4,12 @@
 and a place in the registry; its fields become its options everywhere.
 """
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, ValidationError
 
 from gradsharding.arithmetic.rules import MEAN, Rule
-from gradsharding.errors import UserError, quoted
+from gradsharding.errors import UserError, listed, quoted
 from gradsharding.planning.manifest import Manifest
 from gradsharding.planning.plan import Limits, Plan
 from gradsharding.planning.slices import cut
@@ -185,16 +184,6 @@ def as_topology(topology: Topology | None) -> Topology:
         kind = type(topology).__name__
         raise UserError(f"{quoted(topology)} is not a topology but of type {kind}; use a value, such as Sharded(), or make_topology(name)")
     return topology
-
-
-def listed(names: Sequence[str], conjunction: str) -> str:
-    """Join names as a sentence does.
-
-    >>> listed(["a", "b", "c"], "or"), listed(["a"], "or")
-    ('a, b or c', 'a')
-    """
-    *most, last = names
-    return f"{', '.join(most)} {conjunction} {last}" if most else last
 
 
 def _refused(name: str, error: ValidationError) -> str:

@@ -10,7 +10,7 @@ from gradsharding.arithmetic.rules.exact_mean import ExactMean
 from gradsharding.arithmetic.rules.mean import Mean
 from gradsharding.arithmetic.rules.rule import Cohort, Effort, Rule
 from gradsharding.arithmetic.rules.trimmed_mean import TrimmedMean
-from gradsharding.errors import UserError, quoted
+from gradsharding.errors import UserError, listed, quoted
 
 __all__ = [
     "MEAN",
@@ -79,8 +79,7 @@ def forms(kinds: Iterable[type[Rule]] | None = None) -> str:
     >>> forms([Mean, ExactMean])
     'mean or exact-mean'
     """
-    *most, last = map(_form, RULES if kinds is None else kinds)
-    return f"{', '.join(most)} or {last}" if most else last
+    return listed([_form(kind) for kind in (RULES if kinds is None else kinds)], "or")
 
 
 def _form(kind: type[Rule]) -> str:
